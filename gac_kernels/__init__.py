@@ -1,0 +1,12 @@
+"""Operations that read gradient buffers once: moments, sketches, pair moments, mixing.
+
+Each operation takes a tensor or a list of tensors of any shape, floating dtype and strides, and picks its backend by
+device: Triton on GPUs, the C++ library on CPUs, the pure-torch reference elsewhere. See :mod:`gac_kernels.reference`
+for what each one computes.
+"""
+
+from gac_kernels import reference
+from gac_kernels.layout import SketchLayout
+from gac_kernels.ops import mix_, moments, pair_moments, sketch, token_moments
+
+__all__ = ["SketchLayout", "mix_", "moments", "pair_moments", "reference", "sketch", "token_moments"]

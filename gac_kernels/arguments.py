@@ -1,0 +1,143 @@
+"""Checks of the operations' arguments, shared by every backend. Pure host work: nothing here reads a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gac_kernels.layout import SketchLayout
+
+
+def accumulator_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on devices that lack it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def tensor_list(tensors, name: str) -> list[Tensor]:
+    """``tensors`` as a list of floating-point tensors on one device; a single tensor is a list of one."""
+    if isinstance(tensors, Tensor):
+        tensors = [tensors]
+    elif not isinstance(tensors, Sequence):
+        try:
+            tensors = list(tensors)
+        except TypeError:
+            raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(tensors).__name__}") from None
+    for k, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}[{k}] must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}[{k}] must be floating point, got {tensor.dtype}")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name}[{k}] has layout {tensor.layout}: pass its dense form (t.to_dense())")
+        if tensor.device != tensors[0].device:
+            raise ValueError(
+                f"{name}[{k}] is on {tensor.device}, {name}[0] on {tensors[0].device}: call once for each device"
+            )
+    return list(tensors)
+
+
+def check_scalar(value, name: str, device: torch.device) -> Tensor | float:
+    """A number, or a 0-dim floating tensor on ``device`` (or on the host, where reading it costs no transfer back)."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(f"{name} must be a 0-dim floating-point tensor, got {tuple(value.shape)} {value.dtype}")
+        if value.device != device:
+            if value.device.type != "cpu":
+                raise ValueError(f"{name} is on {value.device}, the tensors on {device}: move it there first")
+            value = value.to(device, non_blocking=True)
+        return value.detach().reshape(())
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
+
+
+def check_pair(a, b, *, writes_a: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+    """Two lists of floating tensors, pairwise of equal shape, on one device."""
+    a, b = tensor_list(a, "a"), tensor_list(b, "b")
+    if len(a) != len(b):
+        raise ValueError(f"a has {len(a)} tensors and b has {len(b)}: they must pair up")
+    for k, (x, y) in enumerate(zip(a, b, strict=True)):
+        if x.shape != y.shape:
+            raise ValueError(f"a[{k}] has shape {tuple(x.shape)} and b[{k}] {tuple(y.shape)}: they must be equal")
+        if x.device != y.device:
+            raise ValueError(f"a[{k}] is on {x.device} and b[{k}] on {y.device}: they must be on one device")
+        if writes_a and overlaps_itself(x):
+            raise ValueError(f"a[{k}] (strides {x.stride()}) overlaps itself in memory and cannot be written: clone it")
+    return a, b
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """True when two indices may address the same element (an expanded tensor, say)."""
+    if tensor.numel() <= 1 or tensor.is_contiguous():
+        return False
+    reach = 0
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def check_sketch(
+    tensors, out: Tensor, layout: SketchLayout | None, regions, starts, seed: int
+) -> tuple[list[Tensor], SketchLayout, list[int], list[int]]:
+    """The arguments of ``sketch`` in their full form: a layout, and a region and a start for each tensor."""
+    tensors = tensor_list(tensors, "tensors")
+    if not isinstance(out, Tensor) or out.dim() != 1 or not out.is_contiguous():
+        raise ValueError("out must be a contiguous 1-D tensor")
+    if out.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"out must be float32 or float64, got {out.dtype}")
+    if tensors and tensors[0].device != out.device:
+        raise ValueError(f"tensors are on {tensors[0].device}, out on {out.device}: they must be on one device")
+    if layout is None:
+        if regions is not None or starts is not None:
+            raise ValueError("regions and starts need a layout: pass layout=SketchLayout.per_tensor(...)")
+        starts, total = [], 0
+        for tensor in tensors:
+            starts.append(total)
+            total += tensor.numel()
+        return tensors, SketchLayout.flat(total, out.numel(), seed=seed), [0] * len(tensors), starts
+    if out.numel() != layout.size:
+        raise ValueError(f"out has {out.numel()} elements, the layout needs {layout.size}: torch.zeros(layout.size)")
+    regions = list(range(len(tensors))) if regions is None else [int(r) for r in regions]
+    starts = [0] * len(tensors) if starts is None else [int(s) for s in starts]
+    if len(regions) != len(tensors) or len(starts) != len(tensors):
+        raise ValueError(f"{len(tensors)} tensors need as many regions and starts, got {len(regions)}, {len(starts)}")
+    for k, (tensor, region, start) in enumerate(zip(tensors, regions, starts, strict=True)):
+        if not 0 <= region < len(layout.numels):
+            raise ValueError(f"regions[{k}] is {region}: the layout has {len(layout.numels)} regions")
+        if start < 0 or start + tensor.numel() > layout.numels[region]:
+            raise ValueError(
+                f"tensors[{k}] covers elements {start} to {start + tensor.numel()} of region {region}, "
+                f"which has {layout.numels[region]}"
+            )
+    return tensors, layout, regions, starts
+
+
+def check_token_inputs(
+    logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``token_moments``' arguments with ``advantages`` broadcast to ``[B, T]``."""
+    named = {"logprobs": logprobs, "advantages": advantages, "mask": mask, "is_expert": is_expert}
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value.device != logprobs.device:
+            raise ValueError(f"{name} is on {value.device}, logprobs on {logprobs.device}: move it there first")
+    if logprobs.dim() != 2:
+        raise ValueError(f"logprobs must have shape [B, T], got {tuple(logprobs.shape)}")
+    for name in ("logprobs", "advantages"):
+        if not named[name].is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {named[name].dtype}")
+    rows, length = logprobs.shape
+    if advantages.shape == (rows,):
+        advantages = advantages[:, None]
+    if advantages.shape not in ((rows, length), (rows, 1)):
+        raise ValueError(f"advantages must have shape {(rows, length)} or {(rows,)}, got {tuple(advantages.shape)}")
+    if mask.shape != (rows, length):
+        raise ValueError(f"mask must have shape {(rows, length)}, got {tuple(mask.shape)}")
+    if is_expert.shape != (rows,):
+        raise ValueError(f"is_expert must have shape {(rows,)}, got {tuple(is_expert.shape)}")
+    return logprobs.detach(), advantages.detach().expand(rows, length), mask, is_expert.bool()
