@@ -7,6 +7,6 @@ for what each one computes.
 
 from gac_kernels import reference
 from gac_kernels.layout import SketchLayout
-from gac_kernels.ops import mix_, moments, pair_moments, sketch, token_moments
+from gac_kernels.ops import absorb_, mix_, moments, pair_moments, sketch, token_moments
 
-__all__ = ["SketchLayout", "mix_", "moments", "pair_moments", "reference", "sketch", "token_moments"]
+__all__ = ["SketchLayout", "absorb_", "mix_", "moments", "pair_moments", "reference", "sketch", "token_moments"]

@@ -141,3 +141,18 @@ def check_token_inputs(
     if is_expert.shape != (rows,):
         raise ValueError(f"is_expert must have shape {(rows,)}, got {tuple(is_expert.shape)}")
     return logprobs.detach(), advantages.detach().expand(rows, length), mask, is_expert.bool()
+
+
+def check_absorb(current: Tensor, previous: Tensor | None, total: Tensor, scale) -> Tensor | float:
+    """``absorb_``'s arguments; returns the scale as :func:`check_scalar` does."""
+    named = {"current": current, "total": total} | ({} if previous is None else {"previous": previous})
+    for name, value in named.items():
+        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+            raise TypeError(f"{name} must be a float32 tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+        if value.dim() != 1 or not value.is_contiguous():
+            raise ValueError(f"{name} must be contiguous and 1-D, got shape {tuple(value.shape)}: pass t.reshape(-1)")
+        if value.shape != current.shape:
+            raise ValueError(f"{name} has {value.numel()} elements, current {current.numel()}: they must be equal")
+        if value.device != current.device:
+            raise ValueError(f"{name} is on {value.device}, current on {current.device}: they must be on one device")
+    return check_scalar(scale, "scale", current.device)

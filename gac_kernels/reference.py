@@ -12,15 +12,16 @@ from torch import Tensor
 
 from gac_kernels.arguments import (
     accumulator_dtype,
+    check_absorb,
     check_pair,
     check_scalar,
     check_sketch,
     check_token_inputs,
     tensor_list,
 )
-from gac_kernels.layout import SIGN_BITS, SketchLayout, sign_key
+from gac_kernels.layout import LANES, SIGN_BITS, SketchLayout, sign_key
 
-__all__ = ["mix_", "moments", "pair_moments", "signs", "sketch", "token_moments"]
+__all__ = ["absorb_", "mix_", "moments", "pair_moments", "signs", "sketch", "token_moments"]
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -202,3 +203,34 @@ def token_moments(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert:
     phi = torch.where(m, p * (1 - p), zero)
     columns = [m.to(dtype), logp, a, a * a, phi, phi * phi, phi * a]
     return torch.stack([c.sum(1) for c in columns], dim=1)
+
+
+def absorb_(current: Tensor, previous: Tensor | None, total: Tensor, scale: Tensor | float) -> Tensor:
+    """Takes the newest contribution out of a running sketch: one pass over three vectors.
+
+    With ``delta = scale * (current - previous)``: ``total += delta``, then ``previous <- current``.
+
+    Args:
+        current: ``[m]`` float32, contiguous: the sketch of the running sum.
+        previous: ``[m]`` float32, contiguous, what ``current`` was at the last call; None stands for zeros and
+            nothing is written to it.
+        total: ``[m]`` float32, contiguous. The three must not overlap.
+        scale: a number, or a 0-dim tensor that is read on the device.
+
+    Returns:
+        ``[ceil(m / 1024)]``: the sum of squares of ``delta`` over each 1024 consecutive elements (the last may be
+        shorter); float64 (float32 where the device has no float64).
+
+    Raises:
+        TypeError, ValueError: with the argument's name, what it was and what is needed.
+    """
+    factor = check_absorb(current, previous, total, scale)
+    dtype = accumulator_dtype(current.device)
+    delta = current.to(dtype) if previous is None else current.to(dtype) - previous.to(dtype)
+    delta = (factor.to(dtype) if isinstance(factor, Tensor) else factor) * delta
+    total.copy_(total.to(dtype) + delta)
+    if previous is not None:
+        previous.copy_(current)
+    cells = -(-delta.numel() // LANES)
+    padded = torch.nn.functional.pad(delta.square(), (0, cells * LANES - delta.numel()))
+    return padded.view(cells, LANES).sum(1)
