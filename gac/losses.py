@@ -1,0 +1,113 @@
+"""Token losses of the supervised branch, chunked so that no full fp32 copy of the logits is ever made."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+IGNORE_INDEX = -100
+_CHUNK_BYTES = 32 * 2**20
+"""Size of the fp32 work buffer of one chunk of tokens."""
+
+
+def shift_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Targets for position t: ``labels[..., t + 1]``, and -100 at the last position. Same shape as `labels`."""
+    targets = torch.full_like(labels, IGNORE_INDEX)
+    targets[..., :-1] = labels[..., 1:]
+    return targets
+
+
+class _TokenLoss(torch.autograd.Function):
+    """Sum over tokens of ``w * nll`` with ``w`` = 1 or the detached ``p * (1 - p)``.
+
+    Saves the logits and one number per token; the backward writes the gradient chunk by chunk in the dtype of the
+    logits. Because ``w`` is detached, the gradient is ``w * (softmax - onehot)``.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor, phi: bool) -> torch.Tensor:
+        tokens, vocabulary = logits.shape
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        chunk = max(1, _CHUNK_BYTES // (4 * max(1, vocabulary)))
+        kept = targets != IGNORE_INDEX
+        index = targets.masked_fill(~kept, 0).unsqueeze(1)
+        normalizer = logits.new_empty(tokens, dtype=dtype)
+        weight = kept.to(dtype)
+        total = logits.new_zeros((), dtype=dtype)
+        for begin in range(0, tokens, chunk):
+            part = slice(begin, begin + chunk)
+            scores = logits[part].to(dtype)
+            normalizer[part] = torch.logsumexp(scores, dim=1)
+            nll = normalizer[part] - scores.gather(1, index[part]).squeeze(1)
+            if phi:
+                probability = torch.exp(-nll)
+                weight[part] *= probability * (1 - probability)
+            # torch.where, not a product: an ignored position may hold inf or nan
+            total += torch.where(kept[part], weight[part] * nll, 0.0).sum()
+        ctx.save_for_backward(logits, index, kept, normalizer, weight)
+        ctx.chunk = chunk
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total: torch.Tensor):
+        logits, index, kept, normalizer, weight = ctx.saved_tensors
+        grad = torch.empty_like(logits)
+        for begin in range(0, logits.shape[0], ctx.chunk):
+            part = slice(begin, begin + ctx.chunk)
+            chunk = (logits[part].to(normalizer.dtype) - normalizer[part, None]).exp_()
+            chunk.scatter_add_(1, index[part], chunk.new_full((1, 1), -1.0).expand(chunk.shape[0], 1))
+            chunk *= (weight[part] * grad_total).unsqueeze(1)
+            grad[part] = chunk.masked_fill_(~kept[part, None], 0.0)
+        return grad, None, None
+
+
+def sft_token_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    num_tokens: int | torch.Tensor | None = None,
+    phi: bool = False,
+) -> torch.Tensor:
+    """Causal negative log-likelihood: sum over labelled tokens, divided by `num_tokens`.
+
+    Args:
+        logits: ``[..., T, V]``, any float dtype; the log-softmax runs in fp32 (fp64 for fp64 logits), a chunk of
+            tokens at a time.
+        labels: ``[..., T]`` int64, unshifted; -100 marks positions that carry no loss. Position t is predicted from
+            the logits at t - 1, so a label at the first position is never used.
+        num_tokens: what to divide by. A number or 0-dim tensor that spans a whole accumulation window (and all ranks)
+            makes the micro-batch losses add up to one token mean, whatever the sequence lengths. Default: the
+            labelled tokens of this batch. Values below 1 count as 1, so a batch without labels gives a zero loss that
+            can still be differentiated.
+        phi: weight each token with the detached ``p * (1 - p)`` of its own probability (CHORD-phi, arXiv 2508.11408).
+            The divisor stays the token count.
+
+    Returns:
+        0-dim tensor in fp32 (fp64 for fp64 logits).
+
+    Raises:
+        ValueError: shapes of `logits` and `labels` do not belong together.
+    """
+    if logits.dim() < 2 or logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"sft_token_loss: logits must be [..., T, V] and labels [..., T]; got {tuple(logits.shape)} and "
+            f"{tuple(labels.shape)}. Pass unshifted labels, one per input position."
+        )
+    targets = shift_labels(labels).reshape(-1)
+    total = _TokenLoss.apply(logits.reshape(-1, logits.shape[-1]), targets, phi)
+    if num_tokens is None:
+        num_tokens = (targets != IGNORE_INDEX).sum()
+    if isinstance(num_tokens, torch.Tensor):
+        return total / num_tokens.to(device=total.device, dtype=total.dtype).clamp(min=1)
+    return total / max(num_tokens, 1)
+
+
+def phi_token_loss(
+    logits: torch.Tensor, labels: torch.Tensor, *, num_tokens: int | torch.Tensor | None = None
+) -> torch.Tensor:
+    """`sft_token_loss` with ``phi=True``."""
+    return sft_token_loss(logits, labels, num_tokens=num_tokens, phi=True)
+
+
+def count_label_tokens(labels: torch.Tensor) -> torch.Tensor:
+    """Number of tokens that `sft_token_loss` sums over: labels other than -100, first position excluded. 0-dim int64."""
+    return (labels[..., 1:] != IGNORE_INDEX).sum()
