@@ -1,0 +1,64 @@
+"""Launch configurations, fixed for each architecture: nothing is tuned at run time.
+
+The kernels are limited by memory, so a configuration only has to keep enough bytes in flight: on an H100 about
+3.35 TB/s x 700 ns = 2.3 MB, or 18 KB on each of 132 SMs. A program of 4 warps with 8 rows of 1,024 bf16 elements has
+16 KB in flight, and at 64 registers a thread 8 programs share an SM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+CHUNK = 65_536
+"""Elements that one program of ``moments``, ``pair_moments`` and ``mix_`` reads (of each list)."""
+
+SKETCH_CHUNK_ROWS = (64, 256)
+"""Fewest and most rows that one program of ``sketch`` adds up, unless the slab is shorter."""
+
+SKETCH_CHUNKS = 4096
+"""Programs that a sketch is cut into before its chunks grow beyond the fewest rows."""
+
+COLUMN_BLOCK = 1024
+"""Lanes of one ``sketch`` program; wider rows are split."""
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Warps of a program, and how many vectors of 1,024 elements a program asks for before it waits."""
+
+    warps: int
+    unroll: int
+    pair_unroll: int
+
+
+_BY_CAPABILITY = {
+    8: LaunchConfig(warps=4, unroll=4, pair_unroll=2),
+    9: LaunchConfig(warps=4, unroll=8, pair_unroll=4),
+    10: LaunchConfig(warps=4, unroll=8, pair_unroll=4),
+}
+_DEFAULT = LaunchConfig(warps=4, unroll=4, pair_unroll=2)
+
+
+def for_capability(major: int) -> LaunchConfig:
+    """The configuration of CUDA devices of compute capability ``major.*``."""
+    return _BY_CAPABILITY.get(major, _BY_CAPABILITY[10] if major > 10 else _DEFAULT)
+
+
+@cache
+def for_device(device: torch.device) -> LaunchConfig:
+    """The configuration for tensors on ``device`` (a device with an index, or the CPU under the interpreter)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return _DEFAULT
+    return for_capability(torch.cuda.get_device_capability(device)[0])
+
+
+def sketch_chunk_rows(rows: int, lanes: int) -> int:
+    """Rows of one chunk for a list of ``rows`` rows: a power of two that depends on nothing but the sizes."""
+    fewest, most = SKETCH_CHUNK_ROWS
+    chunk = fewest
+    while chunk * 2 <= most and rows // (chunk * 2) >= SKETCH_CHUNKS:
+        chunk *= 2
+    return max(1, min(chunk, (1 << 28) // lanes))

@@ -1,0 +1,362 @@
+"""The operations on top of the kernels: same signatures and results as :mod:`gac_kernels.reference`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from gac_kernels.arguments import (
+    check_absorb,
+    check_pair,
+    check_scalar,
+    check_sketch,
+    check_token_inputs,
+    tensor_list,
+)
+from gac_kernels.layout import LANES, SketchLayout
+from gac_kernels.triton import config, kernels
+from gac_kernels.triton.launch import WIDTH, check_device, interpreted, launch, scalar_arguments
+from gac_kernels.triton.tables import Chunks, addresses, device_tables, flat_chunks, sketch_chunks
+
+_ELEMENTS = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+_FINISH_WIDTH = 128
+_FINISH_SLOTS = 8
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """``device`` with its index, so that equal devices have equal keys."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _supported(tensor: Tensor) -> Tensor:
+    """``tensor`` in a dtype that the kernels read (8-bit floats are widened)."""
+    return tensor if tensor.dtype in _ELEMENTS else tensor.float()
+
+
+def _in_storage_order(*tensors: Tensor) -> tuple[Tensor, ...] | None:
+    """The tensors as 1-D views in memory order, when all fill one stretch of memory in the same order; else None."""
+    shape, strides = tensors[0].shape, tensors[0].stride()
+    if any(t.stride() != strides for t in tensors[1:]):
+        return None
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n != 1):
+        if stride != expected:
+            return None
+        expected *= size
+    return tuple(t.as_strided((t.numel(),), (1,)) for t in tensors)
+
+
+def _any_order(tensor: Tensor) -> Tensor:
+    """Contiguous memory with the same elements, in whatever order costs nothing."""
+    tensor = _supported(tensor.detach())
+    if tensor.is_contiguous():
+        return tensor
+    dense = _in_storage_order(tensor)
+    return tensor.contiguous() if dense is None else dense[0]
+
+
+def _by_dtype(kinds: Sequence) -> tuple[list[int], list[tuple[object, int]]]:
+    """A stable order that brings equal kinds together, and the (kind, length) of each run."""
+    groups: dict[object, list[int]] = {}
+    for k, kind in enumerate(kinds):
+        groups.setdefault(kind, []).append(k)
+    return [k for members in groups.values() for k in members], [(kind, len(m)) for kind, m in groups.items()]
+
+
+def _ranges(plan: Chunks, key: tuple, order: list[int], columns: int, per_tensor: bool, device) -> tuple[Tensor, int]:
+    """The chunk range of each row of the result: a row for each tensor, or one for all."""
+    if not per_tensor:
+        whole = lambda: torch.tensor([[0, plan.count * columns]])
+        return device_tables.get(("whole", plan.count * columns), device, whole), 1
+
+    def build() -> Tensor:
+        table = torch.empty_like(plan.ranges)
+        table[torch.tensor(order, dtype=torch.int64)] = plan.ranges * columns
+        return table
+
+    return device_tables.get(("ranges", key, tuple(order), columns), device, build), len(order)
+
+
+def _chunk_table(plan: Chunks, key: tuple, device: torch.device) -> Tensor:
+    return device_tables.get(("chunks", key), device, lambda: plan.table)
+
+
+def _reduce(plan: Chunks, key: tuple, order: list[int], partials: Tensor, per_tensor: bool) -> Tensor:
+    """Second stage: ``partials`` ``[columns, chunks]`` to ``[columns]`` or ``[n, columns]``."""
+    columns, device = partials.shape[0], partials.device
+    ranges, rows = _ranges(plan, key, order, 1, per_tensor, device)
+    out = torch.empty(rows, columns, dtype=torch.float64, device=device)
+    launch(kernels.reduce_kernel, (rows,), device, partials, plan.count, ranges, out, COLUMNS=columns, BLOCK=WIDTH)
+    return out if per_tensor else out[0]
+
+
+def _accumulator(*dtypes: torch.dtype):
+    return tl.float64 if torch.float64 in dtypes else tl.float32
+
+
+def _ends(plan: Chunks) -> list[tuple[int, int]]:
+    """First chunk and number of chunks of each dtype group."""
+    starts = (0, *plan.group_ends)
+    return [(a, b - a) for a, b in zip(starts, plan.group_ends, strict=False)]
+
+
+def moments(tensors, *, per_tensor: bool = False) -> Tensor:
+    """See :func:`gac_kernels.reference.moments`. Squares are added in float32 within a chunk.
+
+    A sum of squares beyond float32's range is found and taken again in float64; squares below 2**-149 count as 0, so
+    the result is off by at most that much for each element smaller than 3.7e-23.
+    """
+    tensors = tensor_list(tensors, "tensors")
+    device = _indexed(tensors[0].device) if tensors else torch.device("cpu")
+    shape = (len(tensors), 2) if per_tensor else (2,)
+    if not any(t.numel() for t in tensors):
+        return torch.zeros(shape, dtype=torch.float64, device=device)
+    check_device(device)
+    tensors = [_any_order(t) for t in tensors]
+    order, groups = _by_dtype([t.dtype for t in tensors])
+    tensors = [tensors[k] for k in order]
+    key = (tuple([t.numel() for t in tensors]), tuple(n for _, n in groups), config.CHUNK)
+    plan = flat_chunks(*key)
+    partials = torch.empty(2, plan.count, dtype=torch.float64, device=device)
+    table, where = _chunk_table(plan, key, device), addresses(tensors, device)
+    for (dtype, _), (first, count) in zip(groups, _ends(plan), strict=True):
+        launch(
+            kernels.moments_kernel,
+            (count,),
+            device,
+            where,
+            table,
+            first,
+            partials,
+            plan.count,
+            ELEMENT=_ELEMENTS[dtype],
+            ACC=_accumulator(dtype),
+            WIDTH=WIDTH,
+            UNROLL=config.for_device(device).unroll,
+            BITWISE_BF16=interpreted(),
+        )
+    return _reduce(plan, key, order, partials, per_tensor)
+
+
+def sketch(
+    tensors,
+    out: Tensor,
+    *,
+    layout: SketchLayout | None = None,
+    regions=None,
+    starts=None,
+    seed: int = 0,
+    scale: Tensor | float | None = None,
+    accumulate: bool = False,
+    per_tensor: bool = False,
+) -> Tensor:
+    """See :func:`gac_kernels.reference.sketch`. Buckets and squares are added in float32 within a chunk.
+
+    The moments have the value range of :func:`moments`. A bucket overflows where a partial sum of at most 256 of its
+    elements (before ``scale``) exceeds float32's range.
+    """
+    flat = layout is None
+    tensors, layout, regions, starts = check_sketch(tensors, out, layout, regions, starts, seed)
+    factor = 1.0 if scale is None else check_scalar(scale, "scale", out.device)
+    device = _indexed(out.device)
+    check_device(device)
+    count = len(tensors)
+    tensors = [_supported(t.detach()).contiguous() for t in tensors]
+    order, groups = _by_dtype([t.dtype for t in tensors])
+    tensors = [tensors[k] for k in order]
+    numels = tuple([t.numel() for t in tensors])
+    rows = sum(-(-n // layout.lanes) for n in numels)
+    key = (
+        numels,
+        tuple(n for _, n in groups),
+        layout,
+        tuple([regions[k] for k in order]),
+        tuple([starts[k] for k in order]),
+        config.sketch_chunk_rows(rows, layout.lanes),
+        accumulate,
+        out.numel() - layout.size if flat and not accumulate else 0,
+    )
+    plan = sketch_chunks(*key)
+    lanes = layout.lanes
+    words = min(-(-lanes // 32), config.COLUMN_BLOCK // 32)
+    words = 1 << (words - 1).bit_length()
+    blocks = -(-lanes // (words * 32))
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    lane_partials = torch.empty(plan.count, lanes, dtype=torch.float64 if wide else torch.float32, device=device)
+    partials = torch.empty(2, plan.count * blocks, dtype=torch.float64, device=device)
+    if plan.count:
+        table, where = _chunk_table(plan, key, device), addresses(tensors, device)
+        for (dtype, _), (first, chunks) in zip(groups, _ends(plan), strict=True):
+            launch(
+                kernels.sketch_kernel,
+                (chunks, blocks),
+                device,
+                where,
+                table,
+                first,
+                lane_partials,
+                partials,
+                plan.count * blocks,
+                ELEMENT=_ELEMENTS[dtype],
+                ACC=_accumulator(dtype),
+                LANES=lanes,
+                WORDS=words,
+                UNROLL=config.for_device(device).unroll,
+                BITWISE_BF16=interpreted(),
+            )
+    ranges, moment_rows = _ranges(plan, key, order, blocks, per_tensor, device)
+    result = torch.empty(moment_rows, 2, dtype=torch.float64, device=device)
+    launch(
+        kernels.sketch_finish_kernel,
+        (moment_rows + len(plan.slabs) * -(-lanes // _FINISH_WIDTH),),
+        device,
+        lane_partials,
+        device_tables.get(("slabs", key), device, lambda: plan.slabs),
+        out.detach(),
+        *scalar_arguments(factor),
+        partials,
+        plan.count * blocks,
+        ranges,
+        result,
+        moment_rows,
+        LANES=lanes,
+        WIDTH=_FINISH_WIDTH,
+        SLOTS=_FINISH_SLOTS,
+        ACCUMULATE=accumulate,
+        BLOCK=WIDTH,
+    )
+    return result if per_tensor else result[0] if count else result.new_zeros(2)
+
+
+def _pair(a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool, want: bool, per_tensor: bool):
+    """``pair_moments`` and ``mix_`` on pairs of contiguous tensors of supported dtypes."""
+    device = _indexed(a[0].device)
+    check_device(device)
+    order, groups = _by_dtype([(x.dtype, y.dtype) for x, y in zip(a, b, strict=True)])
+    a, b = [a[k] for k in order], [b[k] for k in order]
+    key = (tuple([t.numel() for t in a]), tuple(n for _, n in groups), config.CHUNK)
+    plan = flat_chunks(*key)
+    partials = torch.empty(3, plan.count if want else 0, dtype=torch.float64, device=device)
+    table = _chunk_table(plan, key, device)
+    a_addresses, b_addresses = addresses(a, device), addresses(b, device)
+    for (dtypes, _), (first, count) in zip(groups, _ends(plan), strict=True):
+        launch(
+            kernels.pair_kernel,
+            (count,),
+            device,
+            a_addresses,
+            b_addresses,
+            table,
+            first,
+            partials,
+            plan.count,
+            *scalar_arguments(weight),
+            A=_ELEMENTS[dtypes[0]],
+            B=_ELEMENTS[dtypes[1]],
+            ACC=_accumulator(*dtypes),
+            WIDTH=WIDTH,
+            UNROLL=config.for_device(device).pair_unroll,
+            MIX=mix,
+            MOMENTS=want,
+            BITWISE_BF16=interpreted(),
+        )
+    return _reduce(plan, key, order, partials, per_tensor) if want else None
+
+
+def pair_moments(a, b, *, per_tensor: bool = False) -> Tensor:
+    """See :func:`gac_kernels.reference.pair_moments`. The value range is that of :func:`moments`."""
+    a, b = check_pair(a, b)
+    if not any(t.numel() for t in a):
+        shape = (len(a), 3) if per_tensor else (3,)
+        return torch.zeros(shape, dtype=torch.float64, device=a[0].device if a else None)
+    pairs = [_readable_pair(x, y) for x, y in zip(a, b, strict=True)]
+    return _pair([x for x, _ in pairs], [y for _, y in pairs], 1.0, mix=False, want=True, per_tensor=per_tensor)
+
+
+def _readable_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both tensors in one order, copied only if they have to be."""
+    x, y = _supported(x.detach()), _supported(y.detach())
+    if x.is_contiguous() and y.is_contiguous():
+        return x, y
+    dense = _in_storage_order(x, y)
+    return (x.contiguous(), y.contiguous()) if dense is None else dense
+
+
+def mix_(a, b, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
+    """See :func:`gac_kernels.reference.mix_`.
+
+    The products are rounded to float32 (float64 when either tensor is float64) before ``a``'s dtype. The moments of
+    this pass cannot be taken a second time, so they are infinite where a sum of squares over one of 1,024 strands of a
+    chunk exceeds float32's range (elements beyond about 2e18); :func:`pair_moments` has no such limit.
+    """
+    a, b = check_pair(a, b, writes_a=True)
+    if not any(t.numel() for t in a):
+        return torch.zeros(3, dtype=torch.float64, device=a[0].device if a else None) if moments else None
+    weight = check_scalar(mu, "mu", a[0].device)
+    pairs = [_readable_pair(x, y) for x, y in zip(a, b, strict=True)]
+    result = _pair([x for x, _ in pairs], [y for _, y in pairs], weight, mix=True, want=moments, per_tensor=False)
+    for target, (mixed, _) in zip(a, pairs, strict=True):
+        if mixed.data_ptr() != target.data_ptr() or mixed.dtype != target.dtype:
+            target.detach().copy_(mixed)  # a copy stood in for strides or a dtype that the kernel does not write
+    return result
+
+
+def token_moments(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor) -> Tensor:
+    """See :func:`gac_kernels.reference.token_moments`. One launch, one program a sequence, float64 throughout."""
+    logprobs, advantages, mask, is_expert = check_token_inputs(logprobs, advantages, mask, is_expert)
+    device = _indexed(logprobs.device)
+    check_device(device)
+    rows, length = logprobs.shape
+    out = torch.empty(rows, 7, dtype=torch.float64, device=device)
+    if mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    logprobs, advantages = _supported(logprobs), _supported(advantages)
+    launch(
+        kernels.token_kernel,
+        (rows,),
+        device,
+        logprobs,
+        *logprobs.stride(),
+        advantages,
+        *advantages.stride(),
+        mask.detach(),
+        *mask.stride(),
+        is_expert.contiguous().view(torch.uint8),
+        length,
+        out,
+        WIDTH=WIDTH,
+        BITWISE_BF16=interpreted(),
+    )
+    return out
+
+
+def absorb_(current: Tensor, previous: Tensor | None, total: Tensor, scale: Tensor | float) -> Tensor:
+    """See :func:`gac_kernels.reference.absorb_`. One launch, float64 arithmetic."""
+    factor = check_absorb(current, previous, total, scale)
+    device = _indexed(current.device)
+    check_device(device)
+    cells = -(-current.numel() // LANES)
+    out = torch.empty(cells, dtype=torch.float64, device=device)
+    launch(
+        kernels.absorb_kernel,
+        (cells,),
+        device,
+        current.detach(),
+        None if previous is None else previous.detach(),
+        total.detach(),
+        current.numel(),
+        *scalar_arguments(factor),
+        out,
+        CELL=LANES,
+    )
+    return out
