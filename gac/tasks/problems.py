@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import os
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -177,15 +176,21 @@ def _compact_renderer(questions: Sequence[str]):
 
     "State the final answer to the following arithmetic problem: 45 + 27 =" becomes "45+27=".
     """
-    prefix = _cut_to_boundary(os.path.commonprefix(questions)) if len(questions) > 1 else ""
+    prefix = _cut_to_boundary(_common_prefix(questions)) if len(questions) > 1 else ""
     rest = [question[len(prefix) :] for question in questions]
-    suffix = _cut_to_boundary(os.path.commonprefix([text[::-1] for text in rest])) if len(questions) > 1 else ""
+    suffix = _cut_to_boundary(_common_prefix([text[::-1] for text in rest])) if len(questions) > 1 else ""
 
     def render(question: str) -> str:
         text = question[len(prefix) : len(question) - len(suffix)].strip()
         return re.sub(r" *([-+*/=<>,:;()]) *", r"\1", text) + "="
 
     return render
+
+
+def _common_prefix(texts: Sequence[str]) -> str:
+    first, last = min(texts), max(texts)  # what these two share, all share
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[:length]
 
 
 def _cut_to_boundary(text: str) -> str:

@@ -13,7 +13,7 @@ _FORMATS = "columns 'prompt' and 'completion' (text or message lists), or 'input
 
 @dataclasses.dataclass
 class DemonstrationBatch:
-    """Right-padded tensors ``[B, T]``: ``input_ids`` and ``attention_mask`` int64, ``labels`` with -100 where no loss."""
+    """Right-padded int64 tensors ``[B, T]``; ``labels`` are -100 where there is no loss."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor

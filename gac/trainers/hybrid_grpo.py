@@ -1,0 +1,367 @@
+"""TRL's GRPO with a supervised branch whose weight is set from measured gradient statistics.
+
+`HybridGRPOTrainer` leaves TRL's reinforcement side as it is and adds one supervised forward and backward to every
+micro-step. What each branch's gradient is divided by, so that `mu` means the same at any accumulation, batch size and
+sequence length:
+
+- RL: TRL's own normalisation. TRL divides inside its loss and switches the trainer's accumulation scaling off
+  (``loss_is_scaled_for_ga``), which is why the supervised loss must bring its own divisor.
+- SFT: the token sum of a micro-batch over the loss tokens of the *whole* accumulation window on all ranks. The window's
+  micro-batches are drawn together at its first micro-step, so the count is known before the first backward.
+
+Under DDP the reinforcement backward never synchronises; the supervised one that follows it does, in the last
+micro-step. Every rank runs both backwards in every micro-step, whatever its data.
+"""
+
+import contextlib
+import os
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+import gac
+from gac.controller import Controller
+from gac.losses import count_label_tokens, sft_token_loss
+from gac.mixer import ESTIMATORS
+from gac.trainers.demonstrations import DemonstrationBatch, DemonstrationCollator, EpochSampler
+
+STATE_FILE = "gac_state.pt"
+"""The last file written into a checkpoint: a checkpoint without it is incomplete."""
+ROLLOUT_FILE = "gac_rollouts_{rank}.pt"
+SFT_LOSSES = ("nll", "phi")
+_COUNTERS = ("step", "skipped")
+"""Metrics that count: logged with their newest value, where the others are averaged over the logging window."""
+
+
+@dataclass
+class HybridGRPOConfig(GRPOConfig):
+    """TRL's `GRPOConfig` with the options of the supervised branch and of the mix.
+
+    Raises:
+        ValueError: unknown law, law option, estimator or loss, or a number out of range; at construction.
+    """
+
+    law: str = field(default="gac", metadata={"help": "How mu follows from the statistics; see gac.laws.available()."})
+    mu: float | None = field(
+        default=None, metadata={"help": "A constant SFT weight in [0, 1]; short for law='fixed' with this mu."}
+    )
+    law_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of the law, such as {'half_life': 7.0, 'cap': 0.02}."}
+    )
+    estimator: str = field(default="auto", metadata={"help": "'auto', 'sketch' or 'exact'; see gac.patch."})
+    gac_interval: int = field(default=1, metadata={"help": "Measure in every so many optimizer steps."})
+    sft_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Demonstrations per device and micro-step; default: per_device_train_batch_size."},
+    )
+    sft_loss: str = field(
+        default="nll", metadata={"help": "'nll', or 'phi' to weight each token with its detached p * (1 - p)."}
+    )
+    sft_max_length: int | None = field(
+        default=None, metadata={"help": "Demonstrations keep their first so many tokens; default: no limit."}
+    )
+    sft_completion_only: bool = field(
+        default=True, metadata={"help": "Loss on completion tokens only; otherwise on the prompt too."}
+    )
+    sft_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the order of the demonstrations; default: seed."}
+    )
+
+    # TrainingArguments parses dict options given as JSON text for the fields named here; no annotation, or it would
+    # become a field
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "law_options"]  # noqa: RUF012
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sft_loss not in SFT_LOSSES:
+            raise ValueError(f"unknown sft_loss {self.sft_loss!r}; known: {', '.join(SFT_LOSSES)}")
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"unknown estimator {self.estimator!r}; known: {', '.join(ESTIMATORS)}")
+        for name in ("sft_batch_size", "gac_interval"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.build_controller()
+
+    def law_and_options(self) -> tuple[str, dict[str, Any]]:
+        """Name and options of the law, with `mu` folded in."""
+        options = dict(self.law_options or {})
+        if self.mu is None:
+            return self.law, options
+        if self.law not in ("fixed", "gac") or options:
+            raise ValueError(
+                f"mu={self.mu} is a constant weight and cannot be combined with law={self.law!r} and "
+                f"law_options={options}; leave one of them out"
+            )
+        return "fixed", {"mu": self.mu}
+
+    def build_controller(self) -> Controller:
+        """A fresh controller of the law; raises ValueError for what the law does not know."""
+        law, options = self.law_and_options()
+        try:
+            return Controller(law, **options)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+
+
+class HybridGRPOTrainer(GRPOTrainer):
+    """`trl.GRPOTrainer` with a supervised branch.
+
+    Each optimizer step follows ``mu * SFT gradient + (1 - mu) * RL gradient``; the logged loss is the same weighted
+    sum, and everything measured is logged under ``gac/`` next to the unweighted ``gac/sft_loss``. The model is patched
+    while `train` runs and left without hooks afterwards; `mixer` keeps the last values.
+
+    Checkpoints continue exactly: they hold the mixer's state, the position in the demonstrations, TRL's micro-step
+    counter and, where a checkpoint falls between two generations (``steps_per_generation`` or ``num_iterations`` above
+    their defaults), the buffered rollouts. The order of prompts is restored in later epochs too, which TRL alone does
+    not do. `complete_checkpoints` tells finished checkpoints from those that a kill cut short; keep
+    ``save_total_limit`` at 2 or more so that one of them always is.
+
+    ``use_liger_kernel`` works: TRL 1.16 applies Liger's layers only and refuses its fused loss itself. Should another
+    version of TRL not call `compute_loss`, the first step raises instead of training unweighted.
+
+    Args:
+        model, reward_funcs, train_dataset: as for `GRPOTrainer`; `train_dataset` holds the prompts.
+        args: a `HybridGRPOConfig`.
+        sft_dataset: demonstrations, a map-style data set or a list of dicts with ``prompt`` and ``completion`` (text
+            or messages) or ``input_ids`` and ``labels``; see `DemonstrationCollator`.
+        **kwargs: everything else that `GRPOTrainer` takes.
+
+    Raises:
+        ValueError: empty `sft_dataset` or missing columns; DeepSpeed, FSDP or fp16 (the message says why).
+        TypeError: `args` is not a `HybridGRPOConfig`.
+    """
+
+    _tag_names = ["trl", "grpo", "gac"]  # noqa: RUF012 - the type of the base class
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: HybridGRPOConfig | None = None,
+        train_dataset: Any = None,
+        sft_dataset: Any = None,
+        **kwargs: Any,
+    ):
+        if args is not None and not isinstance(args, HybridGRPOConfig):
+            raise TypeError(f"args must be a HybridGRPOConfig, got {type(args).__name__}")
+        if sft_dataset is None:
+            raise ValueError("sft_dataset is missing; pass demonstrations, or use trl.GRPOTrainer for RL alone")
+        if args is None:
+            args = HybridGRPOConfig("hybrid-grpo")
+        if args.fp16:
+            raise ValueError(
+                "fp16=True scales the loss by a factor that changes during training, which the statistics would see; "
+                "use bf16=True"
+            )
+        super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED or self.is_fsdp_enabled:
+            raise ValueError(
+                "DeepSpeed and FSDP sum the gradients of both branches before they can be told apart; use DDP "
+                "(accelerate launch --multi_gpu)"
+            )
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        self._collate = DemonstrationCollator(
+            tokenizer, sft_dataset, completion_only=args.sft_completion_only, max_length=args.sft_max_length
+        )
+        self._sampler = EpochSampler(len(sft_dataset), args.seed if args.sft_seed is None else args.sft_seed)
+        self._sft_position = 0
+        self._sft_window: deque[DemonstrationBatch] = deque()
+        self._sft_window_tokens: torch.Tensor | None = None
+        self._sft_window_loss: torch.Tensor | None = None
+        self._rl_weighted = False
+        self._rl_sampler = None
+        self._mixer_state: dict | None = None
+        self._last_metrics: dict[str, float] = {}
+        self.mixer: gac.Mixer | None = None
+        # first, so that a callback of the user sees the new mu in the same event
+        self.callback_handler.callbacks.insert(0, _MixerStep(self))
+
+    # -- the two branches ---------------------------------------------------------------------------------------------
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """One RL and one SFT forward and backward; returns the weighted sum of both losses."""
+        if not self._sft_window:
+            self._draw_window()
+        # The supervised backward below is the one that may synchronise. Both contexts nest inside the trainer's own.
+        with self.mixer.rl(), self.accelerator.no_sync(model=model):
+            self._rl_weighted = False
+            rl_loss = super().training_step(model, inputs, num_items_in_batch)
+        if not self._rl_weighted:
+            raise RuntimeError(
+                "the RL loss did not pass through compute_loss, so it was not weighted; this version of TRL or one of "
+                "its options (a fused loss?) is not supported"
+            )
+        with self.mixer.sft():
+            sft_loss = self._sft_step(model)
+        return rl_loss + sft_loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss, weighted with ``1 - mu`` in training and as it is in evaluation."""
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training:
+            return loss
+        self._rl_weighted = True
+        return loss * self.mixer.weight.to(loss.dtype)
+
+    def _sft_step(self, model) -> torch.Tensor:
+        batch = self._sft_window.popleft().to(self.accelerator.device)
+        with self.compute_loss_context_manager():
+            outputs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            loss = sft_token_loss(
+                outputs.logits, batch.labels, num_tokens=self._sft_window_tokens, phi=self.args.sft_loss == "phi"
+            )
+        # the count spans all ranks and data parallelism averages gradients over them
+        loss = loss * self.accelerator.num_processes
+        self._sft_window_loss = loss.detach() + (0.0 if self._sft_window_loss is None else self._sft_window_loss)
+        weighted = loss * self.mixer.weight
+        self.accelerator.backward(weighted)
+        return weighted.detach()
+
+    def _draw_window(self) -> None:
+        """Demonstrations of all micro-steps up to the next optimizer step, and their token count over all ranks."""
+        size = self.args.sft_batch_size or self.args.per_device_train_batch_size
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        for _ in range(self.current_gradient_accumulation_steps):
+            indices = self._sampler.take(self._sft_position + rank * size, size)
+            self._sft_position += world * size
+            self._sft_window.append(self._collate(indices))
+        tokens = torch.stack([count_label_tokens(batch.labels) for batch in self._sft_window]).sum()
+        tokens = tokens.to(self.accelerator.device)
+        self._sft_window_tokens = self.accelerator.reduce(tokens, reduction="sum") if world > 1 else tokens
+        self._sft_window_loss = None
+
+    # -- mixer --------------------------------------------------------------------------------------------------------
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # the wrapped model, so that data parallelism is seen; hooks live only while training runs
+        law, options = self.args.law_and_options()
+        self.mixer = gac.patch(
+            self.model_wrapped,
+            law=law,
+            estimator=self.args.estimator,
+            interval=self.args.gac_interval,
+            **options,
+        )
+        if self._mixer_state is not None:
+            self.mixer.load_state_dict(self._mixer_state)
+        if resume_from_checkpoint is not None:
+            self._load_gac_state(resume_from_checkpoint)
+        return prepared
+
+    def _inner_training_loop(self, *args, **kwargs):
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            self._detach()
+
+    def _detach(self) -> None:
+        if self.mixer is not None:
+            with contextlib.suppress(RuntimeError):  # an exception in mid-step leaves nothing worth keeping
+                self._mixer_state = self.mixer.state_dict()
+            self.mixer.unpatch()
+        self._sft_window.clear()
+
+    def _on_optimizer_step(self) -> None:
+        self.mixer.step()
+        metrics = self.mixer.metrics()
+        self._last_metrics = {f"gac/{name}": metrics[name] for name in _COUNTERS if name in metrics}
+        series = self._metrics["train"]
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)) and name not in _COUNTERS:
+                series[f"gac/{name}"].append(float(value))
+        if self._sft_window_loss is not None:
+            # a device scalar until it is logged: TRL's own metrics wait for the device, ours need not
+            series["gac/sft_loss"].append(self._sft_window_loss)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's logging, with the metrics of the mix under ``gac/``."""
+        if self.model.training and "loss" in logs:
+            losses = self._metrics["train"].get("gac/sft_loss")
+            if losses:
+                mean = torch.stack([loss.float() for loss in losses]).mean()
+                self._metrics["train"]["gac/sft_loss"] = [self.accelerator.gather(mean).mean().item()]
+            # what was not measured (NaN) is left out rather than logged as a number
+            for name in [key for key, values in self._metrics["train"].items() if key.startswith("gac/")]:
+                if all(value != value for value in self._metrics["train"][name]):
+                    del self._metrics["train"][name]
+            logs.update(self._last_metrics)
+        super().log(logs, start_time)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, dataset=None):
+        self._rl_sampler = super()._get_train_sampler(dataset)
+        return self._rl_sampler
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        if self._step % (self.args.steps_per_generation * self.num_iterations):
+            _save(self._buffered_inputs, os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index)))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            state = {
+                "mixer": self.mixer.state_dict(),
+                "sft_position": self._sft_position,
+                "sft_size": self._sampler.size,
+                "micro_step": self._step,
+            }
+            _save(state, os.path.join(folder, STATE_FILE))
+
+    def _load_gac_state(self, checkpoint: str) -> None:
+        path = os.path.join(checkpoint, STATE_FILE)
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"{checkpoint} has no {STATE_FILE}: it was cut short or another trainer wrote it; resume from one of "
+                "gac.trainers.hybrid_grpo.complete_checkpoints(output_dir)"
+            )
+        state = torch.load(path, weights_only=True)
+        if state["sft_size"] != self._sampler.size:
+            raise ValueError(
+                f"{checkpoint} was written with {state['sft_size']} demonstrations, sft_dataset has "
+                f"{self._sampler.size}; resume with the same set"
+            )
+        self.mixer.load_state_dict(state["mixer"])
+        self._sft_position = state["sft_position"]
+        self._sft_window.clear()
+        self._step = state["micro_step"]
+        rollouts = os.path.join(checkpoint, ROLLOUT_FILE.format(rank=self.args.process_index))
+        if os.path.isfile(rollouts):
+            self._buffered_inputs = torch.load(rollouts, weights_only=True, map_location=self.accelerator.device)
+        # TRL's sampler draws one permutation per epoch from its own generator, which a checkpoint does not hold
+        if getattr(self._rl_sampler, "shuffle", False):
+            for _ in range(int(self.state.epoch or 0)):
+                torch.randperm(self._rl_sampler.num_samples, generator=self._rl_sampler.generator)
+
+
+class _MixerStep(TrainerCallback):
+    """Ends the mixer's step after the optimizer's, before anything is logged or saved."""
+
+    def __init__(self, trainer: HybridGRPOTrainer):
+        self._trainer = trainer
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self._trainer._on_optimizer_step()
+
+
+def complete_checkpoints(output_dir: str) -> list[str]:
+    """Folders of finished checkpoints in `output_dir`, oldest step first; a kill during saving leaves none behind."""
+    steps = []
+    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else ():
+        prefix, _, step = name.rpartition("-")
+        if prefix == "checkpoint" and step.isdigit() and os.path.isfile(os.path.join(output_dir, name, STATE_FILE)):
+            steps.append((int(step), os.path.join(output_dir, name)))
+    return [path for _, path in sorted(steps)]
+
+
+def _save(value: Any, path: str) -> None:
+    """`torch.save` that leaves either the whole file or none."""
+    torch.save(value, path + ".part")
+    os.replace(path + ".part", path)
