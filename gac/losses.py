@@ -109,5 +109,5 @@ def phi_token_loss(
 
 
 def count_label_tokens(labels: torch.Tensor) -> torch.Tensor:
-    """Number of tokens that `sft_token_loss` sums over: labels other than -100, first position excluded. 0-dim int64."""
+    """Number of tokens that `sft_token_loss` sums over: labels that are not -100, first position excluded."""
     return (labels[..., 1:] != IGNORE_INDEX).sum()

@@ -1,0 +1,122 @@
+"""The interface of a law, its registry, and the guardrails that laws share."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from numbers import Real
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gac.statistics import Statistics
+
+_LAWS: dict[str, type[Law]] = {}
+_ALIASES: dict[str, str] = {}
+
+
+class Law(ABC):
+    """A rule for mu. Its state is a dictionary of float64 tensors on the statistics' device.
+
+    A law sees the statistics of a step (or None where none were measured) and returns the mu of the next step. It
+    never reads a device value on the host: what depends on the statistics is decided by ``torch.where``.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, start: float) -> None:
+        self.start = unit_interval("start", start)
+        self.state: dict[str, Tensor] = {"mu": torch.tensor(self.start, dtype=torch.float64)}
+        self.record("raw", float("nan"))
+        self.record("prior", float("nan"))
+
+    @property
+    def mu(self) -> Tensor:
+        """The current weight of the SFT branch, 0-dim."""
+        return self.state["mu"]
+
+    def record(self, name: str, value: float | Tensor) -> None:
+        """Keeps a 0-dim number in the state, for the next step or for the metrics."""
+        if not isinstance(value, Tensor):
+            value = torch.full((), float(value), dtype=self.mu.dtype, device=self.mu.device)
+        self.state[name] = value
+
+    def to(self, device: torch.device) -> None:
+        """Moves the state; only the first update ever finds it elsewhere."""
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.state = {k: v.to(device=device, dtype=dtype, non_blocking=True) for k, v in self.state.items()}
+
+    @abstractmethod
+    def update(self, statistics: Statistics | None, *, step: int, prior: float | None, alpha: float | None) -> Tensor:
+        """The next mu, 0-dim. ``prior`` and ``alpha`` replace the law's own where given."""
+
+
+def register(name: str, *aliases: str) -> Callable[[type[Law]], type[Law]]:
+    """Class decorator that makes a law available as ``law=name``."""
+
+    def decorate(cls: type[Law]) -> type[Law]:
+        cls.name = name
+        _LAWS[name] = cls
+        _ALIASES.update(dict.fromkeys(aliases, name))
+        return cls
+
+    return decorate
+
+
+def available() -> tuple[str, ...]:
+    """Names of the laws."""
+    return tuple(sorted(_LAWS))
+
+
+def create(name: str, **options) -> Law:
+    """Builds a law.
+
+    Raises ValueError for an unknown name or a value out of range, TypeError for an option that the law lacks; both
+    name what is known.
+    """
+    cls = _LAWS.get(_ALIASES.get(name, name))
+    if cls is None:
+        close = difflib.get_close_matches(str(name), [*_LAWS, *_ALIASES], n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown law {name!r}; known: {', '.join(available())}.{hint}")
+    known = list(inspect.signature(cls).parameters)
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"law {cls.name!r} has no option {', '.join(unknown)}; it has: {', '.join(known)}")
+    return cls(**options)
+
+
+def number(name: str, value: float, low: float, high: float) -> float:
+    """``value`` as a float in ``[low, high]``, or an error with the argument's name."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
+    return float(value)
+
+
+def unit_interval(name: str, value: float) -> float:
+    """``value`` as a float in [0, 1]."""
+    return number(name, value, 0.0, 1.0)
+
+
+def bounds(mu_min: float, mu_max: float) -> tuple[float, float]:
+    """The checked bounds of mu."""
+    low, high = unit_interval("mu_min", mu_min), unit_interval("mu_max", mu_max)
+    if low > high:
+        raise ValueError(f"mu_min must not exceed mu_max, got {mu_min} > {mu_max}")
+    return low, high
+
+
+def closed_form(
+    sigma_s2: Tensor, sigma_r2: Tensor, delta_g2: Tensor, alpha: float | Tensor, *, epsilon: float = 0.0
+) -> Tensor:
+    """The mu of least mean squared error, ``(alpha*delta_g2 + sigma_r2) / (delta_g2 + sigma_s2 + sigma_r2)``.
+
+    From ``(mu-alpha)^2*delta_g2 + mu^2*sigma_s2 + (1-mu)^2*sigma_r2`` (GAC, arXiv 2605.26184). The three numbers must
+    not be negative. NaN when all are 0 (every mu is then as good), unless ``epsilon`` is added to the denominator.
+    """
+    return (alpha * delta_g2 + sigma_r2) / (delta_g2 + sigma_s2 + sigma_r2 + epsilon)

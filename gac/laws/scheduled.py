@@ -1,0 +1,27 @@
+"""Laws that follow a schedule and look at no statistic."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gac.laws.base import Law, register, unit_interval
+from gac.schedules import warmup_cosine
+from gac.statistics import Statistics
+
+
+@register("chord-mu", "chord")
+class ChordMuLaw(Law):
+    """mu rises linearly to ``peak`` and falls along a cosine to ``valley`` (CHORD, arXiv 2508.11408).
+
+    Args:
+        warmup, decay: steps up and down; defaults of Trinity-RFT's mix_chord example.
+        peak, valley: highest and final mu.
+    """
+
+    def __init__(self, warmup: int = 0, decay: int = 200, peak: float = 0.9, valley: float = 0.05) -> None:
+        self.arguments = (warmup, decay, unit_interval("peak", peak), unit_interval("valley", valley))
+        super().__init__(start=warmup_cosine(0, *self.arguments))
+
+    def update(self, statistics: Statistics | None, *, step: int, prior: float | None, alpha: float | None) -> Tensor:
+        self.record("mu", warmup_cosine(step + 1, *self.arguments))  # the mu of the step to come
+        return self.mu

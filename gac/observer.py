@@ -1,0 +1,192 @@
+"""Hooks that notice each contribution during backward and hand the gradients to the ledgers, a bucket at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from gac.ledger import Branch, Ledger
+
+BUCKET_BYTES = 128 * 2**20
+"""Gradients are handed over once this much is pending: a launch for each bucket, none for each parameter."""
+
+_queue_callback = torch.autograd.Variable._execution_engine.queue_callback
+
+
+class Observer:
+    """Watches the parameters of a model. One contribution is what one backward pass adds to the gradients.
+
+    Args:
+        parameters: named parameters that require gradients, each once.
+        lossless: the exact estimator's layout.
+        running: read ``p.grad`` after accumulation (and take differences) instead of the incoming gradient.
+        seed: of the sketch.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], *, lossless: bool, running: bool, seed: int):
+        self.running = running
+        self.names: list[str] = []
+        self.parameters: list[nn.Parameter] = []
+        self._place: list[tuple[int, int]] = []  # parameter -> (ledger, region)
+        groups: dict[torch.device, list[int]] = {}
+        for index, (name, parameter) in enumerate(parameters):
+            self.names.append(name)
+            self.parameters.append(parameter)
+            group = groups.setdefault(parameter.device, [])
+            self._place.append((list(groups).index(parameter.device), len(group)))
+            group.append(index)
+        self._bytes = [p.numel() * p.element_size() for p in self.parameters]
+        self.ledgers = [
+            Ledger([self.parameters[k].numel() for k in group], device, lossless=lossless, running=running, seed=seed)
+            for device, group in groups.items()
+        ]
+        self.counts = dict.fromkeys(Branch, 0)
+        self.branch: Branch | None = None
+        self.measuring = True
+        self.fired = False  # whether any hook ran since the last clear()
+        self.broken = False  # a backward pass raised: this step's sums are incomplete
+        self.seconds = 0.0  # host time spent here since the last clear()
+        self._scales: list[Tensor] = []
+        self._open = False
+        self._seen: set[int] = set()
+        self._pending: dict[int, Tensor] = {}
+        self._pending_bytes = 0
+        self._graph_task = -1
+        self._incoming: dict[int, Tensor] = {}
+        self._handles = []
+        for index, parameter in enumerate(self.parameters):
+            if not running:
+                self._handles.append(parameter.register_hook(functools.partial(self._on_gradient, index)))
+            self._handles.append(
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._on_accumulated, index))
+            )
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # -- branches -------------------------------------------------------------------------------------------------
+
+    def enter(self, branch: Branch, scale: Tensor) -> None:
+        """Contributions from now on belong to ``branch``; ``scale`` undoes the weight of its loss."""
+        self.branch = branch
+        self._scales = [
+            scale if scale.device == ledger.device else scale.to(ledger.device, non_blocking=True)
+            for ledger in self.ledgers
+        ]
+
+    def leave(self, *, failed: bool) -> None:
+        """The branch ends; ``failed`` after an exception, which leaves its contribution incomplete."""
+        if failed and self._open:
+            self._drop()
+            self.broken = True
+        self.finish()
+        self.branch = None
+
+    # -- hooks ----------------------------------------------------------------------------------------------------
+
+    def _on_gradient(self, index: int, gradient: Tensor) -> None:
+        # Runs for torch.autograd.grad too, where nothing is accumulated and _on_accumulated never follows.
+        if self.branch is not None and self.measuring:
+            self._incoming[index] = gradient.detach()
+
+    def _on_accumulated(self, index: int, parameter: nn.Parameter) -> None:
+        start = perf_counter()
+        self._notice(index, parameter.grad if self.running else self._incoming.pop(index, None))
+        self.seconds += perf_counter() - start
+
+    def _notice(self, index: int, gradient: Tensor | None) -> None:
+        if self.branch is None:
+            raise RuntimeError(
+                f"a backward pass reached parameter {self.names[index]!r} outside a branch: run it inside "
+                "`with mixer.sft():` or `with mixer.rl():`, or call mixer.unpatch() first"
+            )
+        self.fired = True
+        if not self.measuring:
+            return
+        task = torch._C._current_graph_task_id()
+        if task != self._graph_task:
+            self._graph_task = task
+            _queue_callback(self._end_of_backward)
+        if not self._open:
+            self._open = True
+            for ledger in self.ledgers:
+                ledger.begin()
+        if index in self._seen:
+            gradient = self._merge(index, gradient)
+        self._seen.add(index)
+        self._pending[index] = gradient
+        self._pending_bytes += self._bytes[index]
+        if self._pending_bytes >= BUCKET_BYTES:
+            self._flush()
+
+    def _merge(self, index: int, gradient: Tensor) -> Tensor:
+        """A parameter came twice in one backward pass (re-entrant checkpointing of a tied weight)."""
+        if self.running:
+            return gradient  # the sum so far replaces the earlier one
+        if index in self._pending:
+            return self._pending.pop(index) + gradient
+        if self.ledgers[self._place[index][0]].direct:
+            raise RuntimeError(
+                f"parameter {self.names[index]!r} received two gradients in one backward pass, more than a bucket "
+                'apart: checkpoint with use_reentrant=False, or patch with estimator="sketch"'
+            )
+        return gradient
+
+    def _end_of_backward(self) -> None:
+        # Inside a re-entrant checkpoint this is the end of a nested pass: the contribution goes on.
+        if torch._C._current_autograd_node() is None:
+            self.finish()
+
+    # -- contributions --------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Closes the open contribution, if there is one."""
+        self._graph_task = -1
+        self._incoming.clear()
+        if not self._open:
+            return
+        start = perf_counter()
+        self._flush()
+        for ledger, scale in zip(self.ledgers, self._scales, strict=True):
+            ledger.end(self.branch, scale)
+        self.counts[self.branch] += 1
+        self._open = False
+        self._seen.clear()
+        self.seconds += perf_counter() - start
+
+    @torch.no_grad()
+    def _flush(self) -> None:
+        batches: list[tuple[list[int], list[Tensor]]] = [([], []) for _ in self.ledgers]
+        for index, gradient in self._pending.items():
+            which, region = self._place[index]
+            batches[which][0].append(region)
+            batches[which][1].append(gradient.to_dense() if gradient.layout is torch.sparse_coo else gradient)
+        self._pending.clear()
+        self._pending_bytes = 0
+        for ledger, scale, (regions, gradients) in zip(self.ledgers, self._scales, batches, strict=True):
+            if regions:
+                ledger.read(self.branch, regions, gradients, scale)
+
+    def _drop(self) -> None:
+        self._pending.clear()
+        self._pending_bytes = 0
+        self._incoming.clear()
+        self._seen.clear()
+        self._open = False
+
+    def clear(self) -> None:
+        """Forgets the step: sums, counts and host time."""
+        self._drop()
+        if any(self.counts.values()) or self.broken:
+            for ledger in self.ledgers:
+                ledger.clear()
+        self.counts = dict.fromkeys(Branch, 0)
+        self.fired = self.broken = False
+        self.seconds = 0.0

@@ -1,0 +1,43 @@
+"""Noise of a branch that has one contribution in a step: no replicate inside the step, so time serves as one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gac.ledger import Branch
+from gac_kernels.arguments import accumulator_dtype
+
+DECAY = 0.9
+"""Of the moving mean; a longer memory lowers the estimate's variance a little and counts more drift as noise."""
+
+
+class MovingMeans:
+    """A moving mean of each branch's gradient sketch on one device, made on first use.
+
+    With ``M`` the bias-corrected mean of the gradients before step ``t`` and ``rho`` its decay,
+    ``|S G_t - M|^2 / (1 + v)`` estimates the noise of ``G_t``, where ``v = (1-rho)(1+rho^t) / ((1+rho)(1-rho^t))`` is
+    the variance of ``M`` in units of the gradient's (``1/(1+v)`` tends to ``(1+rho)/2``). Unbiased while the expected
+    gradient stands still; its drift counts as noise, which makes the estimate an upper bound.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.state: dict[str, Tensor] = {}
+
+    def noise(self, branch: Branch, gradient: Tensor) -> Tensor:
+        """The estimate, 0-dim; NaN before the second step. ``gradient`` is ``[m]``, the branch's sketch."""
+        if f"{branch.value}.mean" not in self.state:
+            return torch.full((), float("nan"), dtype=accumulator_dtype(self.device), device=self.device)
+        mean, weight = self.state[f"{branch.value}.mean"], self.state[f"{branch.value}.weight"]
+        v = (1 - DECAY) * (2 - weight) / ((1 + DECAY) * weight)  # rho^t is 1 - weight
+        difference = gradient.to(weight.dtype) - mean.to(weight.dtype) / weight
+        return torch.dot(difference, difference) / (1 + v)
+
+    def update(self, branch: Branch, gradient: Tensor, healthy: Tensor) -> None:
+        """Takes the step's gradient in where ``healthy`` (0-dim bool) is true."""
+        mean = self.state.setdefault(f"{branch.value}.mean", torch.zeros_like(gradient))
+        zero = torch.zeros((), dtype=accumulator_dtype(self.device), device=self.device)
+        weight = self.state.setdefault(f"{branch.value}.weight", zero)
+        mean.copy_(torch.where(healthy, torch.lerp(gradient, mean, DECAY), mean))
+        self.state[f"{branch.value}.weight"] = torch.where(healthy, DECAY * weight + (1 - DECAY), weight)
