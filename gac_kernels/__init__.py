@@ -5,8 +5,19 @@ device: Triton on GPUs, the C++ library on CPUs, the pure-torch reference elsewh
 for what each one computes.
 """
 
-from gac_kernels import reference
+from gac_kernels import library, reference
 from gac_kernels.layout import SketchLayout
-from gac_kernels.ops import absorb_, mix_, moments, pair_moments, sketch, token_moments
+from gac_kernels.ops import absorb_, backend_status, mix_, moments, pair_moments, sketch, token_moments
 
-__all__ = ["SketchLayout", "absorb_", "mix_", "moments", "pair_moments", "reference", "sketch", "token_moments"]
+__all__ = [
+    "SketchLayout",
+    "absorb_",
+    "backend_status",
+    "library",
+    "mix_",
+    "moments",
+    "pair_moments",
+    "reference",
+    "sketch",
+    "token_moments",
+]

@@ -27,11 +27,19 @@ COLUMN_BLOCK = 1024
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Warps of a program, and how many vectors of 1,024 elements a program asks for before it waits."""
+    """How the kernels are launched on one architecture.
+
+    Attributes:
+        warps: warps of a program.
+        unroll: vectors of 1,024 elements that a program asks for before it waits, when it reads one list.
+        pair_unroll: the same for each of two lists.
+        finish_width: buckets of one program of the sketch's second stage.
+    """
 
     warps: int
     unroll: int
     pair_unroll: int
+    finish_width: int = 128
 
 
 _BY_CAPABILITY = {
@@ -40,6 +48,7 @@ _BY_CAPABILITY = {
     10: LaunchConfig(warps=4, unroll=8, pair_unroll=4),
 }
 _DEFAULT = LaunchConfig(warps=4, unroll=4, pair_unroll=2)
+_INTERPRETER = LaunchConfig(warps=4, unroll=2, pair_unroll=2, finish_width=1024)
 
 
 def for_capability(major: int) -> LaunchConfig:
@@ -50,7 +59,9 @@ def for_capability(major: int) -> LaunchConfig:
 @cache
 def for_device(device: torch.device) -> LaunchConfig:
     """The configuration for tensors on ``device`` (a device with an index, or the CPU under the interpreter)."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    if device.type != "cuda":
+        return _INTERPRETER
+    if torch.version.hip is not None:
         return _DEFAULT
     return for_capability(torch.cuda.get_device_capability(device)[0])
 

@@ -68,7 +68,7 @@ def _narrow(x, ELEMENT: tl.constexpr, BITWISE_BF16: tl.constexpr):
 def _scalar(pointer, high, low):
     """A float64 scalar: read on the device, or the sum of two float32 arguments (48 bits of a Python float)."""
     if pointer is None:
-        value = high.to(tl.float64) + low.to(tl.float64)
+        value = tl.cast(high, tl.float64) + tl.cast(low, tl.float64)
     else:
         value = tl.load(pointer).to(tl.float64)
     return value

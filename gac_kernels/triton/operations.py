@@ -27,7 +27,6 @@ _ELEMENTS = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
-_FINISH_WIDTH = 128
 _FINISH_SLOTS = 8
 
 
@@ -187,7 +186,7 @@ def sketch(
         out.numel() - layout.size if flat and not accumulate else 0,
     )
     plan = sketch_chunks(*key)
-    lanes = layout.lanes
+    lanes, setup = layout.lanes, config.for_device(device)
     words = min(-(-lanes // 32), config.COLUMN_BLOCK // 32)
     words = 1 << (words - 1).bit_length()
     blocks = -(-lanes // (words * 32))
@@ -211,14 +210,14 @@ def sketch(
                 ACC=_accumulator(dtype),
                 LANES=lanes,
                 WORDS=words,
-                UNROLL=config.for_device(device).unroll,
+                UNROLL=setup.unroll,
                 BITWISE_BF16=interpreted(),
             )
     ranges, moment_rows = _ranges(plan, key, order, blocks, per_tensor, device)
     result = torch.empty(moment_rows, 2, dtype=torch.float64, device=device)
     launch(
         kernels.sketch_finish_kernel,
-        (moment_rows + len(plan.slabs) * -(-lanes // _FINISH_WIDTH),),
+        (moment_rows + len(plan.slabs) * -(-lanes // setup.finish_width),),
         device,
         lane_partials,
         device_tables.get(("slabs", key), device, lambda: plan.slabs),
@@ -230,7 +229,7 @@ def sketch(
         result,
         moment_rows,
         LANES=lanes,
-        WIDTH=_FINISH_WIDTH,
+        WIDTH=setup.finish_width,
         SLOTS=_FINISH_SLOTS,
         ACCUMULATE=accumulate,
         BLOCK=WIDTH,

@@ -1,0 +1,120 @@
+"""The operations as PyTorch operators ``torch.ops.gac_kernels.*``: schema, fake, implementation.
+
+Each operator has one implementation for all devices, which calls the backend that eager calls would get. A layout
+travels as its numbers. Gradients do not flow through any of them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from gac_kernels import ops
+from gac_kernels.arguments import accumulator_dtype
+from gac_kernels.layout import SketchLayout
+
+_library = torch.library.Library("gac_kernels", "DEF")
+
+
+def _operator(schema: str, fake):
+    """Registers the decorated implementation and its fake under ``schema``."""
+
+    def register(implementation):
+        name = schema.split("(", 1)[0]
+        _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        _library.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"gac_kernels::{name}", fake, lib=_library)
+        operator = getattr(torch.ops.gac_kernels, name).default
+
+        @functools.wraps(implementation)
+        def without_gradient(*args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*args)
+
+        _library.impl(name, without_gradient, "Autograd")
+        return implementation
+
+    return register
+
+
+def _sums(tensors: list[Tensor], columns: int, per_tensor: bool) -> Tensor:
+    """An empty result of the shape and dtype that the reductions return."""
+    device = tensors[0].device if tensors else torch.device("cpu")
+    shape = (len(tensors), columns) if per_tensor else (columns,)
+    return torch.empty(shape, dtype=accumulator_dtype(device), device=device)
+
+
+def _function(name: str, tensor: Tensor | None):
+    return ops._implementation(name, "cpu" if tensor is None else tensor.device.type)
+
+
+def _first(tensors: list[Tensor]) -> Tensor | None:
+    return tensors[0] if tensors else None
+
+
+@_operator("moments(Tensor[] tensors, bool per_tensor) -> Tensor", lambda tensors, per: _sums(tensors, 2, per))
+def _moments(tensors, per_tensor):
+    return _function("moments", _first(tensors))(tensors, per_tensor=per_tensor)
+
+
+def _fake_sketch(tensors, out, numels, rows_per_slab, lanes, regions, starts, seed, scale, factor, accumulate, per):
+    shape = (len(tensors), 2) if per else (2,)
+    return torch.empty(shape, dtype=accumulator_dtype(out.device), device=out.device)
+
+
+@_operator(
+    "sketch(Tensor[] tensors, Tensor(a!) out, int[]? numels, int rows_per_slab, int lanes, int[]? regions, "
+    "int[]? starts, int seed, Tensor? scale, float factor, bool accumulate, bool per_tensor) -> Tensor",
+    _fake_sketch,
+)
+def _sketch(tensors, out, numels, rows_per_slab, lanes, regions, starts, seed, scale, factor, accumulate, per_tensor):
+    layout = None if numels is None else SketchLayout(tuple(numels), rows_per_slab, seed, lanes)
+    return _function("sketch", out)(
+        tensors,
+        out,
+        layout=layout,
+        regions=regions,
+        starts=starts,
+        seed=seed,
+        scale=factor if scale is None else scale,
+        accumulate=accumulate,
+        per_tensor=per_tensor,
+    )
+
+
+@_operator(
+    "pair_moments(Tensor[] a, Tensor[] b, bool per_tensor) -> Tensor", lambda a, b, per_tensor: _sums(a, 3, per_tensor)
+)
+def _pair_moments(a, b, per_tensor):
+    return _function("pair_moments", _first(a))(a, b, per_tensor=per_tensor)
+
+
+@_operator("mix_(Tensor(a!)[] a, Tensor[] b, Tensor? mu, float weight) -> ()", lambda a, b, mu, weight: None)
+def _mix_(a, b, mu, weight):
+    _function("mix_", _first(a))(a, b, weight if mu is None else mu)
+
+
+@_operator(
+    "mix_moments_(Tensor(a!)[] a, Tensor[] b, Tensor? mu, float weight) -> Tensor",
+    lambda a, b, mu, weight: _sums(a, 3, False),
+)
+def _mix_moments_(a, b, mu, weight):
+    return _function("mix_", _first(a))(a, b, weight if mu is None else mu, moments=True)
+
+
+@_operator(
+    "token_moments(Tensor logprobs, Tensor advantages, Tensor mask, Tensor is_expert) -> Tensor",
+    lambda logprobs, advantages, mask, is_expert: _sums([logprobs], 7, False).new_empty(logprobs.shape[0], 7),
+)
+def _token_moments(logprobs, advantages, mask, is_expert):
+    return _function("token_moments", logprobs)(logprobs, advantages, mask, is_expert)
+
+
+@_operator(
+    "absorb_(Tensor current, Tensor(a!)? previous, Tensor(b!) total, Tensor? scale, float factor) -> Tensor",
+    lambda current, previous, total, scale, factor: _sums([current], 1, False).new_empty(-(-current.numel() // 1024)),
+)
+def _absorb_(current, previous, total, scale, factor):
+    return _function("absorb_", current)(current, previous, total, factor if scale is None else scale)
