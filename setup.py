@@ -1,5 +1,122 @@
-"""Builds the CPU library from ``csrc/`` where a C++ compiler is found; everything else is in pyproject.toml."""
+"""Builds the CPU library from ``csrc/`` where a C++ compiler is found; everything else is in pyproject.toml.
 
-from setuptools import setup
+The library is plain C++ behind a C interface, so a wheel that holds it is tied to a platform and to nothing else
+(``py3-none-<platform>``). Without a compiler the package is pure Python and works, more slowly. ``CXX`` names the
+compiler, ``CXXFLAGS`` and ``LDFLAGS`` are appended to its options. Nothing here looks at the CPU.
+"""
 
-setup()
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Command, Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = sorted(ROOT.joinpath("csrc").glob("*.cpp"))
+SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
+LIBRARY = Path("gac_kernels", "_lib", f"libgac_cpu.{SUFFIX}")
+
+
+def compiler() -> list[str] | None:
+    """The C++ compiler's command; None when there is none, or none whose options are known."""
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    if sys.platform == "win32":
+        return None
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    return None
+
+
+def command(cxx: list[str], target: Path) -> list[str]:
+    """The command that compiles and links the library. No -march: functions carry their instruction sets themselves."""
+    options = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-pthread"]
+    if sys.platform == "darwin":
+        link = ["-dynamiclib", "-install_name", f"@rpath/{target.name}"]
+    else:
+        link = ["-shared", "-ldl"]
+    flags = shlex.split(os.environ.get("CXXFLAGS", "")), shlex.split(os.environ.get("LDFLAGS", ""))
+    sources = [str(source.relative_to(ROOT)) for source in SOURCES]
+    return [*cxx, *options, *flags[0], *sources, "-o", str(target), *link, *flags[1]]
+
+
+class BuildLibrary(Command):
+    """Compiles the library into the build folder, or in place for an editable installation."""
+
+    description = "compile the CPU library"
+    user_options = []  # noqa: RUF012
+    editable_mode = False
+
+    def initialize_options(self):
+        self.build_lib = None
+
+    def finalize_options(self):
+        self.set_undefined_options("build_py", ("build_lib", "build_lib"))
+
+    def run(self):
+        cxx = compiler()
+        if cxx is None:
+            self.warn("no C++ compiler found (set CXX): the CPU library is left out and the package is pure Python")
+            return
+        target = (ROOT if self.editable_mode else Path(self.build_lib)) / LIBRARY
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Compiled beside its place and moved there: a process that has the old one loaded keeps it.
+        partial = target.with_suffix(".partial")
+        line = command(cxx, partial)
+        self.announce(shlex.join(line), level=2)
+        try:
+            subprocess.run(line, cwd=ROOT, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            partial.unlink(missing_ok=True)
+            if os.environ.get("CXX"):  # asked for by name: a failure is not to be passed over
+                raise
+            self.warn(f"the CPU library does not compile and is left out: {error}")
+            return
+        os.replace(partial, target)
+
+    def get_source_files(self):
+        return [str(path.relative_to(ROOT)) for path in sorted(ROOT.joinpath("csrc").iterdir())]
+
+    def get_outputs(self):
+        target = Path(self.build_lib) / LIBRARY
+        return [str(target)] if target.exists() else []
+
+    def get_output_mapping(self):
+        return {}
+
+
+class Build(build):
+    """``build`` with the library."""
+
+    sub_commands = [*build.sub_commands, ("build_library", None)]  # noqa: RUF012
+
+
+class Wheel(bdist_wheel):
+    """A wheel for any Python 3, tied to the platform when a compiler makes it hold the library."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.root_is_pure = compiler() is None
+
+    def get_tag(self):
+        _, _, platform = super().get_tag()
+        return "py3", "none", platform
+
+
+class BinaryDistribution(Distribution):
+    """Puts the package where platform-dependent files go when it holds the library."""
+
+    def has_ext_modules(self):
+        return compiler() is not None
+
+
+setup(
+    cmdclass={"build": Build, "build_library": BuildLibrary, "bdist_wheel": Wheel},
+    distclass=BinaryDistribution,
+)

@@ -1,0 +1,87 @@
+// C interface of the CPU library. No torch, no Python: plain pointers and counts, loaded through ctypes.
+//
+// A list of n tensors is one int64 table of n columns ("tensor table"), row after row:
+//   row 0  address of the first element
+//   row 1  number of elements
+//   row 2  dtype: 0 float32, 1 bfloat16, 2 float16, 3 float64
+//   row 3  elements of one contiguous run (only in a strided table)
+//   row 4  distance between the starts of two runs, in elements (only in a strided table)
+// Without rows 3 and 4 every tensor is contiguous.
+//
+// Every function returns 0, or one of the codes below. Sums are float64, taken over fixed chunks and combined in a
+// fixed order: results do not depend on the number of threads.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define GAC_API extern "C" __declspec(dllexport)
+#else
+#define GAC_API extern "C" __attribute__((visibility("default")))
+#endif
+
+enum gac_code { GAC_OK = 0, GAC_NULL_POINTER = 1, GAC_NO_MEMORY = 2 };
+
+// Version of this interface; the Python side refuses another one.
+GAC_API int gac_abi(void);
+// Limits the instruction sets: "portable", "avx2", "avx512", "neon", or "" for the best. Returns 0, or 1 when this CPU
+// or this build lacks it (nothing changes then). Not to be called while an operation runs.
+GAC_API int gac_select(const char* isa);
+// Instruction set in use.
+GAC_API const char* gac_isa(void);
+// Where threads come from: "openmp" (the runtime already in the process, hence torch's own threads) or "pool".
+GAC_API const char* gac_threading(void);
+// 1: use the library's own pool even when an OpenMP runtime is there.
+GAC_API void gac_prefer_pool(int pool);
+
+// out: [2] or, per_tensor, [n, 2]: sum of squares, count of non-finite elements.
+GAC_API int gac_moments(const int64_t* table, int64_t n, int strided, int per_tensor, double* out, int threads);
+// The same for one contiguous tensor. packed = dtype + 16 * threads.
+GAC_API int gac_moments_one(const void* x, int64_t numel, int64_t packed, double* out);
+
+// out: [3] or, per_tensor, [n, 3]: |a|^2, |b|^2, <a, b>.
+GAC_API int gac_pair_moments(const int64_t* a, const int64_t* b, int64_t n, int strided, int per_tensor, double* out,
+                             int threads);
+// The same for two contiguous tensors of one dtype.
+GAC_API int gac_pair_moments_one(const void* a, const void* b, int64_t numel, int64_t packed, double* out);
+
+// a <- mu*a + (1-mu)*b. out: [3] of the values before the update, or null.
+GAC_API int gac_mix(const int64_t* a, const int64_t* b, int64_t n, int strided, double mu, double* out, int threads);
+GAC_API int gac_mix_one(void* a, const void* b, int64_t numel, int64_t packed, double mu, double* out);
+
+// The linear map of gac_kernels/layout.py. pieces is a table of n columns: region's first bucket, region's first sign
+// index, elements of the region, start of the piece within the region.
+struct gac_sketch_map {
+  int64_t lanes;
+  int64_t rows_per_slab;
+  uint64_t seed;  // low 32 bits count
+  double scale;
+  void* out;
+  int64_t out_size;    // elements of out
+  int64_t used;        // elements of out that the layout covers; the rest is zeroed when overwriting
+  int32_t out_double;  // 0: float32, 1: float64
+  int32_t accumulate;
+};
+GAC_API int gac_sketch(const int64_t* table, const int64_t* pieces, int64_t n, int strided,
+                       const struct gac_sketch_map* map, int per_tensor, double* moments, int threads);
+
+// One row of sums for each of `rows` sequences of `length` tokens, see reference.token_moments. Strides in elements.
+struct gac_tokens {
+  int64_t rows, length;
+  const void* logprobs;
+  int64_t logprobs_row, logprobs_col;
+  const void* advantages;
+  int64_t advantages_row, advantages_col;
+  const void* mask;
+  int64_t mask_row, mask_col;
+  const uint8_t* is_expert;
+  int64_t is_expert_row;
+  int32_t logprobs_dtype, advantages_dtype;
+  int32_t mask_bytes;  // bytes of one element: 1, 2, 4 or 8
+  int32_t mask_float;  // 1: the sign bit does not count (minus zero is zero)
+};
+GAC_API int gac_token_moments(const struct gac_tokens* tokens, double* out, int threads);
+
+// delta = scale * (current - previous); total += delta; previous <- current. out: a sum of squares for each 1024.
+GAC_API int gac_absorb(const float* current, float* previous, float* total, int64_t m, double scale, double* out,
+                       int threads);

@@ -1,0 +1,42 @@
+// One table of inner loops for each instruction set; operations.cpp cuts the work and calls them.
+#pragma once
+
+#include "types.h"
+
+namespace gac {
+
+// Where a contiguous run of elements goes: lane of its first element, sign index of its first element.
+struct SketchRun {
+  int64_t lanes;
+  int64_t lane;
+  uint64_t index;
+  uint32_t seed;
+};
+
+// Inner loops over contiguous elements, indexed by Dtype.
+struct Kernels {
+  const char* name;
+  // Sum of squares.
+  double (*moments[kDtypes])(const void* x, int64_t n);
+  // sums[3]: x*x, y*y, x*y; set, not added to.
+  void (*pair[kDtypes])(const void* x, const void* y, int64_t n, double* sums);
+  // a <- mu*a + rest*b, and with sums the pair sums of the values before.
+  void (*mix[kDtypes])(void* a, const void* b, int64_t n, double mu, double rest);
+  void (*mix_pair[kDtypes])(void* a, const void* b, int64_t n, double mu, double rest, double* sums);
+  // Adds signed elements to the lane accumulators, wrapping at the end of a row; returns the sum of squares. float64
+  // input needs double lanes: its entry in sketch_float is null.
+  double (*sketch_float[kDtypes])(const void* x, int64_t n, float* lanes, const SketchRun& run);
+  double (*sketch_double[kDtypes])(const void* x, int64_t n, double* lanes, const SketchRun& run);
+  // Adds the seven sums of reference.token_moments over n tokens; keep holds 1.0 or 0.0.
+  void (*tokens)(const double* logp, const double* advantage, const double* keep, int64_t n, double* sums);
+  // delta = scale * (current - previous), total += delta, previous <- current; previous may be null. Returns |delta|^2.
+  double (*absorb)(const float* current, float* previous, float* total, int64_t n, double scale);
+};
+
+extern const Kernels portable_kernels;
+// Null when the build does not have them.
+extern const Kernels* const avx2_kernels;
+extern const Kernels* const avx512_kernels;
+extern const Kernels* const neon_kernels;
+
+}  // namespace gac

@@ -1,0 +1,356 @@
+// Inner loops, written once over a vector type V. Each kernels_*.cpp defines, inside its own namespace,
+//
+//   GAC_INLINE, GAC_KERNEL   attributes that put the function under the instruction set (and nothing else)
+//   V::F, V::D               W floats; W/2 doubles
+//   V::W                     floats of a vector: a divisor of 32
+//   V::U                     independent vectors per turn of the reduction loops
+//
+// and includes this file. Nothing here may call a non-inline function of another target, and no lambda may be used:
+// lambdas do not inherit target attributes.
+//
+// Sums of products are taken in float64: products of float32 are exact there and cannot leave the range. The loops are
+// bound by memory, which pays for it.
+
+struct D2 {
+  V::D lo, hi;
+};
+
+template <class T>
+GAC_INLINE D2 load2(const T* p) {
+  const V::F x = V::load(p);
+  return {V::low(x), V::high(x)};
+}
+GAC_INLINE D2 load2(const float* p) { return {V::widen(p), V::widen(p + V::W / 2)}; }
+GAC_INLINE D2 load2(const double* p) { return {V::load(p), V::load(p + V::W / 2)}; }
+
+GAC_INLINE void store2(float* p, D2 x) {
+  V::narrow(p, x.lo);
+  V::narrow(p + V::W / 2, x.hi);
+}
+GAC_INLINE void store2(double* p, D2 x) {
+  V::store(p, x.lo);
+  V::store(p + V::W / 2, x.hi);
+}
+
+GAC_INLINE D2 zero2() { return {V::zero(), V::zero()}; }
+GAC_INLINE D2 fma2(D2 x, D2 y, D2 z) { return {V::fma(x.lo, y.lo, z.lo), V::fma(x.hi, y.hi, z.hi)}; }
+GAC_INLINE D2 add2(D2 x, D2 y) { return {V::add(x.lo, y.lo), V::add(x.hi, y.hi)}; }
+GAC_INLINE double total(D2 x) { return V::sum(V::add(x.lo, x.hi)); }
+
+// Software prefetch distance in bytes: the hardware prefetcher stops at page borders.
+constexpr int kAhead = 2048;
+
+template <class T>
+GAC_KERNEL double moments(const void* data, int64_t n) {
+  const T* x = static_cast<const T*>(data);
+  constexpr int W = V::W, U = V::U;
+  D2 sums[U];
+  for (int u = 0; u < U; ++u) sums[u] = zero2();
+  int64_t i = 0;
+  for (; i + U * W <= n; i += U * W) {
+    GAC_PREFETCH(x + i, kAhead);
+    for (int u = 0; u < U; ++u) {
+      const D2 v = load2(x + i + u * W);
+      sums[u] = fma2(v, v, sums[u]);
+    }
+  }
+  for (; i + W <= n; i += W) {
+    const D2 v = load2(x + i);
+    sums[0] = fma2(v, v, sums[0]);
+  }
+  for (int u = 1; u < U; ++u) sums[0] = add2(sums[0], sums[u]);
+  double result = total(sums[0]);
+  for (; i < n; ++i) {
+    const double v = to_double(x[i]);
+    result += v * v;
+  }
+  return result;
+}
+
+template <class T>
+GAC_KERNEL void pair(const void* first, const void* second, int64_t n, double* out) {
+  const T* x = static_cast<const T*>(first);
+  const T* y = static_cast<const T*>(second);
+  constexpr int W = V::W, U = V::UPair;
+  D2 xx[U], yy[U], xy[U];
+  for (int u = 0; u < U; ++u) xx[u] = yy[u] = xy[u] = zero2();
+  int64_t i = 0;
+  for (; i + U * W <= n; i += U * W) {
+    GAC_PREFETCH(x + i, kAhead);
+    GAC_PREFETCH(y + i, kAhead);
+    for (int u = 0; u < U; ++u) {
+      const D2 v = load2(x + i + u * W), w = load2(y + i + u * W);
+      xx[u] = fma2(v, v, xx[u]);
+      yy[u] = fma2(w, w, yy[u]);
+      xy[u] = fma2(v, w, xy[u]);
+    }
+  }
+  for (; i + W <= n; i += W) {
+    const D2 v = load2(x + i), w = load2(y + i);
+    xx[0] = fma2(v, v, xx[0]);
+    yy[0] = fma2(w, w, yy[0]);
+    xy[0] = fma2(v, w, xy[0]);
+  }
+  for (int u = 1; u < U; ++u) {
+    xx[0] = add2(xx[0], xx[u]);
+    yy[0] = add2(yy[0], yy[u]);
+    xy[0] = add2(xy[0], xy[u]);
+  }
+  double sxx = total(xx[0]), syy = total(yy[0]), sxy = total(xy[0]);
+  for (; i < n; ++i) {
+    const double v = to_double(x[i]), w = to_double(y[i]);
+    sxx += v * v;
+    syy += w * w;
+    sxy += v * w;
+  }
+  out[0] = sxx;
+  out[1] = syy;
+  out[2] = sxy;
+}
+
+// One vector of the mix. float32 and float64 go through float64, so that the result is rounded once to float32; for the
+// 16-bit types float32 has bits to spare.
+template <class T>
+GAC_INLINE void mix_vector(T* a, const T* b, double mu, double rest) {
+  const V::F x = V::load(a), y = V::load(b);
+  V::store(a, V::fma(V::set(static_cast<float>(mu)), x, V::mul(V::set(static_cast<float>(rest)), y)));
+}
+GAC_INLINE D2 mixed(D2 x, D2 y, double mu, double rest) {
+  const V::D m = V::set(mu), r = V::set(rest);
+  return {V::fma(m, x.lo, V::mul(r, y.lo)), V::fma(m, x.hi, V::mul(r, y.hi))};
+}
+GAC_INLINE void mix_vector(float* a, const float* b, double mu, double rest) {
+  store2(a, mixed(load2(a), load2(b), mu, rest));
+}
+GAC_INLINE void mix_vector(double* a, const double* b, double mu, double rest) {
+  store2(a, mixed(load2(a), load2(b), mu, rest));
+}
+
+template <class T>
+GAC_KERNEL void mix(void* first, const void* second, int64_t n, double mu, double rest) {
+  T* a = static_cast<T*>(first);
+  const T* b = static_cast<const T*>(second);
+  constexpr int W = V::W;
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    GAC_PREFETCH(a + i, kAhead);
+    GAC_PREFETCH(b + i, kAhead);
+    mix_vector(a + i, b + i, mu, rest);
+    mix_vector(a + i + W, b + i + W, mu, rest);
+  }
+  for (; i + W <= n; i += W) mix_vector(a + i, b + i, mu, rest);
+  for (; i < n; ++i) a[i] = from_double<T>(mu * to_double(a[i]) + rest * to_double(b[i]));
+}
+
+template <class T>
+GAC_KERNEL void mix_pair(void* first, const void* second, int64_t n, double mu, double rest, double* out) {
+  T* a = static_cast<T*>(first);
+  const T* b = static_cast<const T*>(second);
+  constexpr int W = V::W;
+  D2 xx = zero2(), yy = zero2(), xy = zero2();
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    GAC_PREFETCH(a + i, kAhead);
+    GAC_PREFETCH(b + i, kAhead);
+    const D2 v = load2(a + i), w = load2(b + i);
+    xx = fma2(v, v, xx);
+    yy = fma2(w, w, yy);
+    xy = fma2(v, w, xy);
+    mix_vector(a + i, b + i, mu, rest);
+  }
+  double sxx = total(xx), syy = total(yy), sxy = total(xy);
+  for (; i < n; ++i) {
+    const double v = to_double(a[i]), w = to_double(b[i]);
+    sxx += v * v;
+    syy += w * w;
+    sxy += v * w;
+    a[i] = from_double<T>(mu * v + rest * w);
+  }
+  out[0] = sxx;
+  out[1] = syy;
+  out[2] = sxy;
+}
+
+// The sign words of `count` groups of 32 elements.
+GAC_INLINE void fill_words(uint32_t seed, uint64_t word, int64_t count, uint32_t* words) {
+  uint32_t key = sign_key(seed, static_cast<uint32_t>(word >> 32));
+  int64_t i = 0;
+  if ((word >> 32) == ((word + static_cast<uint64_t>(count)) >> 32))
+    for (; i + V::W <= count; i += V::W) V::hash(words + i, static_cast<uint32_t>(word + i), key);
+  for (; i < count; ++i) words[i] = sign_word(seed, word + i);
+}
+
+// acc += sign * x for 32 elements, and sums += x*x.
+template <class T>
+GAC_INLINE void add_group(const T* x, float* acc, uint32_t word, D2* sums) {
+  constexpr int W = V::W;
+#pragma GCC unroll 8
+  for (int p = 0; p < 32 / W; ++p) {
+    const V::F v = V::load(x + p * W);
+    V::store(acc + p * W, V::add_signed(V::load(acc + p * W), v, word, p * W));
+    const D2 d = load2(x + p * W);
+    sums[p % 2] = fma2(d, d, sums[p % 2]);
+  }
+}
+template <class T>
+GAC_INLINE void add_group(const T* x, double* acc, uint32_t word, D2* sums) {
+  constexpr int W = V::W, H = V::W / 2;
+#pragma GCC unroll 8
+  for (int p = 0; p < 32 / W; ++p) {
+    const D2 d = load2(x + p * W);
+    V::store(acc + p * W, V::add_signed(V::load(acc + p * W), d.lo, word, p * W));
+    V::store(acc + p * W + H, V::add_signed(V::load(acc + p * W + H), d.hi, word, p * W + H));
+    sums[p % 2] = fma2(d, d, sums[p % 2]);
+  }
+}
+
+template <class T, class A>
+GAC_INLINE double add_scalars(const T* x, int64_t n, A* acc, uint32_t word, int bit) {
+  double squares = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double v = to_double(x[i]);
+    const A term = static_cast<A>(v);
+    acc[i] += (word >> (bit + i) & 1u) ? -term : term;
+    squares += v * v;
+  }
+  return squares;
+}
+
+template <class T, class A>
+GAC_KERNEL double sketch(const void* data, int64_t n, A* acc, const SketchRun& run) {
+  const T* x = static_cast<const T*>(data);
+  constexpr int kBatch = 64;  // sign words hashed at a time
+  uint32_t words[kBatch];
+  D2 sums[2] = {zero2(), zero2()};
+  double squares = 0;
+  int64_t lane = run.lane;
+  uint64_t index = run.index;
+  if (lane % 32 && n) {  // up to the first whole group
+    const int64_t head = n < 32 - lane % 32 ? n : 32 - lane % 32;
+    squares += add_scalars(x, head, acc + lane, sign_word(run.seed, index / 32), static_cast<int>(lane % 32));
+    x += head;
+    n -= head;
+    index += head;
+    lane += head;
+    if (lane == run.lanes) lane = 0;
+  }
+  while (n >= 32) {
+    const int64_t batch = n / 32 < kBatch ? n / 32 : kBatch;
+    fill_words(run.seed, index / 32, batch, words);
+    int64_t done = 0;
+    while (done < batch) {
+      int64_t stop = done + (run.lanes - lane) / 32;
+      if (stop > batch) stop = batch;
+      A* to = acc + lane;
+      lane += (stop - done) * 32;
+      for (; done < stop; ++done, x += 32, to += 32) {
+        GAC_PREFETCH(x, kAhead);
+        add_group(x, to, words[done], sums);
+      }
+      if (lane == run.lanes) lane = 0;
+    }
+    index += batch * 32;
+    n -= batch * 32;
+  }
+  squares += total(add2(sums[0], sums[1]));
+  if (n) squares += add_scalars(x, n, acc + lane, sign_word(run.seed, index / 32), 0);
+  return squares;
+}
+
+// exp by Cody and Waite's reduction and the Taylor polynomial of degree 13 on |r| <= ln(2)/2 (remainder 4e-18).
+GAC_INLINE V::D exponential(V::D x) {
+  const V::D clamped = V::max(V::min(x, V::set(710.0)), V::set(-750.0));
+  const V::D n = V::round(V::mul(clamped, V::set(1.4426950408889634)));
+  V::D r = V::fma(n, V::set(-6.93147180369123816490e-01), clamped);
+  r = V::fma(n, V::set(-1.90821492927058770002e-10), r);
+  V::D p = V::set(1.0 / 6227020800.0);
+  p = V::fma(p, r, V::set(1.0 / 479001600.0));
+  p = V::fma(p, r, V::set(1.0 / 39916800.0));
+  p = V::fma(p, r, V::set(1.0 / 3628800.0));
+  p = V::fma(p, r, V::set(1.0 / 362880.0));
+  p = V::fma(p, r, V::set(1.0 / 40320.0));
+  p = V::fma(p, r, V::set(1.0 / 5040.0));
+  p = V::fma(p, r, V::set(1.0 / 720.0));
+  p = V::fma(p, r, V::set(1.0 / 120.0));
+  p = V::fma(p, r, V::set(1.0 / 24.0));
+  p = V::fma(p, r, V::set(1.0 / 6.0));
+  p = V::fma(p, r, V::set(0.5));
+  p = V::fma(p, r, V::set(1.0));
+  p = V::fma(p, r, V::set(1.0));
+  const V::D half = V::round(V::mul(n, V::set(0.5)));  // in two steps: the result may be subnormal
+  const V::D scaled = V::mul(V::mul(p, V::pow2(half)), V::pow2(V::sub(n, half)));
+  return V::or_nan(scaled, x);
+}
+
+GAC_KERNEL void tokens(const double* logp, const double* advantage, const double* keep, int64_t n, double* out) {
+  constexpr int H = V::W / 2;
+  V::D s[7];
+  for (int k = 0; k < 7; ++k) s[k] = V::zero();
+  double tail[3][H] = {};
+  for (int64_t i = 0; i < n; i += H) {
+    const double *lp = logp + i, *ap = advantage + i, *kp = keep + i;
+    if (i + H > n) {
+      for (int64_t j = 0; j < n - i; ++j) {
+        tail[0][j] = lp[j];
+        tail[1][j] = ap[j];
+        tail[2][j] = kp[j];
+      }
+      lp = tail[0];
+      ap = tail[1];
+      kp = tail[2];
+    }
+    const V::D m = V::load(kp);
+    const V::D l = V::where_nonzero(m, V::load(lp)), a = V::where_nonzero(m, V::load(ap));
+    const V::D p = exponential(l);
+    const V::D phi = V::where_nonzero(m, V::mul(p, V::sub(V::set(1.0), p)));
+    s[0] = V::add(s[0], m);
+    s[1] = V::add(s[1], l);
+    s[2] = V::add(s[2], a);
+    s[3] = V::fma(a, a, s[3]);
+    s[4] = V::add(s[4], phi);
+    s[5] = V::fma(phi, phi, s[5]);
+    s[6] = V::fma(phi, a, s[6]);
+  }
+  for (int k = 0; k < 7; ++k) out[k] += V::sum(s[k]);
+}
+
+GAC_KERNEL double absorb(const float* current, float* previous, float* out, int64_t n, double scale) {
+  constexpr int H = V::W / 2;
+  const V::D factor = V::set(scale);
+  V::D squares = V::zero();
+  int64_t i = 0;
+  for (; i + H <= n; i += H) {
+    V::D delta = V::widen(current + i);
+    if (previous) {
+      delta = V::sub(delta, V::widen(previous + i));
+      for (int j = 0; j < H; ++j) previous[i + j] = current[i + j];
+    }
+    delta = V::mul(factor, delta);
+    V::narrow(out + i, V::add(V::widen(out + i), delta));
+    squares = V::fma(delta, delta, squares);
+  }
+  double result = V::sum(squares);
+  for (; i < n; ++i) {
+    double delta = current[i];
+    if (previous) {
+      delta -= previous[i];
+      previous[i] = current[i];
+    }
+    delta *= scale;
+    out[i] = static_cast<float>(out[i] + delta);
+    result += delta * delta;
+  }
+  return result;
+}
+
+constexpr Kernels make_kernels(const char* name) {
+  return {name,
+          {moments<float>, moments<bf16>, moments<fp16>, moments<double>},
+          {pair<float>, pair<bf16>, pair<fp16>, pair<double>},
+          {mix<float>, mix<bf16>, mix<fp16>, mix<double>},
+          {mix_pair<float>, mix_pair<bf16>, mix_pair<fp16>, mix_pair<double>},
+          {sketch<float, float>, sketch<bf16, float>, sketch<fp16, float>, nullptr},
+          {sketch<float, double>, sketch<bf16, double>, sketch<fp16, double>, sketch<double, double>},
+          tokens,
+          absorb};
+}

@@ -1,0 +1,29 @@
+"""The operations on CPU tensors, by the C++ library in ``csrc/``: one call for a whole list of tensors.
+
+Same names, signatures, checks and results as :mod:`gac_kernels.reference`. Importing loads nothing; the library is
+loaded by the first call or by :func:`available`.
+"""
+
+from gac_kernels.cpu.library import failure, load
+from gac_kernels.cpu.operations import absorb_, mix_, moments, pair_moments, sketch, token_moments
+
+__all__ = ["absorb_", "available", "mix_", "moments", "pair_moments", "sketch", "status", "token_moments"]
+
+
+def available() -> bool:
+    """True when the library is there and loads; loads it."""
+    return load() is not None
+
+
+def status() -> dict:
+    """What a bug report needs: ``available``, ``path``, ``isa`` of each operation, ``threads``, or the ``reason``."""
+    library = load()
+    if library is None:
+        return {"available": False, "reason": failure()}
+    names = ("moments", "sketch", "pair_moments", "mix_", "token_moments", "absorb_")
+    return {
+        "available": True,
+        "path": str(library.path),
+        "isa": dict.fromkeys(names, library.isa),
+        "threads": library.threading,
+    }

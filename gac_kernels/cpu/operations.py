@@ -1,0 +1,324 @@
+"""The operations on CPU tensors. What each computes is said in :mod:`gac_kernels.reference`.
+
+Two ways lead to C. The quick one takes contiguous tensors of plain types and does the least a correct call needs,
+since for small tensors the call is the cost. Whatever it does not recognise takes the careful one, which makes the
+full checks of :mod:`gac_kernels.arguments` and raises their errors.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Sequence
+from functools import lru_cache
+from operator import le
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from gac_kernels.arguments import check_absorb, check_pair, check_scalar, check_sketch, check_token_inputs, tensor_list
+from gac_kernels.cpu.library import check, require
+from gac_kernels.cpu.tables import (
+    DTYPE_CODES,
+    PLAIN,
+    Table,
+    dense_strides,
+    plain_table,
+    readable,
+    require_cpu,
+    runs,
+    strided_table,
+)
+from gac_kernels.layout import LANES, SketchLayout
+
+__all__ = ["absorb_", "mix_", "moments", "pair_moments", "sketch", "token_moments"]
+
+_CPU = torch.device("cpu")
+_FLOAT64 = torch.float64
+_QUICK = 1 << 16  # elements up to which a call runs on the caller's thread with the interpreter lock held
+
+
+def _threads(elements: int) -> int:
+    return torch.get_num_threads() if elements > _QUICK else 1
+
+
+def _sums(count: int, width: int, per_tensor: bool) -> Tensor:
+    return torch.empty((count, width) if per_tensor else (width,), dtype=_FLOAT64)
+
+
+def _is_plain(tensor) -> bool:
+    """True for one contiguous CPU tensor of a plain type and a known dtype, with two elements or more."""
+    return (
+        type(tensor) in PLAIN
+        and tensor.dtype in DTYPE_CODES
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+        and tensor.numel() > 1
+    )
+
+
+def moments(tensors, *, per_tensor: bool = False) -> Tensor:
+    """Sum of squares and number of non-finite elements; see :func:`gac_kernels.reference.moments`."""
+    library = require()
+    if not per_tensor and _is_plain(tensors):
+        out = torch.empty(2, dtype=_FLOAT64)
+        numel = tensors.numel()
+        if numel <= _QUICK:
+            call, packed = library.quick.gac_moments_one, 16
+        else:
+            call, packed = library.call.gac_moments_one, 16 * torch.get_num_threads()
+        check(call(tensors.data_ptr(), numel, packed + DTYPE_CODES[tensors.dtype], out.data_ptr()))
+        return out
+    table = plain_table(tensors) if isinstance(tensors, list) else None
+    if table is None:
+        tensors = tensor_list(tensors, "tensors")
+        require_cpu(tensors, "tensors")
+        table = strided_table(tensors, any_order=True)
+    count = len(table.numels)
+    out = _sums(count, 2, per_tensor)
+    threads = _threads(sum(table.numels))
+    check(library.call.gac_moments(table.address, count, table.strided, per_tensor, out.data_ptr(), threads))
+    return out
+
+
+def _plain_pair(a, b) -> bool:
+    return _is_plain(a) and _is_plain(b) and a.dtype is b.dtype and a.shape == b.shape
+
+
+def _pair_tables(a, b) -> tuple[Table, Table] | None:
+    """Quick tables of two lists; None when they need the careful way."""
+    if not isinstance(a, list) or not isinstance(b, list) or len(a) != len(b):
+        return None
+    first = plain_table(a)
+    second = plain_table(b) if first is not None else None
+    if second is None or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
+        return None
+    return first, second
+
+
+def _same_dense(a: Tensor, b: Tensor) -> bool:
+    """True when both fill their memory in the same order of dimensions: flat memory pairs up as it lies."""
+    strides = dense_strides(a)
+    return strides is not None and strides == dense_strides(b)
+
+
+def _flattened(a: list[Tensor], b: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Pairs that lie alike in memory as flat views of it; the others as they are."""
+    pairs = []
+    for x, y in zip(a, b, strict=True):
+        x, y = readable(x), readable(y)
+        if x.numel() and not x.is_contiguous() and _same_dense(x, y):
+            x, y = (t.as_strided((t.numel(),), (1,)) for t in (x, y))
+        pairs.append((x, y))
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def pair_moments(a, b, *, per_tensor: bool = False) -> Tensor:
+    """``|a|^2``, ``|b|^2`` and ``<a, b>``; see :func:`gac_kernels.reference.pair_moments`."""
+    library = require()
+    if not per_tensor and _plain_pair(a, b):
+        out = torch.empty(3, dtype=_FLOAT64)
+        numel = a.numel()
+        if numel <= _QUICK:
+            call, packed = library.quick.gac_pair_moments_one, 16
+        else:
+            call, packed = library.call.gac_pair_moments_one, 16 * torch.get_num_threads()
+        check(call(a.data_ptr(), b.data_ptr(), numel, packed + DTYPE_CODES[a.dtype], out.data_ptr()))
+        return out
+    tables = _pair_tables(a, b)
+    if tables is None:
+        a, b = check_pair(a, b)
+        require_cpu(a, "a and b")
+        a, b = _flattened(a, b)
+        tables = strided_table(a), strided_table(b)
+    left, right = tables
+    count = len(left.numels)
+    out = _sums(count, 3, per_tensor)
+    threads = _threads(sum(left.numels))
+    call = library.call.gac_pair_moments
+    check(call(left.address, right.address, count, left.strided, per_tensor, out.data_ptr(), threads))
+    return out
+
+
+def _number(value, name: str) -> float:
+    """A scale or weight as a float. Reading a CPU tensor waits for nothing."""
+    return value if type(value) is float else float(check_scalar(value, name, _CPU))
+
+
+def mix_(a, b, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
+    """``a <- mu * a + (1 - mu) * b`` in place; see :func:`gac_kernels.reference.mix_`."""
+    library = require()
+    if _plain_pair(a, b):
+        weight = _number(mu, "mu")
+        out = torch.empty(3, dtype=_FLOAT64) if moments else None
+        numel = a.numel()
+        if numel <= _QUICK:
+            call, packed = library.quick.gac_mix_one, 16
+        else:
+            call, packed = library.call.gac_mix_one, 16 * torch.get_num_threads()
+        sums = None if out is None else out.data_ptr()
+        check(call(a.data_ptr(), b.data_ptr(), numel, packed + DTYPE_CODES[a.dtype], weight, sums))
+        increment_version(a)
+        return out
+    written = a
+    tables = _pair_tables(a, b)
+    copies = []
+    if tables is None:
+        a, b = check_pair(a, b, writes_a=True)
+        require_cpu(a, "a and b")
+        written = a
+        left, right = _flattened(a, b)
+        for k, tensor in enumerate(left):  # what cannot be written where it lies is written in a copy
+            if tensor.numel() and (runs(tensor) is None or a[k].is_neg() or a[k].dtype not in DTYPE_CODES):
+                left[k] = tensor.clone(memory_format=torch.contiguous_format)
+                copies.append((a[k], left[k]))
+        tables = strided_table(left), strided_table(right)
+    weight = _number(mu, "mu")
+    left, right = tables
+    out = torch.empty(3, dtype=_FLOAT64) if moments else None
+    threads = _threads(sum(left.numels))
+    sums = None if out is None else out.data_ptr()
+    check(library.call.gac_mix(left.address, right.address, len(left.numels), left.strided, weight, sums, threads))
+    increment_version(written)
+    for target, mixed in copies:
+        target.detach().copy_(mixed)
+    return out
+
+
+class _Pieces:
+    """Where the tensors of a list go: the C table, and how many elements each may have."""
+
+    __slots__ = ("address", "kept", "room")
+
+    def __init__(self, layout: SketchLayout, regions: Sequence[int], starts: Sequence[int]) -> None:
+        self.room = [layout.numels[r] - s for r, s in zip(regions, starts, strict=True)]
+        numbers = [layout.bucket_offsets[r] for r in regions] + [layout.index_offsets[r] for r in regions]
+        self.kept = array("q", numbers + [layout.numels[r] for r in regions] + list(starts))
+        self.address = self.kept.buffer_info()[0]
+
+
+@lru_cache(maxsize=256)
+def _pieces(layout: SketchLayout, regions: tuple[int, ...], starts: tuple[int, ...]) -> _Pieces:
+    return _Pieces(layout, regions, starts)
+
+
+def _known_pieces(layout: SketchLayout, numels: list[int], out: Tensor, regions, starts) -> _Pieces | None:
+    """The pieces of a call whose arguments are surely right; None sends it to the full checks."""
+    if type(out) not in PLAIN or out.dtype not in (torch.float32, _FLOAT64) or not out.is_cpu:
+        return None
+    if out.dim() != 1 or not out.is_contiguous() or out.numel() != layout.size:
+        return None
+    count = len(numels)
+    try:
+        regions = tuple(range(count)) if regions is None else tuple(regions)
+        starts = (0,) * count if starts is None else tuple(starts)
+        if len(regions) != count or len(starts) != count or min(regions, default=0) < 0 or min(starts, default=0) < 0:
+            return None
+        pieces = _pieces(layout, regions, starts)
+    except (IndexError, TypeError):
+        return None
+    return pieces if all(map(le, numels, pieces.room)) else None
+
+
+_MAP = struct.Struct("@qqQdPqqii")
+
+
+def sketch(
+    tensors,
+    out: Tensor,
+    *,
+    layout: SketchLayout | None = None,
+    regions=None,
+    starts=None,
+    seed: int = 0,
+    scale: Tensor | float | None = None,
+    accumulate: bool = False,
+    per_tensor: bool = False,
+) -> Tensor:
+    """A random projection into ``out``, and moments of the same read; see :func:`gac_kernels.reference.sketch`."""
+    library = require()
+    if isinstance(tensors, Tensor):
+        tensors = [tensors]
+    table = plain_table(tensors) if isinstance(tensors, list) else None
+    pieces = None
+    if table is not None and layout is not None:
+        pieces = _known_pieces(layout, table.numels, out, regions, starts)
+    if pieces is None:
+        tensors, layout, regions, starts = check_sketch(tensors, out, layout, regions, starts, seed)
+        require_cpu([out, *tensors], "tensors and out")
+        if table is None:
+            table = strided_table(tensors)
+        pieces = _Pieces(layout, regions, starts)
+    factor = 1.0 if scale is None else _number(scale, "scale")
+    count = len(table.numels)
+    result = _sums(count, 2, per_tensor)
+    head = _MAP.pack(
+        layout.lanes,
+        layout.rows_per_slab,
+        layout.seed & 0xFFFFFFFF,
+        factor,
+        out.data_ptr(),
+        out.numel(),
+        layout.size,
+        out.dtype is _FLOAT64,
+        accumulate,
+    )
+    elements = sum(table.numels)
+    call = library.quick.gac_sketch if elements <= _QUICK else library.call.gac_sketch
+    threads = _threads(elements)
+    check(call(table.address, pieces.address, count, table.strided, head, per_tensor, result.data_ptr(), threads))
+    increment_version(out)
+    return result
+
+
+_TOKENS = struct.Struct("@qqPqqPqqPqqPqiiii")
+_TOKENS_PER_TASK = 4096  # tokens that are worth a second thread
+
+
+def token_moments(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor) -> Tensor:
+    """Per-sequence sums of the coefficient estimator; see :func:`gac_kernels.reference.token_moments`."""
+    library = require()
+    logprobs, advantages, mask, is_expert = check_token_inputs(logprobs, advantages, mask, is_expert)
+    require_cpu([logprobs], "logprobs, advantages, mask and is_expert")
+    logprobs, advantages, is_expert = readable(logprobs), readable(advantages), is_expert.detach()
+    if mask.is_complex():
+        mask = mask != 0
+    mask = mask.detach().resolve_neg()
+    rows, length = logprobs.shape
+    packed = _TOKENS.pack(
+        rows,
+        length,
+        logprobs.data_ptr(),
+        *logprobs.stride(),
+        advantages.data_ptr(),
+        *advantages.stride(),
+        mask.data_ptr(),
+        *mask.stride(),
+        is_expert.data_ptr(),
+        is_expert.stride(0),
+        DTYPE_CODES[logprobs.dtype],
+        DTYPE_CODES[advantages.dtype],
+        mask.element_size(),
+        mask.is_floating_point(),
+    )
+    out = torch.empty(rows, 7, dtype=_FLOAT64)
+    threads = torch.get_num_threads() if rows * length > _TOKENS_PER_TASK else 1
+    check(library.call.gac_token_moments(packed, out.data_ptr(), threads))
+    return out
+
+
+def absorb_(current: Tensor, previous: Tensor | None, total: Tensor, scale: Tensor | float) -> Tensor:
+    """One pass over three vectors of a running sketch; see :func:`gac_kernels.reference.absorb_`."""
+    library = require()
+    factor = check_absorb(current, previous, total, scale)
+    require_cpu([current], "current, previous and total")
+    numel = current.numel()
+    out = torch.empty(-(-numel // LANES), dtype=_FLOAT64)
+    last = None if previous is None else previous.data_ptr()
+    call = library.quick.gac_absorb if numel <= _QUICK else library.call.gac_absorb
+    threads = _threads(numel)
+    check(call(current.data_ptr(), last, total.data_ptr(), numel, float(factor), out.data_ptr(), threads))
+    increment_version(total if previous is None else (total, previous))
+    return out

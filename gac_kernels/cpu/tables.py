@@ -1,0 +1,118 @@
+"""Tensor tables: a list of tensors as the numbers that the C functions take. See ``csrc/gac_cpu.h``."""
+
+from __future__ import annotations
+
+from array import array
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+PLAIN = frozenset((Tensor, Parameter))
+"""Types whose memory is surely their own; others take the careful way."""
+
+SHORTEST_RUN = 32
+"""Rows shorter than this are copied: the loops over them would cost more than the copy."""
+
+
+class Table:
+    """Addresses, sizes and dtypes of a list of tensors.
+
+    Attributes:
+        address: of the int64 numbers.
+        numels: elements of each tensor.
+        strided: whether the table tells runs from tensors.
+        kept: what has to stay alive while C reads: the numbers and the copies of tensors that needed one.
+    """
+
+    __slots__ = ("address", "kept", "numels", "strided")
+
+    def __init__(self, rows: list[int], numels: list[int], strided: bool, copies: list[Tensor] | None) -> None:
+        numbers = array("q", rows)
+        self.address = numbers.buffer_info()[0]
+        self.numels = numels
+        self.strided = strided
+        self.kept = (numbers, copies)
+
+
+def plain_table(tensors: list[Tensor]) -> Table | None:
+    """The table of contiguous CPU tensors of plain types; None when any needs the careful way. Checks nothing else."""
+    try:
+        for tensor in tensors:
+            if type(tensor) not in PLAIN or not tensor.is_cpu or not tensor.is_contiguous():
+                return None
+        codes = [DTYPE_CODES[t.dtype] for t in tensors]
+        numels = [t.numel() for t in tensors]
+        if 1 in numels and any(t.is_neg() for t in tensors):  # a lazily negated view that counts as contiguous
+            return None
+        return Table([t.data_ptr() for t in tensors] + numels + codes, numels, False, None)
+    except (KeyError, RuntimeError, TypeError):  # an unusual dtype or layout, or no sequence of tensors at all
+        return None
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor's values in a dtype that C knows, nothing lazy about it."""
+    tensor = tensor.detach().resolve_neg()
+    return tensor if tensor.dtype in DTYPE_CODES else tensor.to(torch.float32)
+
+
+def runs(tensor: Tensor) -> tuple[int, int] | None:
+    """Contiguous runs of a tensor in row-major order: their length and the distance of their starts, in elements.
+
+    None when the elements do not lie in equally spaced runs of a useful length.
+    """
+    if tensor.is_contiguous():
+        return tensor.numel(), 0
+    columns, rest = 1, []
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if size == 1:
+            continue
+        if not rest and stride == columns:
+            columns *= size
+        elif rest and stride != rest[0] * rest[1]:
+            return None
+        else:
+            rest = [rest[0], rest[1] * size] if rest else [stride, size]
+    if columns < SHORTEST_RUN or (rest and rest[0] < 0):
+        return None
+    return columns, rest[0] if rest else 0
+
+
+def dense_strides(tensor: Tensor) -> tuple[int, ...] | None:
+    """The strides when the tensor fills its memory without holes or overlap, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return None
+        expected *= size
+    return tuple(s if n != 1 else 0 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def strided_table(tensors: list[Tensor], any_order: bool = False) -> Table:
+    """The table of any floating CPU tensors; copies those that have no useful runs.
+
+    With ``any_order`` the order of elements within a tensor does not matter.
+    """
+    kept, columns, strides = [], [], []
+    for tensor in tensors:
+        tensor = readable(tensor)
+        if any_order and tensor.numel() and dense_strides(tensor) is not None:
+            found = (tensor.numel(), 0)
+        else:
+            found = runs(tensor)
+        if found is None:
+            tensor = tensor.contiguous()
+            found = (tensor.numel(), 0)
+        kept.append(tensor)
+        columns.append(found[0])
+        strides.append(found[1])
+    numels = [t.numel() for t in kept]
+    rows = [t.data_ptr() for t in kept] + numels + [DTYPE_CODES[t.dtype] for t in kept] + columns + strides
+    return Table(rows, numels, True, kept)
+
+
+def require_cpu(tensors: list[Tensor], name: str) -> None:
+    """Raises ValueError when the list (already checked to lie on one device) is elsewhere."""
+    if tensors and tensors[0].device.type != "cpu":
+        raise ValueError(f"{name} are on {tensors[0].device}: this backend takes CPU tensors")
