@@ -6,6 +6,7 @@ with a fixed seed: every backend sees the same numbers.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -25,10 +26,14 @@ SIZES = (0, 1, 2, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 255, 257, 102
 """Element counts around vectors, sign words, rows and small chunks."""
 
 
+@functools.lru_cache(maxsize=256)
+def _normal(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def values(*shape: int, dtype=torch.float32, device="cpu", seed: int = 0, scale: float = 1.0) -> Tensor:
     """Normal numbers, the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
+    return (_normal(shape, seed) * scale).to(dtype).to(device)
 
 
 def misaligned(numel: int, dtype=torch.float32, device="cpu", seed: int = 0, by: int = 1) -> Tensor:
