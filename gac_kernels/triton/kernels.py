@@ -168,7 +168,10 @@ def _pair_step(
     MOMENTS: tl.constexpr,
     BITWISE_BF16: tl.constexpr,
 ):
-    """One vector of both lists: moments of the old values, then the mix."""
+    """A tile ``[n, WIDTH]`` of both lists: moments of the old values, then the mix.
+
+    A tile and not a vector, because stores keep later loads from moving up: all loads of a tile go out first.
+    """
     if mask is None:
         x = _widen(tl.load(a_pointer), BITWISE_BF16).to(ACC)
         y = _widen(tl.load(b_pointer), BITWISE_BF16).to(ACC)
@@ -176,9 +179,9 @@ def _pair_step(
         x = _widen(tl.load(a_pointer, mask=mask, other=0.0), BITWISE_BF16).to(ACC)
         y = _widen(tl.load(b_pointer, mask=mask, other=0.0), BITWISE_BF16).to(ACC)
     if MOMENTS:
-        aa += x * x
-        bb += y * y
-        ab += x * y
+        aa += tl.sum(x * x, axis=0)
+        bb += tl.sum(y * y, axis=0)
+        ab += tl.sum(x * y, axis=0)
     if MIX:
         tl.store(a_pointer, _narrow(weight * x + rest * y, A, BITWISE_BF16), mask=mask)
     return aa, bb, ab
@@ -212,7 +215,8 @@ def pair_kernel(
     count = tl.load(row + 2).to(tl.int32)
     a = _address(a_addresses, tensor, A) + begin
     b = _address(b_addresses, tensor, B) + begin
-    index = tl.arange(0, WIDTH)
+    index = tl.arange(0, WIDTH)[None, :]
+    tile = tl.arange(0, UNROLL)[:, None] * WIDTH + index
     aa = tl.zeros([WIDTH], ACC)
     bb = tl.zeros([WIDTH], ACC)
     ab = tl.zeros([WIDTH], ACC)
@@ -225,29 +229,15 @@ def pair_kernel(
         for step in range(full):
             a_here = tl.multiple_of(a + step * (WIDTH * UNROLL), 16)
             b_here = tl.multiple_of(b + step * (WIDTH * UNROLL), 16)
-            for u in tl.static_range(UNROLL):
-                aa, bb, ab = _pair_step(
-                    a_here + u * WIDTH + index,
-                    b_here + u * WIDTH + index,
-                    None,
-                    weight,
-                    rest,
-                    aa,
-                    bb,
-                    ab,
-                    A,
-                    ACC,
-                    MIX,
-                    MOMENTS,
-                    BITWISE_BF16,
-                )
+            aa, bb, ab = _pair_step(
+                a_here + tile, b_here + tile, None, weight, rest, aa, bb, ab, A, ACC, MIX, MOMENTS, BITWISE_BF16
+            )
     else:
         for step in range(full):
-            for u in tl.static_range(UNROLL):
-                offset = (step * UNROLL + u) * WIDTH + index
-                aa, bb, ab = _pair_step(
-                    a + offset, b + offset, None, weight, rest, aa, bb, ab, A, ACC, MIX, MOMENTS, BITWISE_BF16
-                )
+            offset = step * (WIDTH * UNROLL) + tile
+            aa, bb, ab = _pair_step(
+                a + offset, b + offset, None, weight, rest, aa, bb, ab, A, ACC, MIX, MOMENTS, BITWISE_BF16
+            )
     for first in range(full * (WIDTH * UNROLL), count, WIDTH):
         offset = first + index
         aa, bb, ab = _pair_step(
