@@ -1,0 +1,267 @@
+"""One training run: problems, model, warm start, hybrid phase, evaluation, files. Called by ``gac train``."""
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gac.cli import UsageError
+from gac.cli._config import TrainConfig, quiet_libraries, usage_errors
+from gac.cli._console import Reporter
+from gac.cli._rundir import METRICS, SUMMARY, MetricsFile, peak_memory_bytes, read_json, write_json
+
+WARM_START = "warm_start"
+_WARM_START_RESULT = "result.json"
+_WARM_START_BATCH = 64
+
+
+@dataclasses.dataclass
+class Setup:
+    """What the phases share."""
+
+    config: TrainConfig
+    device: str
+    model: Any
+    tokenizer: Any
+    heldout: list[dict[str, Any]]
+    demonstrations: list[dict[str, Any]]
+    prompts: list[dict[str, Any]]
+    max_completion_length: int
+
+
+def prepare(config: TrainConfig) -> Setup:
+    """Builds problems, model and tokenizer; the same for the same configuration."""
+    quiet_libraries()
+    import torch
+
+    from gac.tasks.models import build_model_and_tokenizer
+    from gac.tasks.problems import as_records, build_splits, parse_task
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with usage_errors():
+        splits = build_splits(
+            [parse_task(text) for text in config.task],
+            heldout=config.heldout,
+            demonstrations=config.demonstrations,
+            prompts=config.prompts,
+            seed=config.seed,
+        )
+        problems = [*splits.heldout, *splits.demonstrations, *splits.prompts]
+        model, tokenizer = build_model_and_tokenizer(
+            config.model,
+            (problem.prompt + problem.answer for problem in problems),
+            seed=config.seed,
+            hidden_size=config.hidden_size,
+            layers=config.layers,
+        )
+    records = [as_records(part, tokenizer) for part in (splits.heldout, splits.demonstrations, splits.prompts)]
+    length = config.max_completion_length or _completion_length(
+        tokenizer, records, slack=1 if config.model is None else 16
+    )
+    return Setup(config, device, model.to(device), tokenizer, *records, length)
+
+
+def run_warm_start(setup: Setup, folder: Path, reporter: Reporter) -> float:
+    """Trains and evaluates the starting model, or takes it from `folder` where that is complete.
+
+    Leaves the starting model in `setup` exactly as it is loaded from `folder`, so that a resumed run starts from the
+    same bits. Returns its held-out accuracy.
+    """
+    from gac.tasks.models import load_model
+    from gac.tasks.warm_start import warm_start
+
+    config, result = setup.config, folder / _WARM_START_RESULT
+    identity = _identity(config)
+    if result.exists():
+        stored = read_json(result)
+        if stored["identity"] != identity:
+            raise UsageError(f"the warm start in {folder} was made with other options; choose another folder")
+    else:
+        steps = config.warm_start_steps
+        if steps:
+            reporter.begin("warm start", steps)
+            every = max(1, steps // 5)
+            warm_start(
+                setup.model,
+                setup.tokenizer,
+                setup.demonstrations,
+                steps=steps,
+                batch_size=min(_WARM_START_BATCH, len(setup.demonstrations)),
+                lr=config.warm_start_lr,
+                seed=config.seed,
+                on_step=lambda step, loss: reporter.advance(step, milestone=step % every == 0, loss=loss),
+            )
+            reporter.end()
+        # all files appear at once: the folder is written beside its place, then renamed
+        part = folder.with_name(folder.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        if steps or config.model is None:
+            setup.model.save_pretrained(part)
+            setup.tokenizer.save_pretrained(part)
+        write_json(part / _WARM_START_RESULT, {"identity": identity, "accuracy": evaluate(setup)})
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    if (folder / "config.json").exists():
+        setup.model, setup.tokenizer = load_model(str(folder))
+        setup.model.to(setup.device)
+    return read_json(result)["accuracy"]
+
+
+def run_hybrid(setup: Setup, out: Path, warm_accuracy: float, reporter: Reporter, *, started: float) -> dict[str, Any]:
+    """The hybrid phase, from the last complete checkpoint if there is one; returns and writes the summary."""
+    from datasets import Dataset, disable_progress_bars
+    from transformers import PrinterCallback
+    from transformers.utils import logging as transformers_logging
+
+    from gac.cli._callback import RunCallback
+    from gac.tasks.models import load_model
+    from gac.tasks.problems import exact_match_reward
+    from gac.trainers.hybrid_grpo import HybridGRPOConfig, HybridGRPOTrainer, complete_checkpoints
+
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    config = setup.config
+    law, law_options = config.law_and_options()
+    with usage_errors():
+        arguments = HybridGRPOConfig(
+            output_dir=str(out / "checkpoints"),
+            law=law,
+            law_options=law_options,
+            estimator=config.estimator,
+            gac_interval=config.interval,
+            sft_loss=config.sft_loss,
+            sft_batch_size=config.sft_batch_size,
+            max_steps=config.steps,
+            learning_rate=config.lr,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.micro_batches,
+            num_generations=config.generations,
+            max_completion_length=setup.max_completion_length,
+            temperature=config.temperature,
+            seed=config.seed,
+            use_cpu=setup.device == "cpu",
+            bf16=setup.device == "cuda" and config.model is not None,
+            gradient_checkpointing=config.model is not None,
+            logging_steps=1,
+            save_steps=config.save_every,
+            save_total_limit=2,  # one of them is always complete
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=setup.device == "cuda",
+        )
+        trainer = HybridGRPOTrainer(
+            setup.model,
+            exact_match_reward,
+            arguments,
+            Dataset.from_list(setup.prompts),
+            setup.demonstrations,
+            processing_class=setup.tokenizer,
+        )
+    trainer.remove_callback(PrinterCallback)
+
+    checkpoints = complete_checkpoints(arguments.output_dir)
+    _remove_incomplete(Path(arguments.output_dir), checkpoints)
+    checkpoint = checkpoints[-1] if checkpoints else None
+    done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    metrics = MetricsFile(out / METRICS, last_step=done)
+    if done:
+        reporter.say(f"continuing from step {done}")
+    reporter.begin("training", config.steps, done)
+    callback = RunCallback(
+        trainer,
+        metrics,
+        out / "tensorboard",
+        reporter,
+        evaluate=lambda: evaluate(setup),
+        eval_every=config.eval_every,
+        accuracy=_last(metrics.records, "accuracy", warm_accuracy),
+    )
+    trainer.add_callback(callback)
+    try:
+        if done < config.steps:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        else:  # killed after the last checkpoint, before the summary
+            setup.model = load_model(checkpoint)[0].to(setup.device)
+    finally:
+        callback.close()
+        reporter.end()
+    setup.model.save_pretrained(out / "model")
+    setup.tokenizer.save_pretrained(out / "model")
+    summary = summarize(setup, metrics.records, warm_accuracy, time.perf_counter() - started)
+    write_json(out / SUMMARY, summary)
+    return summary
+
+
+def evaluate(setup: Setup) -> float:
+    """Held-out accuracy of the current model."""
+    from gac.tasks.evaluation import accuracy
+
+    return accuracy(setup.model, setup.tokenizer, setup.heldout, max_new_tokens=setup.max_completion_length)
+
+
+def summarize(setup: Setup, records: Sequence[dict[str, Any]], warm_accuracy: float, seconds: float) -> dict[str, Any]:
+    """What the final table shows, and what `gac compare` reads."""
+    accuracies = [record["accuracy"] for record in records if "accuracy" in record]
+    # the first steps hold one-time costs (kernel choice, allocator) that say nothing about a step
+    settled = records[min(5, len(records) // 2) :]
+    busy = sum(record["seconds"] for record in settled)
+    return {
+        "steps": records[-1]["step"],
+        "parameters": sum(p.numel() for p in setup.model.parameters()),
+        "device": setup.device,
+        "estimator": records[-1]["estimator"],
+        "warm_start_accuracy": warm_accuracy,
+        "final_accuracy": accuracies[-1],
+        "last_four_accuracy": sum(accuracies[-4:]) / len(accuracies[-4:]),
+        "final_mu": records[-1].get("gac/mu"),
+        "mean_mu": _mean(record.get("gac/mu") for record in records),
+        "final_reward": _mean(record.get("reward") for record in records[-20:]),
+        "seconds_per_step": busy / len(settled),
+        "gac_share": sum(record.get("gac/seconds") or 0.0 for record in settled) / busy,
+        "peak_memory_bytes": peak_memory_bytes(setup.device),
+        "seconds": seconds,
+    }
+
+
+def _completion_length(tokenizer: Any, splits: Sequence[Sequence[dict[str, Any]]], *, slack: int) -> int:
+    """Tokens of the longest expected completion, with room for the end token."""
+    texts = {
+        row["completion"] if isinstance(row["completion"], str) else row["completion"][0]["content"]
+        for rows in splits
+        for row in rows
+    }
+    return max(map(len, tokenizer(sorted(texts), add_special_tokens=False)["input_ids"])) + slack
+
+
+def _identity(config: TrainConfig) -> str:
+    """The options that decide the starting model."""
+    names = (
+        "task", "demonstrations", "prompts", "heldout", "model", "hidden_size", "layers", "seed",
+        "warm_start_steps", "warm_start_lr", "max_completion_length",
+    )  # fmt: skip
+    return json.dumps({name: getattr(config, name) for name in names})
+
+
+def _remove_incomplete(folder: Path, complete: Sequence[str]) -> None:
+    for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
+        if str(path) not in complete and os.path.abspath(path) not in complete:
+            shutil.rmtree(path)
+
+
+def _last(records: Sequence[dict[str, Any]], key: str, default: float) -> float:
+    return next((record[key] for record in reversed(records) if key in record), default)
+
+
+def _mean(values: Any) -> float | None:
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else None

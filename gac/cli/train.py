@@ -1,0 +1,142 @@
+"""Post-trains a language model on verifiable problems: a short supervised warm start, then supervised and reinforcement
+gradients mixed in every step, with the mix set from measured gradient statistics.
+
+Writes config.json, metrics.jsonl, TensorBoard events, checkpoints, summary.json, the final model and a picture to
+--out."""
+
+import argparse
+import time
+from pathlib import Path
+
+from gac.cli import UsageError
+from gac.cli._config import (
+    RESUME_MAY_CHANGE,
+    TrainConfig,
+    add_training_options,
+    check,
+    config_from,
+)
+
+HELP = "post-train a model on reasoning-gym problems"
+EPILOG = """\
+examples:
+  gac train
+  gac train --task chain_sum:num_terms=2,num_digits=1 --law fixed:0.5 --seed 1
+  gac train --task gcd:max_value=50 spell_backward:max_word_len=5 --steps 500
+  gac train --model Qwen/Qwen2.5-0.5B-Instruct --task chain_sum --steps 100 --device cuda
+  gac train --prior 20,200,0.85,0.15 --law-option prior_weight=0.3
+  gac train --out runs/first --resume"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``gac train``."""
+    add_training_options(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/LAW-seedN-DATE)")
+    output.add_argument(
+        "--resume", action="store_true",
+        help="continue the run in --out from its last checkpoint, with its options; only "
+        + ", ".join(f"--{name}" for name in RESUME_MAY_CHANGE) + " may differ",
+    )  # fmt: skip
+    output.add_argument(
+        "--warm-start", type=Path, metavar="DIR",
+        help="folder of the warm start: used if it holds one, else made there (default: warm_start in --out)",
+    )  # fmt: skip
+    output.add_argument("--warm-start-only", action="store_true", help="stop after the warm start")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``gac train``."""
+    started = time.perf_counter()
+    config, out = resolve(args)
+    from gac.cli import _training
+    from gac.cli._console import Reporter
+    from gac.cli._rundir import CONFIG, METRICS, SUMMARY, read_json, read_metrics, versions, write_json
+
+    reporter = Reporter()
+    if args.resume and (out / SUMMARY).exists() and read_json(out / SUMMARY)["steps"] >= config.steps:
+        reporter.say(f"{out} is finished")
+        show(reporter, read_json(out / SUMMARY), out)
+        return 0
+    write_json(
+        out / CONFIG,
+        {
+            "options": vars(config),
+            "command": ["gac", *args.argv],
+            "warm_start": _text(args.warm_start),
+            "versions": versions(),
+        },
+    )
+    reporter.say(f"{', '.join(config.task)}  law {config.law}  seed {config.seed}  ->  {out}")
+    try:
+        setup = _training.prepare(config)
+        warm = _training.run_warm_start(setup, args.warm_start or out / _training.WARM_START, reporter)
+        reporter.say(f"held-out accuracy after the warm start: {warm:.3f}")
+        if args.warm_start_only:
+            return 0
+        summary = _training.run_hybrid(setup, out, warm, reporter, started=started)
+    except KeyboardInterrupt:
+        reporter.end()
+        reporter.say(f"stopped; go on with: gac train --out {out} --resume")
+        raise
+    from gac.plots import draw_run
+
+    draw_run(read_metrics(out / METRICS), summary, out / "run.png", title=f"{config.law}, seed {config.seed}")
+    show(reporter, summary, out)
+    return 0
+
+
+def resolve(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
+    """The checked configuration and run directory that the options mean."""
+    from gac.cli._rundir import CONFIG, read_json
+
+    if args.resume:
+        if args.out is None:
+            raise UsageError("--resume needs --out, the directory of the run to continue")
+        if not (args.out / CONFIG).exists():
+            raise UsageError(f"nothing to resume: {args.out} holds no {CONFIG}")
+        stored = read_json(args.out / CONFIG)
+        base = TrainConfig(**stored["options"])
+        config = config_from(args, base).with_model_defaults()
+        changed = [k for k, v in vars(config).items() if v != getattr(base, k) and k not in RESUME_MAY_CHANGE]
+        if changed:
+            flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+            raise UsageError(f"--resume continues with the stored options, but {flags} differ; leave them out")
+        if args.warm_start is None and stored["warm_start"]:
+            args.warm_start = Path(stored["warm_start"])
+        check(config)
+        return config, args.out
+    config = config_from(args).with_model_defaults()
+    check(config)
+    out = (
+        args.out or Path("runs") / f"{config.law.replace(':', '-')}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    )
+    if (out / CONFIG).exists():
+        raise UsageError(f"{out} already holds a run; add --resume to continue it, or choose another --out")
+    return config, out
+
+
+def show(reporter, summary: dict, out: Path) -> None:
+    """The table at the end of a run."""
+    from gac.cli._console import duration, size
+
+    reporter.table(
+        "held-out accuracy and cost",
+        ["", "value"],
+        [
+            ["accuracy after the warm start", f"{summary['warm_start_accuracy']:.3f}"],
+            ["final accuracy", f"{summary['final_accuracy']:.3f}"],
+            ["mean of the last four evaluations", f"{summary['last_four_accuracy']:.3f}"],
+            ["final mu (mean over the run)", f"{summary['final_mu']:.3f} ({summary['mean_mu']:.3f})"],
+            ["estimator", summary["estimator"]],
+            ["time of a step", f"{1000 * summary['seconds_per_step']:.0f} ms"],
+            ["share of it spent in GAC", f"{100 * summary['gac_share']:.2f}%"],
+            ["peak memory", size(summary["peak_memory_bytes"])],
+            ["total time", duration(summary["seconds"])],
+        ],
+    )
+    reporter.say(f"metrics, checkpoints, model and run.png are in {out}")
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
