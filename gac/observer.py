@@ -94,7 +94,7 @@ class Observer:
     def _on_gradient(self, index: int, gradient: Tensor) -> None:
         # Runs for torch.autograd.grad too, where nothing is accumulated and _on_accumulated never follows.
         if self.branch is not None and self.measuring:
-            self._incoming[index] = gradient.detach()
+            self._incoming[index] = gradient  # the tensor itself: an alias would let p.grad take its memory over
 
     def _on_accumulated(self, index: int, parameter: nn.Parameter) -> None:
         start = perf_counter()
@@ -131,7 +131,7 @@ class Observer:
         if self.running:
             return gradient  # the sum so far replaces the earlier one
         if index in self._pending:
-            return self._pending.pop(index) + gradient
+            return self._pending.pop(index).detach() + gradient.detach()
         if self.ledgers[self._place[index][0]].direct:
             raise RuntimeError(
                 f"parameter {self.names[index]!r} received two gradients in one backward pass, more than a bucket "

@@ -6,9 +6,7 @@ import torch
 
 VOCABULARY = 48
 
-ARCHITECTURES = [
-    (family, tied) for family in ("qwen2", "llama", "gpt2") for tied in (True, False)
-]
+ARCHITECTURES = [(family, tied) for family in ("qwen2", "llama", "gpt2") for tied in (True, False)]
 
 
 def tiny_model(family: str = "qwen2", *, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32):
@@ -55,5 +53,8 @@ def float64_gradient(loss: torch.Tensor, parameters) -> torch.Tensor:
     """The flat gradient by torch.autograd.grad, in float64."""
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     return torch.cat(
-        [(torch.zeros_like(p) if g is None else g).double().flatten() for g, p in zip(gradients, parameters, strict=True)]
+        [
+            (torch.zeros_like(p) if g is None else g).double().flatten()
+            for g, p in zip(gradients, parameters, strict=True)
+        ]
     )

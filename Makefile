@@ -1,0 +1,47 @@
+# `make train` and `make test` need Python >= 3.10 and nothing else: they work in a virtual environment of their own.
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= runs/default
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: help install train test lint format wheel bench compare clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
+
+# torch first and alone: its pin decides the build that everything after it accepts
+$(BIN)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "torch==2.13.0"
+	$(PIP) setuptools wheel
+	$(PIP) --no-build-isolation --editable ".[train,test,bench]"
+	touch $@
+
+install: $(BIN)/.installed  ## make the virtual environment
+
+train: install  ## post-train a small model with the measured mix; results in runs/default
+	$(BIN)/gac train --out $(OUT)
+
+test: install  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: install  ## check the style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install  ## apply the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: install  ## build dist/gac_kernels-*.whl
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+bench: install  ## measure the kernels on this machine
+	$(BIN)/gac bench
+
+compare: install  ## three seeds of five laws; long
+	$(BIN)/gac compare --laws gac,fixed:0.1,fixed:0.5,fixed:0.9,chord --seeds 3
+
+clean:  ## remove what was built
+	rm -rf build dist *.egg-info gac_kernels/_lib
