@@ -96,7 +96,7 @@ class Ledger:
             self.power[branch] += absorb_(self.current, self.previous, self.totals[branch], scale).sum()
 
     def sums(self) -> Tensor:
-        """``[6]``: sum of squared contributions of SFT and RL, non-finite elements, ``|G_s|^2, |G_r|^2, <G_s, G_r>``."""
+        """``[6]``: ``sum_k |x_k|^2`` of SFT and RL, non-finite elements, ``|G_s|^2``, ``|G_r|^2``, ``<G_s, G_r>``."""
         return torch.cat([self._sums, pair_moments(self.totals[Branch.SFT], self.totals[Branch.RL])])
 
     def all_reduce(self, world: int, group: dist.ProcessGroup | None) -> None:

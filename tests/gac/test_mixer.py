@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import math
 import weakref
 
@@ -290,7 +291,7 @@ def test_interval_measures_every_kth_step_and_the_law_goes_on():
             measured.append(mixer.statistics is not None)
             mus.append(float(mixer.mu))
         assert measured == [True, False, False, True, False, False, True]
-        assert all(a != b for a, b in zip(mus, mus[1:], strict=False)), "the prior moves mu in every step"
+        assert all(a != b for a, b in itertools.pairwise(mus)), "the prior moves mu in every step"
 
 
 def test_optimizer_hook_steps_the_mixer():
@@ -408,7 +409,7 @@ class TestWrongUse:
     def test_backward_outside_a_branch(self):
         model = tiny_model()
         with gac.patch(model) as mixer:
-            with pytest.raises(RuntimeError, match="inside `with mixer.sft"):
+            with pytest.raises(RuntimeError, match=r"inside `with mixer\.sft"):
                 mixer.backward(sft_loss(model, tokens(1, 0)[0]))
             with pytest.raises(RuntimeError, match="outside a branch"):
                 sft_loss(model, tokens(1, 0)[0]).backward()

@@ -16,7 +16,7 @@ import sys
 
 import pytest
 import torch
-from cases import (
+from tests.gac_kernels.cases import (
     SMALLEST,
     UNIT_ROUNDOFF,
     SketchCase,

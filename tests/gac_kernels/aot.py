@@ -1,0 +1,131 @@
+"""Compiles every Triton kernel ahead of time, without a GPU, and prints what came out as JSON.
+
+Run as a program (``python aot.py 80 90 100``), because Triton's interpreter and its compiler need separate processes.
+The kernels' arguments are those of real calls: the operations run on small CPU tensors with the launches recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gac_kernels import SketchLayout
+from gac_kernels.triton import config, operations
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
+_CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+
+
+def recorded_launches(capability: int) -> dict[str, tuple]:
+    """Kernel, signature and constants of every launch, as configured for compute capability ``capability.*``."""
+    launches: dict[str, tuple] = {}
+    seen = set()
+    label = ""
+
+    def record(kernel, grid, device, *args, **constants):
+        signature, constexprs, attributes = {}, dict(constants), {}
+        for position, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+            if isinstance(value, torch.Tensor):
+                signature[name] = "*" + _TYPES[value.dtype]
+                attributes[(position,)] = [["tt.divisibility", 16]]
+            elif value is None:
+                signature[name], constexprs[name] = "constexpr", None
+            else:
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
+        signature |= dict.fromkeys(constants, "constexpr")
+        specialization = (kernel.__name__, str(signature), str(constexprs))
+        if specialization not in seen:
+            seen.add(specialization)
+            launches[kernel.__name__ + label] = (kernel, signature, constexprs, attributes)
+
+    operations.launch = record
+    operations.check_device = lambda device: None
+    config.for_device = lambda device: config.for_capability(capability)
+    mu = torch.tensor(0.5)
+    for dtype in DTYPES:
+        name = "/" + _TYPES[dtype]
+        a, b = torch.zeros(5000, dtype=dtype), torch.zeros(5000, dtype=dtype)
+        out = torch.zeros(2048, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        layout = SketchLayout((5000,), 3)
+        label = name
+        operations.moments([a])
+        operations.sketch([a], out, layout=layout, scale=mu)
+        operations.pair_moments([a], [b])
+        label = f"{name}/mix"
+        operations.mix_([a], [b], mu)
+        label = f"{name}/mix+moments"
+        operations.mix_([a], [b], 0.25, moments=True)
+        label = f"{name}/accumulate"
+        operations.sketch([a], out, layout=layout, scale=0.5, accumulate=True)
+    m = torch.zeros(3000)
+    label = ""
+    operations.absorb_(m, m.clone(), m.clone(), mu)
+    label = "/no_previous"
+    operations.absorb_(m, None, m.clone(), 0.5)
+    label = ""
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    operations.token_moments(torch.zeros(3, 9), torch.zeros(3), mask, torch.zeros(3, dtype=torch.bool))
+    return launches
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    """Registers a thread, and bytes of stack and local memory, as ``cuobjdump`` reads them from the binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_CUOBJDUMP, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+    return {"registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"], "shared": found["SHARED"]}
+
+
+def _wide_accesses(ptx: str, kind: str) -> int:
+    """128-bit global accesses: four words of 32 bits or two of 64."""
+    return len(re.findall(rf"{kind}\.global[\w.:]*\.(?:v4\.[bfus]32|v2\.[bfus]64)", ptx))
+
+
+def compile_all(capability: int) -> dict[str, dict]:
+    """Compiles for ``sm_<capability>``; what each kernel uses, by name."""
+    report = {}
+    for name, (kernel, signature, constants, attributes) in recorded_launches(capability // 10).items():
+        source = ASTSource(
+            kernel,
+            {n: signature[n] for n in kernel.arg_names},
+            constexprs={(kernel.arg_names.index(n),): value for n, value in constants.items()},
+            attrs=attributes,
+        )
+        compiled = triton.compile(
+            source,
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": config.for_capability(capability // 10).warps, "enable_fp_fusion": True},
+        )
+        ptx = compiled.asm["ptx"]
+        report[name] = {
+            **_usage(compiled.asm["cubin"]),
+            "wide_loads": _wide_accesses(ptx, "ld"),
+            "wide_stores": _wide_accesses(ptx, "st"),
+            "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
+        }
+    return report
+
+
+if __name__ == "__main__":
+    reports = {capability: compile_all(int(capability)) for capability in sys.argv[1:]}
+    json.dump({"triton": triton.__version__, "torch": torch.__version__, "reports": reports}, sys.stdout)
