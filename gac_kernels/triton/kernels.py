@@ -90,7 +90,7 @@ def _reduce_range(partials, total, begin, end, out, COLUMNS: tl.constexpr, BLOCK
         tl.store(out + column, tl.sum(acc))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def reduce_kernel(partials, total, ranges, out, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """Second stage of the moments: row ``r`` of ``out`` adds the partials of chunks ``ranges[r]``."""
     row = tl.program_id(0)
@@ -99,7 +99,7 @@ def reduce_kernel(partials, total, ranges, out, COLUMNS: tl.constexpr, BLOCK: tl
     _reduce_range(partials, total, begin, end, out + row * COLUMNS, COLUMNS, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_chunk", "total"])
 def moments_kernel(
     addresses,
     chunks,
@@ -187,7 +187,7 @@ def _pair_step(
     return aa, bb, ab
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_chunk", "total"])
 def pair_kernel(
     a_addresses,
     b_addresses,
@@ -309,7 +309,7 @@ def _flip(x, words, shifts):
     return flipped
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_chunk", "total"])
 def sketch_kernel(
     addresses,
     chunks,
@@ -399,7 +399,7 @@ def sketch_kernel(
     tl.store(partials + total + place, nonfinite)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "moment_rows"])
 def sketch_finish_kernel(
     lane_partials,
     slabs,
@@ -446,7 +446,7 @@ def sketch_finish_kernel(
         tl.store(out + bucket + lane, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel"])
 def absorb_kernel(
     current,
     previous,
@@ -479,7 +479,7 @@ def _wide64(x, BITWISE_BF16: tl.constexpr):
     return _widen(x, BITWISE_BF16).to(tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def token_kernel(
     logprobs,
     logprob_row,

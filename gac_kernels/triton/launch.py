@@ -7,9 +7,9 @@ import struct
 
 import torch
 from torch import Tensor
-from triton import knobs
+from triton.runtime import JITFunction
 
-from gac_kernels.triton import config
+from gac_kernels.triton import config, kernels
 
 WIDTH = 1024
 """Elements of one vector operation of a program."""
@@ -17,7 +17,7 @@ WIDTH = 1024
 
 def interpreted() -> bool:
     """True when kernels run in Triton's interpreter (TRITON_INTERPRET=1 when this package was first used)."""
-    return bool(knobs.runtime.interpret)
+    return not isinstance(kernels.moments_kernel, JITFunction)
 
 
 def check_device(device: torch.device) -> None:
