@@ -1,0 +1,77 @@
+import pytest
+import torch
+from datasets import Dataset
+
+from gac.tasks.characters import build_character_tokenizer
+from gac.tasks.models import build_small_model
+from gac.trainers import HybridGRPOConfig, HybridGRPOTrainer
+
+PROMPTS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(6) for b in range(6)]
+DEMONSTRATIONS = [
+    {"prompt": f"{a}+{b}=", "completion": str(a + b), "answer": str(a + b)} for a in range(5) for b in range(4, 14)
+]
+
+
+def last_digit_reward(completions, **_):
+    """Half of all completions earn something, so that advantages are never all zero."""
+    return [float(sum(map(ord, text)) % 2) for text in completions]
+
+
+def tiny_model(seed=0, **sizes):
+    return build_small_model(build_character_tokenizer(), hidden_size=16, layers=1, heads=2, seed=seed, **sizes)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Builds a `HybridGRPOConfig` for tiny CPU runs."""
+
+    def build(**options):
+        cls = options.pop("cls", HybridGRPOConfig)
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "report_to": [],
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "lr_scheduler_type": "constant",
+            "learning_rate": 1e-2,
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "num_generations": 4,
+            "max_completion_length": 3,
+            "max_grad_norm": 0.0,
+        }
+        return cls(**{**defaults, **options})
+
+    return build
+
+
+@pytest.fixture
+def trainer(config):
+    """Builds a `HybridGRPOTrainer` on a tiny model."""
+
+    def build(model=None, sft_dataset=DEMONSTRATIONS, reward=last_digit_reward, **options):
+        keywords = {key: options.pop(key) for key in ("callbacks", "peft_config") if key in options}
+        return HybridGRPOTrainer(
+            model if model is not None else tiny_model(),
+            reward,
+            config(**options),
+            Dataset.from_list(PROMPTS),
+            sft_dataset,
+            processing_class=build_character_tokenizer(),
+            **keywords,
+        )
+
+    return build
