@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -361,12 +362,23 @@ def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
             "model has no trainable parameters: every requires_grad is False. Unfreeze some, or add adapters, first"
         )
     for name, parameter in parameters:
+        if _is_dtensor(parameter):
+            raise ValueError(
+                f"parameter {name!r} is a DTensor: sharded models (FSDP2, tensor parallelism) are not supported yet; "
+                "use DDP or one process"
+            )
         if parameter.device.type == "meta":
             raise ValueError(f"parameter {name!r} is on the meta device: load or materialise the model first")
         other = _mixers.get(parameter)
         if other is not None and other() is not None:
             raise RuntimeError(f"parameter {name!r} is patched already: call unpatch() on the earlier mixer first")
     return parameters
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    """Without importing torch.distributed.tensor, which takes a second: where it is not loaded, no DTensor exists."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _choose(estimator: str, model: nn.Module, parameters: list[tuple[str, nn.Parameter]]) -> str:
