@@ -98,11 +98,12 @@ class Build(build):
 
 
 class Wheel(bdist_wheel):
-    """A wheel for any Python 3, tied to the platform when a compiler makes it hold the library."""
+    """A wheel for any Python 3, tied to the platform when it holds the library."""
 
-    def finalize_options(self):
-        super().finalize_options()
-        self.root_is_pure = compiler() is None
+    def run(self):
+        self.run_command("build_library")  # first: the tag depends on whether it succeeds
+        self.root_is_pure = not self.get_finalized_command("build_library").get_outputs()
+        super().run()
 
     def get_tag(self):
         _, _, platform = super().get_tag()

@@ -1,6 +1,8 @@
 // One table of inner loops for each instruction set; operations.cpp cuts the work and calls them.
 #pragma once
 
+#include <type_traits>
+
 #include "types.h"
 
 namespace gac {
@@ -20,9 +22,8 @@ struct Kernels {
   double (*moments[kDtypes])(const void* x, int64_t n);
   // sums[3]: x*x, y*y, x*y; set, not added to.
   void (*pair[kDtypes])(const void* x, const void* y, int64_t n, double* sums);
-  // a <- mu*a + rest*b, and with sums the pair sums of the values before.
+  // a <- mu*a + rest*b.
   void (*mix[kDtypes])(void* a, const void* b, int64_t n, double mu, double rest);
-  void (*mix_pair[kDtypes])(void* a, const void* b, int64_t n, double mu, double rest, double* sums);
   // Adds signed elements to the lane accumulators, wrapping at the end of a row; returns the sum of squares. float64
   // input needs double lanes: its entry in sketch_float is null.
   double (*sketch_float[kDtypes])(const void* x, int64_t n, float* lanes, const SketchRun& run);

@@ -3,13 +3,15 @@
 //   GAC_INLINE, GAC_KERNEL   attributes that put the function under the instruction set (and nothing else)
 //   V::F, V::D               W floats; W/2 doubles
 //   V::W                     floats of a vector: a divisor of 32
-//   V::U                     independent vectors per turn of the reduction loops
+//   V::U, V::UPair           independent vectors per turn of the reduction loops
+//   V::Rows                  rows that the sketch takes at once
+//   V::load_any              two vectors of adjacent elements in any order, the same for every call
 //
 // and includes this file. Nothing here may call a non-inline function of another target, and no lambda may be used:
 // lambdas do not inherit target attributes.
 //
-// Sums of products are taken in float64: products of float32 are exact there and cannot leave the range. The loops are
-// bound by memory, which pays for it.
+// Sums of products of float32 are taken in float64, where the products are exact and cannot leave the range. The loops
+// are bound by memory, which pays for it.
 
 struct D2 {
   V::D lo, hi;
@@ -40,8 +42,9 @@ GAC_INLINE double total(D2 x) { return V::sum(V::add(x.lo, x.hi)); }
 // Software prefetch distance in bytes: the hardware prefetcher stops at page borders.
 constexpr int kAhead = 2048;
 
+// float32 and float64 elements.
 template <class T>
-GAC_KERNEL double moments(const void* data, int64_t n) {
+GAC_KERNEL double moments_wide(const void* data, int64_t n) {
   const T* x = static_cast<const T*>(data);
   constexpr int W = V::W, U = V::U;
   D2 sums[U];
@@ -68,7 +71,7 @@ GAC_KERNEL double moments(const void* data, int64_t n) {
 }
 
 template <class T>
-GAC_KERNEL void pair(const void* first, const void* second, int64_t n, double* out) {
+GAC_KERNEL void pair_wide(const void* first, const void* second, int64_t n, double* out) {
   const T* x = static_cast<const T*>(first);
   const T* y = static_cast<const T*>(second);
   constexpr int W = V::W, U = V::UPair;
@@ -108,6 +111,86 @@ GAC_KERNEL void pair(const void* first, const void* second, int64_t n, double* o
   out[2] = sxy;
 }
 
+// 16-bit elements: their products are exact in float32 (16 and 22 bits), so runs of kRun of them are added in float32
+// and emptied into float64, which saves most conversions. bfloat16's products can leave float32's range: too large
+// makes the sum non-finite, and too small matters only when the whole sum is small; both are seen afterwards, and the
+// run is then done again in float64.
+constexpr int kRun = 16;
+
+template <class T>
+GAC_INLINE bool in_range(double squares, int64_t n) {
+  return sizeof(T) != 2 || std::is_same<T, fp16>::value ||
+         (squares >= static_cast<double>(n) * 0x1p-100 && squares < 0x1p126);
+}
+
+GAC_INLINE D2 widened(V::F x, D2 sums) { return {V::add(sums.lo, V::low(x)), V::add(sums.hi, V::high(x))}; }
+
+template <class T>
+GAC_KERNEL double moments_short(const void* data, int64_t n) {
+  const T* x = static_cast<const T*>(data);
+  constexpr int W = V::W;
+  constexpr int64_t kStep = 2 * W * kRun;
+  D2 sums = zero2();
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    V::F a = V::set(0.0f), b = V::set(0.0f);
+    for (int r = 0; r < kRun; ++r) {
+      V::F v, w;
+      V::load_any(x + i + r * 2 * W, v, w);
+      a = V::fma(v, v, a);
+      b = V::fma(w, w, b);
+      GAC_PREFETCH(x + i + r * 2 * W, kAhead);
+    }
+    sums = widened(a, widened(b, sums));
+  }
+  for (; i + W <= n; i += W) {
+    const D2 v = load2(x + i);
+    sums = fma2(v, v, sums);
+  }
+  double result = total(sums);
+  for (; i < n; ++i) {
+    const double v = to_double(x[i]);
+    result += v * v;
+  }
+  return in_range<T>(result, n) ? result : moments_wide<T>(data, n);
+}
+
+template <class T>
+GAC_KERNEL void pair_short(const void* first, const void* second, int64_t n, double* out) {
+  const T* x = static_cast<const T*>(first);
+  const T* y = static_cast<const T*>(second);
+  constexpr int W = V::W;
+  constexpr int64_t kStep = 2 * W * kRun;
+  D2 xx = zero2(), yy = zero2(), xy = zero2();
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    V::F a = V::set(0.0f), b = a, c = a, d = a, e = a, f = a;
+    for (int r = 0; r < kRun; ++r) {
+      V::F v, w, p, q;
+      V::load_any(x + i + r * 2 * W, v, w);
+      V::load_any(y + i + r * 2 * W, p, q);
+      a = V::fma(v, v, a);
+      b = V::fma(w, w, b);
+      c = V::fma(p, p, c);
+      d = V::fma(q, q, d);
+      e = V::fma(v, p, e);
+      f = V::fma(w, q, f);
+      GAC_PREFETCH(x + i + r * 2 * W, kAhead);
+      GAC_PREFETCH(y + i + r * 2 * W, kAhead);
+    }
+    xx = widened(a, widened(b, xx));
+    yy = widened(c, widened(d, yy));
+    xy = widened(e, widened(f, xy));
+  }
+  double sxx = total(xx), syy = total(yy), sxy = total(xy);
+  double rest[3];
+  pair_wide<T>(x + i, y + i, n - i, rest);
+  out[0] = sxx + rest[0];
+  out[1] = syy + rest[1];
+  out[2] = sxy + rest[2];
+  if (!in_range<T>(out[0], n) || !in_range<T>(out[1], n)) pair_wide<T>(first, second, n, out);
+}
+
 // One vector of the mix. float32 and float64 go through float64, so that the result is rounded once to float32; for the
 // 16-bit types float32 has bits to spare.
 template <class T>
@@ -142,35 +225,6 @@ GAC_KERNEL void mix(void* first, const void* second, int64_t n, double mu, doubl
   for (; i < n; ++i) a[i] = from_double<T>(mu * to_double(a[i]) + rest * to_double(b[i]));
 }
 
-template <class T>
-GAC_KERNEL void mix_pair(void* first, const void* second, int64_t n, double mu, double rest, double* out) {
-  T* a = static_cast<T*>(first);
-  const T* b = static_cast<const T*>(second);
-  constexpr int W = V::W;
-  D2 xx = zero2(), yy = zero2(), xy = zero2();
-  int64_t i = 0;
-  for (; i + W <= n; i += W) {
-    GAC_PREFETCH(a + i, kAhead);
-    GAC_PREFETCH(b + i, kAhead);
-    const D2 v = load2(a + i), w = load2(b + i);
-    xx = fma2(v, v, xx);
-    yy = fma2(w, w, yy);
-    xy = fma2(v, w, xy);
-    mix_vector(a + i, b + i, mu, rest);
-  }
-  double sxx = total(xx), syy = total(yy), sxy = total(xy);
-  for (; i < n; ++i) {
-    const double v = to_double(a[i]), w = to_double(b[i]);
-    sxx += v * v;
-    syy += w * w;
-    sxy += v * w;
-    a[i] = from_double<T>(mu * v + rest * w);
-  }
-  out[0] = sxx;
-  out[1] = syy;
-  out[2] = sxy;
-}
-
 // The sign words of `count` groups of 32 elements.
 GAC_INLINE void fill_words(uint32_t seed, uint64_t word, int64_t count, uint32_t* words) {
   uint32_t key = sign_key(seed, static_cast<uint32_t>(word >> 32));
@@ -180,29 +234,98 @@ GAC_INLINE void fill_words(uint32_t seed, uint64_t word, int64_t count, uint32_t
   for (; i < count; ++i) words[i] = sign_word(seed, word + i);
 }
 
-// acc += sign * x for 32 elements, and sums += x*x.
+// Sum of squares on the side of the sketch: float64, or for 16-bit types float32 emptied every kRun additions.
 template <class T>
-GAC_INLINE void add_group(const T* x, float* acc, uint32_t word, D2* sums) {
+struct Squares {
+  D2 sums[2];
+  GAC_INLINE void clear() { sums[0] = sums[1] = zero2(); }
+  template <class X>
+  GAC_INLINE void add(int p, const T* x, X) {
+    const D2 v = load2(x);
+    sums[p % 2] = fma2(v, v, sums[p % 2]);
+  }
+  GAC_INLINE void empty() {}
+  GAC_INLINE double sum() { return total(add2(sums[0], sums[1])); }
+};
+template <class T>
+struct ShortSquares {
+  V::F runs[2];
+  D2 sums;
+  GAC_INLINE void clear() {
+    sums = zero2();
+    runs[0] = runs[1] = V::set(0.0f);
+  }
+  GAC_INLINE void add(int p, const T*, V::F x) { runs[p % 2] = V::fma(x, x, runs[p % 2]); }
+  GAC_INLINE void empty() {
+    sums = widened(runs[0], widened(runs[1], sums));
+    runs[0] = runs[1] = V::set(0.0f);
+  }
+  GAC_INLINE double sum() { return total(sums); }
+};
+template <>
+struct Squares<bf16> : ShortSquares<bf16> {};
+template <>
+struct Squares<fp16> : ShortSquares<fp16> {};
+
+// lanes += sign * x for R rows of 32 elements; x of the next row is `row` further on, and so are its words `step`.
+template <int R, class T>
+GAC_INLINE void add_group(const T* x, int64_t row, float* acc, const uint32_t* words, int64_t step, Squares<T>& squares) {
   constexpr int W = V::W;
 #pragma GCC unroll 8
   for (int p = 0; p < 32 / W; ++p) {
-    const V::F v = V::load(x + p * W);
-    V::store(acc + p * W, V::add_signed(V::load(acc + p * W), v, word, p * W));
-    const D2 d = load2(x + p * W);
-    sums[p % 2] = fma2(d, d, sums[p % 2]);
+    V::F sum = V::load(acc + p * W);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const V::F v = V::load(x + r * row + p * W);
+      sum = V::add_signed(sum, v, words[r * step], p * W);
+      squares.add(p + r, x + r * row + p * W, v);
+    }
+    V::store(acc + p * W, sum);
   }
 }
-template <class T>
-GAC_INLINE void add_group(const T* x, double* acc, uint32_t word, D2* sums) {
+template <int R, class T>
+GAC_INLINE void add_group(const T* x, int64_t row, double* acc, const uint32_t* words, int64_t step,
+                          Squares<double>& squares) {
   constexpr int W = V::W, H = V::W / 2;
-#pragma GCC unroll 8
   for (int p = 0; p < 32 / W; ++p) {
-    const D2 d = load2(x + p * W);
-    V::store(acc + p * W, V::add_signed(V::load(acc + p * W), d.lo, word, p * W));
-    V::store(acc + p * W + H, V::add_signed(V::load(acc + p * W + H), d.hi, word, p * W + H));
-    sums[p % 2] = fma2(d, d, sums[p % 2]);
+    D2 sum = {V::load(acc + p * W), V::load(acc + p * W + H)};
+    for (int r = 0; r < R; ++r) {
+      const D2 v = load2(x + r * row + p * W);
+      sum.lo = V::add_signed(sum.lo, v.lo, words[r * step], p * W);
+      sum.hi = V::add_signed(sum.hi, v.hi, words[r * step], p * W + H);
+      squares.sums[(p + r) % 2] = fma2(v, v, squares.sums[(p + r) % 2]);
+    }
+    V::store(acc + p * W, sum.lo);
+    V::store(acc + p * W + H, sum.hi);
   }
 }
+
+// `groups` groups of R rows; the words of a row follow each other.
+template <int R, class T, class A, class S>
+GAC_INLINE void add_groups(const T* x, int64_t row, A* acc, const uint32_t* words, int64_t step, int64_t groups,
+                           S& squares) {
+  constexpr int kEmpty = 2 * kRun * V::W / (32 * R);  // groups between two emptyings
+  for (int64_t g = 0; g < groups;) {
+    const int64_t stop = groups - g < kEmpty ? groups : g + kEmpty;
+    for (; g < stop; ++g) {
+      for (int r = 0; r < R; ++r) {
+        GAC_PREFETCH(x + r * row + g * 32, kAhead);
+        if (sizeof(T) > 2) GAC_PREFETCH(x + r * row + g * 32 + 16, kAhead);
+      }
+      add_group<R>(x + g * 32, row, acc + g * 32, words + g, step, squares);
+    }
+    squares.empty();
+  }
+}
+
+template <class T, class A>
+struct SquaresOf {
+  using type = Squares<T>;
+};
+template <class T>
+struct SquaresOf<T, double> {
+  using type = Squares<double>;
+};
 
 template <class T, class A>
 GAC_INLINE double add_scalars(const T* x, int64_t n, A* acc, uint32_t word, int bit) {
@@ -217,44 +340,53 @@ GAC_INLINE double add_scalars(const T* x, int64_t n, A* acc, uint32_t word, int 
 }
 
 template <class T, class A>
-GAC_KERNEL double sketch(const void* data, int64_t n, A* acc, const SketchRun& run) {
+GAC_KERNEL double sketch(const void* data, int64_t count, A* acc, const SketchRun& run) {
   const T* x = static_cast<const T*>(data);
-  constexpr int kBatch = 64;  // sign words hashed at a time
-  uint32_t words[kBatch];
-  D2 sums[2] = {zero2(), zero2()};
-  double squares = 0;
-  int64_t lane = run.lane;
+  constexpr int R = V::Rows;
+  constexpr int64_t kBatch = 32;  // sign words of a row hashed at a time
+  uint32_t words[R * kBatch];
+  typename SquaresOf<T, A>::type squares;
+  squares.clear();
+  double others = 0;
+  int64_t lane = run.lane, n = count;
   uint64_t index = run.index;
   if (lane % 32 && n) {  // up to the first whole group
     const int64_t head = n < 32 - lane % 32 ? n : 32 - lane % 32;
-    squares += add_scalars(x, head, acc + lane, sign_word(run.seed, index / 32), static_cast<int>(lane % 32));
+    others += add_scalars(x, head, acc + lane, sign_word(run.seed, index / 32), static_cast<int>(lane % 32));
     x += head;
     n -= head;
     index += head;
     lane += head;
     if (lane == run.lanes) lane = 0;
   }
+  const int64_t row_groups = run.lanes / 32;
   while (n >= 32) {
-    const int64_t batch = n / 32 < kBatch ? n / 32 : kBatch;
-    fill_words(run.seed, index / 32, batch, words);
-    int64_t done = 0;
-    while (done < batch) {
-      int64_t stop = done + (run.lanes - lane) / 32;
-      if (stop > batch) stop = batch;
-      A* to = acc + lane;
-      lane += (stop - done) * 32;
-      for (; done < stop; ++done, x += 32, to += 32) {
-        GAC_PREFETCH(x, kAhead);
-        add_group(x, to, words[done], sums);
+    if (!lane && n >= R * run.lanes) {  // R rows at once: their lanes are loaded and stored once
+      for (int64_t g = 0; g < row_groups; g += kBatch) {
+        const int64_t batch = row_groups - g < kBatch ? row_groups - g : kBatch;
+        for (int r = 0; r < R; ++r)
+          fill_words(run.seed, index / 32 + r * row_groups + g, batch, words + r * kBatch);
+        add_groups<R>(x + g * 32, run.lanes, acc + g * 32, words, kBatch, batch, squares);
       }
+      x += R * run.lanes;
+      n -= R * run.lanes;
+      index += R * run.lanes;
+    } else {
+      int64_t batch = (run.lanes - lane) / 32;
+      if (batch > n / 32) batch = n / 32;
+      if (batch > kBatch) batch = kBatch;
+      fill_words(run.seed, index / 32, batch, words);
+      add_groups<1>(x, 0, acc + lane, words, 0, batch, squares);
+      x += batch * 32;
+      n -= batch * 32;
+      index += batch * 32;
+      lane += batch * 32;
       if (lane == run.lanes) lane = 0;
     }
-    index += batch * 32;
-    n -= batch * 32;
   }
-  squares += total(add2(sums[0], sums[1]));
-  if (n) squares += add_scalars(x, n, acc + lane, sign_word(run.seed, index / 32), 0);
-  return squares;
+  if (n) others += add_scalars(x, n, acc + lane, sign_word(run.seed, index / 32), 0);
+  others += squares.sum();
+  return sizeof(A) == sizeof(double) || in_range<T>(others, count) ? others : moments_wide<T>(data, count);
 }
 
 // exp by Cody and Waite's reduction and the Taylor polynomial of degree 13 on |r| <= ln(2)/2 (remainder 4e-18).
@@ -345,10 +477,9 @@ GAC_KERNEL double absorb(const float* current, float* previous, float* out, int6
 
 constexpr Kernels make_kernels(const char* name) {
   return {name,
-          {moments<float>, moments<bf16>, moments<fp16>, moments<double>},
-          {pair<float>, pair<bf16>, pair<fp16>, pair<double>},
+          {moments_wide<float>, moments_short<bf16>, moments_short<fp16>, moments_wide<double>},
+          {pair_wide<float>, pair_short<bf16>, pair_short<fp16>, pair_wide<double>},
           {mix<float>, mix<bf16>, mix<fp16>, mix<double>},
-          {mix_pair<float>, mix_pair<bf16>, mix_pair<fp16>, mix_pair<double>},
           {sketch<float, float>, sketch<bf16, float>, sketch<fp16, float>, nullptr},
           {sketch<float, double>, sketch<bf16, double>, sketch<fp16, double>, sketch<double, double>},
           tokens,

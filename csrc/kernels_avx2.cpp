@@ -16,12 +16,22 @@ namespace avx2 {
 struct V {
   using F = __m256;
   using D = __m256d;
-  static constexpr int W = 8, U = 2, UPair = 1;
+  static constexpr int W = 8, U = 2, UPair = 1, Rows = 2;
 
   GAC_INLINE static F load(const float* p) { return _mm256_loadu_ps(p); }
   GAC_INLINE static F load(const bf16* p) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  // Even elements shifted into place, odd ones where they are.
+  GAC_INLINE static void load_any(const bf16* p, F& even, F& odd) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  GAC_INLINE static void load_any(const fp16* p, F& first, F& second) {
+    first = load(p);
+    second = load(p + W);
   }
   GAC_INLINE static F load(const fp16* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -17,12 +17,22 @@ namespace avx512 {
 struct V {
   using F = __m512;
   using D = __m512d;
-  static constexpr int W = 16, U = 4, UPair = 2;
+  static constexpr int W = 16, U = 4, UPair = 2, Rows = 2;
 
   GAC_INLINE static F load(const float* p) { return _mm512_loadu_ps(p); }
   GAC_INLINE static F load(const bf16* p) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  // Even elements shifted into place, odd ones where they are.
+  GAC_INLINE static void load_any(const bf16* p, F& even, F& odd) {
+    const __m512i bits = _mm512_loadu_si512(p);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  GAC_INLINE static void load_any(const fp16* p, F& first, F& second) {
+    first = load(p);
+    second = load(p + W);
   }
   GAC_INLINE static F load(const fp16* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -71,12 +81,12 @@ struct V {
     return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
   }
   GAC_INLINE static F add_signed(F acc, F x, uint32_t word, int bit) {
-    const __mmask16 minus = static_cast<__mmask16>(word >> bit);
-    return _mm512_mask_sub_ps(_mm512_add_ps(acc, x), minus, acc, x);
+    const __mmask16 minus = static_cast<__mmask16>(word >> bit);  // a xor runs on more ports than a second addition
+    return _mm512_add_ps(acc, _mm512_mask_xor_ps(x, minus, x, _mm512_set1_ps(-0.0f)));
   }
   GAC_INLINE static D add_signed(D acc, D x, uint32_t word, int bit) {
     const __mmask8 minus = static_cast<__mmask8>(word >> bit);
-    return _mm512_mask_sub_pd(_mm512_add_pd(acc, x), minus, acc, x);
+    return _mm512_add_pd(acc, _mm512_mask_xor_pd(x, minus, x, _mm512_set1_pd(-0.0)));
   }
   GAC_INLINE static void hash(uint32_t* out, uint32_t word, uint32_t key) {
     const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);

@@ -15,7 +15,7 @@ namespace neon {
 struct V {
   using F = float32x4_t;
   using D = float64x2_t;
-  static constexpr int W = 4, U = 4, UPair = 3;
+  static constexpr int W = 4, U = 4, UPair = 3, Rows = 2;
 
   GAC_INLINE static F load(const float* p) { return vld1q_f32(p); }
   GAC_INLINE static F load(const bf16* p) {
@@ -23,6 +23,11 @@ struct V {
   }
   GAC_INLINE static F load(const fp16* p) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));
+  }
+  template <class T>
+  GAC_INLINE static void load_any(const T* p, F& first, F& second) {
+    first = load(p);
+    second = load(p + W);
   }
   GAC_INLINE static D load(const double* p) { return vld1q_f64(p); }
   GAC_INLINE static void store(float* p, F x) { vst1q_f32(p, x); }

@@ -9,7 +9,7 @@ namespace gac {
 namespace portable {
 
 struct V {
-  static constexpr int W = 8, U = 1, UPair = 1;
+  static constexpr int W = 8, U = 1, UPair = 1, Rows = 1;
   struct F {
     float v[W];
   };
@@ -26,6 +26,11 @@ struct V {
   template <class T>
   static F load(const T* p) {
     GAC_EACH(F, W, to_float(p[i]));
+  }
+  template <class T>
+  static void load_any(const T* p, F& first, F& second) {
+    first = load(p);
+    second = load(p + W);
   }
   static D load(const double* p) { GAC_EACH(D, H, p[i]); }
   template <class T>

@@ -12,7 +12,7 @@ namespace gac {
 namespace {
 
 constexpr int64_t kChunk = 1 << 16;       // elements of a reduction's chunk
-constexpr int64_t kBlock = 1024;          // elements converted at a time when dtypes differ
+constexpr int64_t kBlock = 1024;          // elements converted, or mixed after their sums are taken, at a time
 constexpr int64_t kTokensBlock = 512;     // tokens converted at a time
 constexpr int64_t kUnitRows = 64;         // rows of a sketch unit when slabs are short
 constexpr int64_t kSplitRows = 256;       // longer slabs are split; also the rows that float lanes add up at most
@@ -185,22 +185,25 @@ void pair_run(int dtype_a, int dtype_b, const char* x, const char* y, int64_t n,
 void mix_run(int dtype_a, int dtype_b, char* x, const char* y, int64_t n, double mu, double* sums) {
   const Kernels& table = kernels();
   const double rest = 1 - mu;
-  if (dtype_a == dtype_b)
-    return sums ? table.mix_pair[dtype_a](x, y, n, mu, rest, sums) : table.mix[dtype_a](x, y, n, mu, rest);
+  if (dtype_a == dtype_b && !sums) return table.mix[dtype_a](x, y, n, mu, rest);
   double left[kBlock], right[kBlock], part[3];
   if (sums) std::fill(sums, sums + 3, 0.0);
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t m = std::min(kBlock, n - i);
     char* target = x + i * bytes_of(dtype_a);
-    to_doubles(dtype_a, target, m, left);
-    to_doubles(dtype_b, y + i * bytes_of(dtype_b), m, right);
-    if (sums) {
-      table.mix_pair[kFloat64](left, right, m, mu, rest, part);
+    const char* source = y + i * bytes_of(dtype_b);
+    if (sums) {  // the block stays in the first-level cache until it is mixed
+      pair_run(dtype_a, dtype_b, target, source, m, part);
       for (int w = 0; w < 3; ++w) sums[w] += part[w];
-    } else {
-      table.mix[kFloat64](left, right, m, mu, rest);
     }
-    from_doubles(dtype_a, left, m, target);
+    if (dtype_a == dtype_b) {
+      table.mix[dtype_a](target, source, m, mu, rest);
+    } else {
+      to_doubles(dtype_a, target, m, left);
+      to_doubles(dtype_b, source, m, right);
+      table.mix[kFloat64](left, right, m, mu, rest);
+      from_doubles(dtype_a, left, m, target);
+    }
   }
 }
 

@@ -2,7 +2,8 @@
 
 Error bounds. All sums of products are float64: an addend passes at most ``DEPTH`` roundings on its way (vector
 accumulator over a chunk of 65,536 elements, lanes, chunks, tensors), so a sum errs by at most ``DEPTH * 2**-53`` of the
-sum of magnitudes, and the reference by no more. Sketch buckets are float32 sums of at most 256 rows, emptied into
+sum of magnitudes, and the reference by no more. Products of 16-bit elements are exact in float32 and are added there
+16 at a time, which adds ``16 * 2**-24``. Sketch buckets are float32 sums of at most 256 rows, emptied into
 float64: a bucket of ``n`` elements errs by at most ``min(n, 256) * 2**-24`` of its sum of magnitudes, plus one rounding
 of the result; float64 input or output takes float64 lanes. Mixing is rounded once to the output's type, after an
 error of three float32 roundings for the 16-bit types and three float64 roundings otherwise.
@@ -16,6 +17,13 @@ import sys
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gac_kernels import cpu, reference
+from gac_kernels.arguments import overlaps_itself
+from gac_kernels.cpu import library as cpu_library
+from gac_kernels.layout import SketchLayout
 from tests.gac_kernels.cases import (
     SMALLEST,
     UNIT_ROUNDOFF,
@@ -30,13 +38,6 @@ from tests.gac_kernels.cases import (
     tensor_cases,
     values,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
-from gac_kernels import cpu, reference
-from gac_kernels.arguments import overlaps_itself
-from gac_kernels.cpu import library as cpu_library
-from gac_kernels.layout import SketchLayout
 
 if not cpu.available():
     pytest.skip(f"no CPU library: {cpu.status()['reason']}", allow_module_level=True)
@@ -84,13 +85,14 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(view), b.view(view))
 
 
-def assert_sums(got: torch.Tensor, expected: torch.Tensor, magnitudes: torch.Tensor) -> None:
-    """Sums within the float64 bound; non-finite ones of the same kind."""
+def assert_sums(got: torch.Tensor, expected: torch.Tensor, magnitudes: torch.Tensor, tensors) -> None:
+    """Sums within the bound for the tensors' dtypes; non-finite ones of the same kind."""
     assert got.dtype == torch.float64
     assert got.shape == expected.shape
     finite = torch.isfinite(expected)
     assert torch.equal(finite, torch.isfinite(got))
-    bound = 2 * DEPTH * U64 * magnitudes + 1e-300
+    short = any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors)
+    bound = 2 * (DEPTH * U64 + 16 * U32 * short) * magnitudes + 1e-300
     assert ((got - expected).abs() <= bound)[finite].all(), (got, expected)
 
 
@@ -103,12 +105,12 @@ def test_moments(case, isa):
     for per_tensor in (False, True):
         expected = reference.moments(tensors, per_tensor=per_tensor)
         got = cpu.moments(tensors, per_tensor=per_tensor)
-        assert_sums(got[..., 0], expected[..., 0], expected[..., 0])
+        assert_sums(got[..., 0], expected[..., 0], expected[..., 0], tensors)
         assert torch.equal(got[..., 1], expected[..., 1])
     for tensor in tensors[:3]:
         expected = reference.moments(tensor)
         got = cpu.moments(tensor)
-        assert_sums(got[0], expected[0], expected[0])
+        assert_sums(got[0], expected[0], expected[0], [tensor])
         assert got[1] == expected[1]
 
 
@@ -120,7 +122,7 @@ def test_pair_moments(first, second, isa):
         got = cpu.pair_moments(a, b, per_tensor=per_tensor)
         magnitudes = expected.abs()
         magnitudes[..., 2] = (magnitudes[..., 0] + magnitudes[..., 1]) / 2  # bounds sum |a b|
-        assert_sums(got, expected, magnitudes)
+        assert_sums(got, expected, magnitudes, a)
 
 
 def test_every_place_of_a_nonfinite_element(isa):
@@ -131,6 +133,26 @@ def test_every_place_of_a_nonfinite_element(isa):
                 got = cpu.moments(poisoned(x, [place], bad))
                 assert got[1] == 1
                 assert not torch.isfinite(got[0])
+
+
+def test_bfloat16_out_of_the_range_of_float32_products(isa):
+    """Products that overflow or vanish in float32 must not: the run is done again in float64."""
+    for scale in (1e30, 1e-30, 1e-38, 0.0):
+        x, y = (values(20_000, dtype=torch.bfloat16, seed=s, scale=scale) for s in (1, 2))
+        expected = reference.pair_moments(x, y)
+        for got in (cpu.pair_moments(x, y), cpu.mix_(x.clone(), y, 0.5, moments=True)):
+            assert torch.allclose(got, expected, rtol=2 * DEPTH * U64, atol=2 * DEPTH * U64 * float(expected[0]))
+        assert torch.allclose(cpu.moments(x)[0], expected[0], rtol=2 * DEPTH * U64, atol=0)
+        layout = SketchLayout((20_000,), 5)
+        squares = cpu.sketch(x, torch.empty(layout.size), layout=layout)[0]
+        assert torch.allclose(squares, expected[0], rtol=2 * DEPTH * U64, atol=0)
+    # One huge element among ordinary ones, and ordinary ones among tiny ones.
+    x = values(20_000, dtype=torch.bfloat16)
+    x[777] = 1e25
+    assert torch.allclose(cpu.moments(x), reference.moments(x), rtol=2 * DEPTH * U64)
+    x = values(20_000, dtype=torch.bfloat16, scale=1e-30)
+    x[777] = 1e-3
+    assert torch.allclose(cpu.moments(x), reference.moments(x), rtol=32 * U32)
 
 
 def test_squares_beyond_float64_are_not_counted_as_nonfinite(isa):
@@ -186,7 +208,9 @@ def test_mix(first, second, isa):
         a, before, again = (_own_memory(inputs) for _ in range(3))
         expected = reference.pair_moments(a, b)
         moments = cpu.mix_(a, b, mu, moments=True)
-        assert_sums(moments, expected, expected[:2].sum() / 2 + torch.stack([expected[0], expected[1], expected[0]]))
+        magnitudes = expected.abs()
+        magnitudes[2] = (magnitudes[0] + magnitudes[1]) / 2
+        assert_sums(moments, expected, magnitudes, a)
         for x, old, y in zip(a, before, b, strict=True):
             weight = float(mu)
             exact = weight * old.double() + (1 - weight) * y.double()
@@ -257,7 +281,7 @@ def assert_sketch(case: SketchCase, dtype: torch.dtype, **more) -> None:
     expected, got = start.double(), start.clone()
     expected_moments = call(case, reference, tensors, expected, per_tensor=True)
     got_moments = call(case, cpu, tensors, got, per_tensor=True)
-    assert_sums(got_moments[:, 0], expected_moments[:, 0], expected_moments[:, 0])
+    assert_sums(got_moments[:, 0], expected_moments[:, 0], expected_moments[:, 0], tensors)
     assert torch.equal(got_moments[:, 1], expected_moments[:, 1])
     mass, count = bucket_mass(case, tensors)
     scale = abs(case.options.get("scale", 1.0))
