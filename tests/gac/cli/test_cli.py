@@ -1,0 +1,201 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gac.cli import build_parser, command_names, main
+from gac.cli._config import TrainConfig, parse_law, parse_prior
+from gac.cli._rundir import TIMING_KEYS, MetricsFile, read_metrics
+from gac.cli.compare import split_laws
+
+TINY = [
+    "--task", "chain_sum:terms=2,digits=1", "--heldout", "20", "--demonstrations", "20", "--prompts", "40",
+    "--hidden-size", "16", "--layers", "1", "--warm-start-steps", "4", "--micro-batches", "2", "--batch-size", "4",
+    "--sft-batch-size", "4", "--generations", "4", "--threads", "1", "--device", "cpu", "--eval-every", "3",
+]  # fmt: skip
+
+
+def metrics_of(folder):
+    records = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if k not in TIMING_KEYS} for record in records]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run of nine steps."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    assert main(["train", *TINY, "--steps", "9", "--save-every", "2", "--out", str(out)]) == 0
+    return out
+
+
+def test_help_lists_commands_and_examples(capsys):
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert {"train", "compare", "env"} <= set(command_names())
+    assert all(name in text for name in command_names())
+    for name in ("train", "compare", "env"):
+        assert main([name, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert f"usage: gac {name}" in text
+    assert build_parser("train").parse_args(["train", "--steps", "3"]).steps == 3
+
+
+def test_help_is_quick_to_load():
+    code = (
+        "import sys; from gac.cli import main; main(['train', '--help']);"
+        "assert not {'transformers', 'trl', 'matplotlib', 'reasoning_gym', 'rich'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--law", "nonsense"], "unknown law 'nonsense'; known: chord-mu, fixed, gac, paper"),
+        (["train", "--task", "nonsense"], "unknown task 'nonsense'; known tasks: "),
+        (["train", "--task", "chain_sum:nonsense=1"], "no parameter 'nonsense'"),
+        (["train", "--estimator", "nonsense"], "unknown estimator 'nonsense'; known: auto, sketch, exact"),
+        (["train", "--mu", "1.5"], "mu must be in [0, 1], got 1.5"),
+        (["train", "--mu", "0.5", "--law", "chord"], "cannot be combined"),
+        (["train", "--law", "gac:nonsense=1"], "no option nonsense"),
+        (["train", "--prior", "1,2"], "warmup,decay,peak,valley"),
+        (["train", "--generations", "7"], "not a multiple of --generations 7"),
+        (["train", "--resume"], "--resume needs --out"),
+        (["train", "--resume", "--out", "absent"], "nothing to resume"),
+        (["train", "--steps", "0"], "not a whole number from 1 on"),
+        (["compare", "--laws", "gac,nonsense"], "unknown law 'nonsense'"),
+        (["compare", "--laws", "gac,gac"], "more than once"),
+        (["nonsense"], "invalid choice"),
+    ],
+)
+def test_mistakes_exit_with_2_and_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert message in error[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_law_and_prior_syntax():
+    assert parse_law("fixed:0.1") == ("fixed", {"mu": 0.1})
+    assert parse_law("gac:half_life=20,cap=0.05") == ("gac", {"half_life": 20, "cap": 0.05})
+    assert parse_law("chord") == ("chord", {})
+    assert parse_prior("0.3") == 0.3
+    assert parse_prior("20,200,.85,.15") == {"warmup": 20, "decay": 200, "peak": 0.85, "valley": 0.15}
+    assert TrainConfig(mu=0.2).law_and_options() == ("fixed", {"mu": 0.2})
+    assert TrainConfig(prior="0.3", law_option=["cap=0.1"]).law_and_options() == ("gac", {"prior": 0.3, "cap": 0.1})
+    assert split_laws("gac:cap=0.1,half_life=5,fixed:0.1 chord") == ["gac:cap=0.1,half_life=5", "fixed:0.1", "chord"]
+
+
+def test_metrics_file_drops_what_a_kill_left_behind(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    file = MetricsFile(path, last_step=2)
+    file.append({"step": 3, "x": float("nan")})
+    file.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "x": null}\n'
+
+
+def test_a_run_leaves_everything_behind(finished, capsys):
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.json", "metrics.jsonl", "summary.json", "run.png", "checkpoints", "model", "warm_start"} <= names
+    assert list((finished / "tensorboard").glob("events.*"))
+    config = json.loads((finished / "config.json").read_text())
+    assert config["options"]["steps"] == 9
+    assert config["versions"]["torch"]
+    summary = json.loads((finished / "summary.json").read_text())
+    assert 0 <= summary["gac_share"] < 1
+    assert summary["peak_memory_bytes"] > 2**20
+    records = read_metrics(finished / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 10))
+    assert [record["step"] for record in records if "accuracy" in record] == [3, 6, 9]
+    assert all(key in records[-1] for key in ("reward", "gac/mu", "gac/sigma_s2", "gac/sft_loss", "seconds"))
+    assert (finished / "run.png").read_bytes()[:4] == b"\x89PNG"
+
+    assert main(["train", *TINY, "--out", str(finished)]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert main(["train", "--out", str(finished), "--resume"]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert main(["train", "--out", str(finished), "--resume", "--lr", "0.5"]) == 2
+    assert "--lr differ" in capsys.readouterr().err
+
+
+def test_the_trained_model_can_be_trained_again(finished, tmp_path):
+    options = [o if o != "4" or TINY[i - 1] != "--warm-start-steps" else "0" for i, o in enumerate(TINY)]
+    out = tmp_path / "again"
+    assert main(["train", *options, "--model", str(finished / "model"), "--steps", "1", "--out", str(out)]) == 0
+    first = json.loads((finished / "summary.json").read_text())
+    assert json.loads((out / "summary.json").read_text())["warm_start_accuracy"] == first["final_accuracy"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+@pytest.mark.parametrize("killed_at", [5])
+def test_resume_after_a_kill_equals_the_uninterrupted_run(finished, tmp_path, killed_at):
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "gac.cli", "train", *TINY, "--steps", "9", "--save-every", "2", "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 200
+    while len(read_metrics(out / "metrics.jsonl")) < killed_at:
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    assert not (out / "summary.json").exists()
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    assert metrics_of(out) == metrics_of(finished)
+    shared = ("final_accuracy", "final_mu", "warm_start_accuracy", "mean_mu", "final_reward")
+    left, right = (json.loads((folder / "summary.json").read_text()) for folder in (out, finished))
+    assert {key: left[key] for key in shared} == {key: right[key] for key in shared}
+
+
+def test_resume_from_every_kind_of_interruption(finished, tmp_path):
+    """Half-written files as a kill would leave them: a torn checkpoint, a torn line, a torn warm start, no summary."""
+    import shutil
+
+    for name, damage in {
+        "checkpoint": lambda out: (out / "checkpoints" / "checkpoint-9" / "gac_state.pt").unlink(),
+        "summary": lambda out: None,
+        "everything": lambda out: (shutil.rmtree(out / "checkpoints"), shutil.rmtree(out / "warm_start")),
+    }.items():
+        out = tmp_path / name
+        shutil.copytree(finished, out)
+        (out / "summary.json").unlink()
+        with (out / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 10, "re')
+        damage(out)
+        assert main(["train", "--out", str(out), "--resume"]) == 0
+        assert metrics_of(out) == metrics_of(finished), name
+
+
+def test_compare_runs_everything_once(tmp_path, capsys):
+    out = tmp_path / "compare"
+    command = ["compare", "--laws", "gac,fixed:0.5", "--seeds", "1", "--jobs", "2", "--out", str(out)]
+    options = [o for i, o in enumerate(TINY) if o != "--threads" and TINY[i - 1] != "--threads"]
+    command += [*options, "--steps", "3"]
+    assert main(command) == 0
+    assert "accuracy, mean over seeds" in capsys.readouterr().out
+    result = json.loads((out / "compare.json").read_text())
+    assert list(result["laws"]) == ["gac", "fixed:0.5"]
+    runs = [runs[0]["summary"] for runs in result["laws"].values()]
+    assert runs[0]["warm_start_accuracy"] == runs[1]["warm_start_accuracy"]
+    assert result["laws"]["fixed:0.5"][0]["mu"] == [0.5] * 3
+    assert (out / "compare.md").read_text().count("\n") == 4
+    assert (out / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    times = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/summary.json")}
+    assert len(times) == 2
+    assert main(command) == 0  # finished runs are kept
+    assert times == {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/summary.json")}
+
+
+def test_env_prints_versions_and_devices(capsys):
+    assert main(["env"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("torch", "gac_kernels", "instruction set", "GPU"))
+    assert main(["env", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) >= {"versions", "processor", "devices", "gac_kernels"}
