@@ -50,8 +50,8 @@ class TrainConfig:
     def with_model_defaults(self) -> "TrainConfig":
         """A copy where every option that depends on the kind of model has its value."""
         small = self.model is None
-        fill = {"lr": 1e-3 if small else 1e-5, "warm_start_steps": 400 if small else 0}
-        fill["warm_start_lr"] = 2e-3 if small else fill["lr"]
+        fill = {"lr": 1e-3 if small else 1e-5, "warm_start_steps": 800 if small else 0}
+        fill["warm_start_lr"] = 1e-3 if small else fill["lr"]
         return dataclasses.replace(self, **{k: v for k, v in fill.items() if getattr(self, k) is None})
 
     def law_and_options(self) -> tuple[str, dict[str, Any]]:
@@ -140,12 +140,12 @@ def add_training_options(parser: argparse.ArgumentParser, *, leave_out: tuple[st
     )  # fmt: skip
     add(
         training, "--warm-start-steps",
-        "supervised steps before the hybrid phase (default: 400; 0 with --model)",
+        "supervised steps before the hybrid phase (default: 800; 0 with --model)",
         type=natural, metavar="N",
     )  # fmt: skip
     add(
         training, "--warm-start-lr",
-        "learning rate of the warm start (default: 2e-3; --lr with --model)",
+        "learning rate of the warm start (default: 1e-3; --lr with --model)",
         type=positive_float, metavar="X",
     )  # fmt: skip
     add(training, "--seed", "decides the problems, the model and every sample", type=natural, metavar="N")

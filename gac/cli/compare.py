@@ -4,6 +4,7 @@ Writes one run directory per law and seed, compare.json, compare.md and compare.
 the same command goes on where it stopped."""
 
 import argparse
+import dataclasses
 import os
 import re
 import subprocess
@@ -52,8 +53,11 @@ def run(args: argparse.Namespace) -> int:
     laws = split_laws(args.laws)
     config = config_from(args).with_model_defaults()
     for law in laws:
-        check(TrainConfig(**{**vars(config), "law": law}))
+        check(dataclasses.replace(config, law=law))
     seeds = range(args.first_seed, args.first_seed + args.seeds)
+    for law in laws:
+        for seed in seeds:
+            _check_stored(run_directory(args.out, law, seed), dataclasses.replace(config, law=law, seed=seed))
     reporter = Reporter()
     reporter.say(f"{len(laws)} laws x {len(seeds)} seeds, {args.jobs} at a time  ->  {args.out}")
     failures = _run_all(args, config, laws, seeds, reporter)
@@ -85,6 +89,19 @@ def run_directory(out: Path, law: str, seed: int) -> Path:
 def warm_start_directory(out: Path, seed: int) -> Path:
     """Where the starting model of a seed lives."""
     return out / "warm_start" / f"seed{seed}"
+
+
+def _check_stored(out: Path, wanted: TrainConfig) -> None:
+    """Refuses to mix runs that were made with other options into the comparison."""
+    from gac.cli._rundir import CONFIG, read_json
+
+    if not (out / CONFIG).exists():
+        return
+    stored = read_json(out / CONFIG)["options"]
+    changed = [name for name, value in vars(wanted).items() if name != "threads" and stored.get(name) != value]
+    if changed:
+        flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+        raise UsageError(f"{out} holds a run made with other options ({flags}); choose another --out")
 
 
 def _run_all(args, config: TrainConfig, laws: Sequence[str], seeds: Sequence[int], reporter) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 from gac.cli import build_parser, command_names, main
 from gac.cli._config import TrainConfig, parse_law, parse_prior
 from gac.cli._rundir import TIMING_KEYS, MetricsFile, read_metrics
-from gac.cli.compare import split_laws
+from gac.cli.compare import run_directory, split_laws, warm_start_directory
 
 TINY = [
     "--task", "chain_sum:terms=2,digits=1", "--heldout", "20", "--demonstrations", "20", "--prompts", "40",
@@ -173,12 +173,16 @@ def test_resume_from_every_kind_of_interruption(finished, tmp_path):
         assert metrics_of(out) == metrics_of(finished), name
 
 
-def test_compare_runs_everything_once(tmp_path, capsys):
+def test_compare_fills_in_what_is_missing_and_draws_all(tmp_path, capsys):
     out = tmp_path / "compare"
     command = ["compare", "--laws", "gac,fixed:0.5", "--seeds", "1", "--jobs", "2", "--out", str(out)]
-    options = [o for i, o in enumerate(TINY) if o != "--threads" and TINY[i - 1] != "--threads"]
-    command += [*options, "--steps", "3"]
-    assert main(command) == 0
+    options = [o for i, o in enumerate(TINY) if o != "--threads" and TINY[i - 1] != "--threads"] + ["--steps", "3"]
+    here = ["--out", str(run_directory(out, "gac", 0)), "--warm-start", str(warm_start_directory(out, 0))]
+    assert main(["train", *options, *here, "--threads", "1"]) == 0
+    made = run_directory(out, "gac", 0) / "summary.json"
+    time_made = made.stat().st_mtime_ns
+
+    assert main([*command, *options]) == 0
     assert "accuracy, mean over seeds" in capsys.readouterr().out
     result = json.loads((out / "compare.json").read_text())
     assert list(result["laws"]) == ["gac", "fixed:0.5"]
@@ -187,10 +191,10 @@ def test_compare_runs_everything_once(tmp_path, capsys):
     assert result["laws"]["fixed:0.5"][0]["mu"] == [0.5] * 3
     assert (out / "compare.md").read_text().count("\n") == 4
     assert (out / "compare.png").read_bytes()[:4] == b"\x89PNG"
-    times = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/summary.json")}
-    assert len(times) == 2
-    assert main(command) == 0  # finished runs are kept
-    assert times == {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/summary.json")}
+    assert made.stat().st_mtime_ns == time_made  # finished runs are kept
+
+    assert main([*command, *options, "--lr", "0.5"]) == 2
+    assert "other options (--lr" in capsys.readouterr().err
 
 
 def test_env_prints_versions_and_devices(capsys):
