@@ -498,7 +498,9 @@ def token_kernel(
 ):
     """The seven sums of one sequence, in float64: there are few tokens, and ``1 - p`` needs the digits."""
     row = tl.program_id(0).to(tl.int64)
-    expert = tl.load(is_expert + row) != 0
+    rollout = (
+        tl.load(is_expert + row + tl.zeros([WIDTH], tl.int32)) == 0
+    )  # a block: the interpreter cannot `and` scalars
     count = tl.zeros([WIDTH], tl.float64)
     logp_sum = tl.zeros([WIDTH], tl.float64)
     a_sum = tl.zeros([WIDTH], tl.float64)
@@ -517,7 +519,7 @@ def token_kernel(
             tl.load(logprobs + row * logprob_row + column * logprob_column, mask=use, other=0.0), BITWISE_BF16
         )
         a = _wide64(
-            tl.load(advantages + row * advantage_row + column * advantage_column, mask=use & (expert == 0), other=0.0),
+            tl.load(advantages + row * advantage_row + column * advantage_column, mask=use & rollout, other=0.0),
             BITWISE_BF16,
         )
         p = tl.exp(logp)

@@ -1,0 +1,72 @@
+"""Every Triton kernel compiled for sm_80, sm_90 and sm_100 on the installed Triton; needs no GPU (see ``aot.py``)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+CAPABILITIES = (80, 90, 100)
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+UNROLL = {80: (4, 2), 90: (8, 4), 100: (8, 4)}
+"""Vectors of 1,024 elements asked for at a time, of one list and of each of two: ``gac_kernels.triton.config``."""
+
+MOST_REGISTERS = 136
+"""For inputs of 16 and 32 bits: three programs of 128 threads share the 65,536 registers of an SM."""
+
+MOST_REGISTERS_FP64 = 224
+"""Where float64 is involved; 255 is what a thread can have."""
+
+
+@pytest.fixture(scope="module")
+def reports():
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "GAC_BACKEND")}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "aot.py"), str(capability)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for capability in CAPABILITIES
+    ]
+    reports = {}
+    for run in runs:
+        out, error = run.communicate(timeout=280)
+        assert run.returncode == 0, error[-4000:]
+        reports |= json.loads(out)["reports"]
+    return {int(capability): report for capability, report in reports.items()}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_no_spills_and_bounded_registers(reports, capability):
+    for name, usage in reports[capability].items():
+        most = MOST_REGISTERS_FP64 if "fp64" in name or "token" in name else MOST_REGISTERS
+        assert usage["local"] == 0, name
+        assert usage["stack"] == 0, name
+        assert usage["registers"] <= most, (name, usage)
+        assert usage["shared"] <= 4096, (name, usage)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_no_atomics(reports, capability):
+    assert [name for name, usage in reports[capability].items() if usage["atomics"]] == []
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", SIZES)
+def test_all_loads_of_the_fast_path_are_128_bits_wide(reports, capability, dtype):
+    """128 threads read 1,024 elements: 8 each, so half an access for each byte of the element's size."""
+    report, loads = reports[capability], SIZES[dtype] // 2
+    unroll, pair_unroll = UNROLL[capability]
+    for name in ("moments_kernel", "sketch_kernel"):
+        assert report[f"{name}/{dtype}"]["wide_loads"] == unroll * loads
+    for variant in ("", "/mix", "/mix+moments"):
+        usage = report[f"pair_kernel/{dtype}{variant}"]
+        assert usage["wide_loads"] == 2 * pair_unroll * loads
+        assert usage["wide_stores"] == (pair_unroll * loads if variant else 0)

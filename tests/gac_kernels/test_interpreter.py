@@ -1,0 +1,23 @@
+"""Runs ``test_triton.py`` under Triton's interpreter, in a process of its own (see ``conftest.py``)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+
+
+def test_triton_suite_in_the_interpreter(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "GAC_"))}
+    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "test_triton.py")]
+    done = subprocess.run(command, env=environment, cwd=HERE.parent.parent, capture_output=True, text=True, timeout=280)
+    print(done.stdout[-6000:], done.stderr[-2000:])
+    assert done.returncode == 0
+    summary = done.stdout.strip().splitlines()[-1]
+    assert "passed" in summary
+    assert "skipped" not in summary

@@ -1,0 +1,235 @@
+"""Dispatch, operators and the behaviour of the public functions that no single backend owns."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import gac_kernels
+from gac_kernels import SketchLayout, cpu, ops, reference
+from tests.gac_kernels.cases import values
+
+OPERATORS = torch.ops.gac_kernels
+
+
+def python(code: str, **environment: str) -> str:
+    """Output of ``code`` in a fresh interpreter."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("GAC_", "TRITON_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def inputs():
+    a = [values(100), values(7, 3, seed=1), values(5, seed=2, dtype=torch.bfloat16)]
+    b = [values(100, seed=3), values(7, 3, seed=4), values(5, seed=5, dtype=torch.bfloat16)]
+    return a, b
+
+
+MU = torch.tensor(0.3)
+LAYOUT = SketchLayout((100, 21, 5), 2, seed=7)
+TOKENS = (values(3, 5), values(3), torch.ones(3, 5, dtype=torch.bool), torch.tensor([True, False, True]))
+
+
+def operator_calls():
+    a, b = inputs()
+    parameters = [torch.nn.Parameter(t) for t in inputs()[0]]
+    numbers = [list(LAYOUT.numels), 2, 1024, [2, 0, 1], [0, 0, 0], 7]
+    c, p, t = (values(1500, seed=s) for s in (1, 2, 3))
+    return {
+        "moments": (OPERATORS.moments, (a, True)),
+        "moments_of_parameters": (OPERATORS.moments, (parameters, False)),
+        "moments_of_nothing": (OPERATORS.moments, ([], False)),
+        "sketch_flat": (OPERATORS.sketch, (a, torch.zeros(126), None, 0, 0, None, None, 3, MU, 1.0, False, True)),
+        "sketch": (OPERATORS.sketch, ([a[2], a[0], a[1]], torch.zeros(126), *numbers, None, 2.0, True, False)),
+        "pair_moments": (OPERATORS.pair_moments, (a, b, True)),
+        "mix_": (OPERATORS.mix_, (a, b, MU, 1.0)),
+        "mix_number": (OPERATORS.mix_, (a, b, None, 0.4)),
+        "mix_moments_": (OPERATORS.mix_moments_, (a, b, MU, 1.0)),
+        "token_moments": (OPERATORS.token_moments, TOKENS),
+        "absorb_": (OPERATORS.absorb_, (c, p, t, MU, 1.0)),
+        "absorb_first": (OPERATORS.absorb_, (c, None, t, None, 0.5)),
+    }
+
+
+@pytest.mark.parametrize("name", operator_calls())
+def test_opcheck(name):
+    operator, arguments = operator_calls()[name]
+    results = opcheck(operator.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def everything(a, b, mu, out, flat, c, p, t):
+    """One call of every operation, in every form the schemas have."""
+    return (
+        gac_kernels.moments(a, per_tensor=True),
+        gac_kernels.moments(a[0]),
+        gac_kernels.sketch(a, out, layout=LAYOUT, scale=mu),
+        gac_kernels.sketch(a, out, layout=LAYOUT, regions=(0, 1, 2), starts=(0, 0, 0), scale=0.5, accumulate=True),
+        gac_kernels.sketch(a, flat, seed=5, per_tensor=True),
+        gac_kernels.pair_moments(a, b),
+        gac_kernels.mix_(a, b, mu, moments=True),
+        gac_kernels.mix_(a, b, 0.5),
+        gac_kernels.token_moments(*TOKENS),
+        gac_kernels.absorb_(c, None, t, mu),
+        gac_kernels.absorb_(c, p, t, 0.5),
+    )
+
+
+def test_compiled_calls_equal_eager_calls():
+    def arguments():
+        a, b = inputs()
+        vectors = [values(1500, seed=s) for s in (1, 2, 3)]
+        return a, b, MU, torch.zeros(LAYOUT.size), torch.zeros(126), *vectors
+
+    eager, compiled = arguments(), arguments()
+    expected = everything(*eager)
+    got = torch.compile(everything, fullgraph=True, backend="aot_eager")(*compiled)
+    for want, have in zip((*expected, *eager[0], *eager[3:]), (*got, *compiled[0], *compiled[3:]), strict=True):
+        assert want is have is None or torch.equal(want, have)
+
+
+def test_results_of_parameters_need_no_gradient():
+    parameters = [torch.nn.Parameter(values(30))]
+    compiled = torch.compile(lambda p: gac_kernels.moments(p), fullgraph=True, backend="aot_eager")
+    assert not gac_kernels.moments(parameters).requires_grad
+    assert not compiled(parameters).requires_grad
+    assert not OPERATORS.moments(parameters, False).requires_grad
+
+
+def test_fake_tensors_go_through_the_operators():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = [torch.empty(10), torch.empty(3)]
+        assert gac_kernels.moments(x).shape == (2,)
+        assert gac_kernels.sketch(x, torch.empty(13), per_tensor=True).shape == (2, 2)
+        assert gac_kernels.absorb_(torch.empty(1025), None, torch.empty(1025), 1.0).shape == (2,)
+
+
+def test_eager_calls_do_not_cross_the_operator_boundary():
+    class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            Calls.seen += str(function).startswith("gac_kernels")
+            return function(*args, **(kwargs or {}))
+
+    assert not ops._traced()
+    with Calls():  # a dispatch mode wants to see the call
+        gac_kernels.moments(values(5))
+    assert Calls.seen == 1
+
+
+def test_generators_and_single_tensors_are_lists():
+    a, b = inputs()
+    assert torch.equal(gac_kernels.moments(t for t in a), gac_kernels.moments(a))
+    assert torch.equal(gac_kernels.pair_moments(tuple(a), iter(b)), gac_kernels.pair_moments(a, b))
+    assert torch.equal(gac_kernels.moments(a[0]), gac_kernels.moments([a[0]]))
+    with pytest.raises(TypeError, match="tensors"):
+        gac_kernels.moments(3)
+
+
+def test_importing_loads_neither_triton_nor_a_compiler():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import gac_kernels
+print(sorted(name for name in set(sys.modules) - before if not name.startswith("gac_kernels")))
+gac_kernels.moments(torch.ones(3))
+print("triton" in sys.modules, "torch._dynamo" in sys.modules)
+"""
+    imported, used = python(code).splitlines()
+    assert "triton" not in imported
+    assert used == "False False"
+
+
+def test_the_interpreter_serves_only_who_asks_for_it():
+    code = """
+import os, torch, gac_kernels
+from gac_kernels import ops
+print(ops._select("cpu")[1] == "triton")
+os.environ["GAC_BACKEND"] = "triton"
+ops._select.cache_clear(), ops._implementation.cache_clear()
+print(gac_kernels.moments(torch.ones(300))[0].item(), ops._select("cpu")[0].__name__)
+"""
+    assert python(code, TRITON_INTERPRET="1").splitlines() == ["False", "300.0 gac_kernels.triton"]
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """Sets GAC_BACKEND as if for a new process."""
+
+    def clear():
+        ops._select.cache_clear()
+        ops._implementation.cache_clear()
+
+    def force(value):
+        monkeypatch.setenv("GAC_BACKEND", value)
+        clear()
+
+    yield force
+    monkeypatch.undo()
+    clear()
+
+
+def test_the_variable_forces_a_backend(force):
+    for backend in ("reference", "cpu"):
+        if backend == "cpu" and not cpu.available():
+            continue
+        force(backend)
+        assert ops._select("cpu")[0].__name__ == f"gac_kernels.{backend}"
+        assert gac_kernels.backend_status()["cpu"] == f"{backend} (GAC_BACKEND={backend})"
+        assert gac_kernels.moments(torch.ones(300)).tolist() == [300.0, 0.0]
+
+
+def test_a_wrong_backend_is_named(force):
+    force("cuda")
+    with pytest.raises(ValueError, match="GAC_BACKEND is 'cuda': use one of reference, cpu, triton"):
+        gac_kernels.moments(torch.ones(3))
+    assert "none (GAC_BACKEND is 'cuda'" in gac_kernels.backend_status()["cpu"]
+
+
+def test_triton_on_cpu_tensors_says_what_to_do(force):
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the interpreter takes CPU tensors")
+    force("triton")
+    with pytest.raises(ValueError, match=r"need a GPU.*TRITON_INTERPRET=1"):
+        gac_kernels.moments(torch.ones(3))
+
+
+def test_a_missing_or_old_triton_falls_back(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    ops._select.cache_clear()
+    try:
+        module, name, reason = ops._select("cuda")
+        assert (module, name) == (reference, "reference")
+        assert "triton is not installed" in reason
+        monkeypatch.undo()
+        triton = pytest.importorskip("triton")
+        monkeypatch.setattr(triton, "__version__", "3.2.0")
+        ops._select.cache_clear()
+        assert "too old: version 3.3" in ops._select("cuda")[2]
+    finally:
+        monkeypatch.undo()
+        ops._select.cache_clear()
+
+
+def test_backend_status_names_backends_and_reasons():
+    status = gac_kernels.backend_status()
+    assert set(status) == {"cpu", "cuda", "triton", "cpu_library"}
+    assert status["cpu"].startswith(("cpu (", "reference ("))
+    assert all(isinstance(text, str) and text for text in status.values())
+    if not torch.cuda.is_available():
+        assert status["cuda"].startswith("no device")
+
+
+def test_other_devices_are_served_by_the_reference():
+    assert ops._select("mps")[:2] == (reference, "reference")

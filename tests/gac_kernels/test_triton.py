@@ -1,0 +1,575 @@
+"""The Triton kernels against the float64 reference: on the GPU, or on CPU tensors in Triton's interpreter.
+
+Error bounds (u = 2**-24, or 2**-53 where float64 is involved; see ``kernels.py`` for who adds what):
+
+- Sums of squares and products. In ``moments`` and the pair kernels a strand (one of 1,024 lanes) adds at most
+  65,536 / 1,024 = 64 terms, in ``sketch`` at most 256 rows; a term is rounded when it is formed and at each addition.
+  From there on everything is float64. A sum therefore errs by at most (n + 1) u times the sum of magnitudes, n = 64 or
+  256, doubled for higher orders, and squares below float32's range may vanish: 2**-149 for each element.
+- Float64 sums in later stages pass fewer than 200 roundings: lanes (10), chunks (1,024 strands, 10), tensors.
+- A bucket of n elements errs by min(n, 256) u times its sum of magnitudes, and is rounded once to ``out``'s dtype.
+- ``mix_``: weight, product and sum are each rounded once in the compute type, then the result to ``a``'s dtype.
+"""
+
+import copy
+import itertools
+import math
+import warnings
+
+import pytest
+import torch
+import triton.language as tl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gac_kernels import cpu, reference
+from gac_kernels.arguments import overlaps_itself
+from gac_kernels.layout import SketchLayout
+from gac_kernels.triton import config, kernels, launch, operations, tables
+from tests.gac_kernels.cases import (
+    DTYPES,
+    SMALLEST,
+    UNIT_ROUNDOFF,
+    SketchCase,
+    bucket_mass,
+    misaligned,
+    nonfinite_cases,
+    pair_cases,
+    poisoned,
+    sketch_cases,
+    strided_tensors,
+    tensor_cases,
+    values,
+)
+
+INTERPRETED = launch.interpreted()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+
+U32, U64 = 2.0**-24, 2.0**-53
+STRAND, ROWS, LATER = 64, 256, 200
+PROPERTY = settings(
+    max_examples=8 if INTERPRETED else 60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_interpreter():
+    with warnings.catch_warnings():  # numpy reports the overflow that the tests provoke
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
+def some(cases, names: str):
+    """On a GPU all cases; in the interpreter, which is thousands of times slower, those named."""
+    if not INTERPRETED:
+        return cases
+    wanted = names.split()
+    by_name = {}
+    for case in cases:
+        by_name.setdefault(str(case[0] if isinstance(case, tuple) else case), []).append(case)
+    return [case for name in wanted for case in by_name[name]]
+
+
+def unit(*tensors: torch.Tensor) -> float:
+    return U64 if any(t.dtype == torch.float64 for t in tensors) else U32
+
+
+def sum_bound(magnitude: float, tensors, terms: int) -> float:
+    u = max((unit(t) for t in tensors), default=U32)
+    vanished = 0.0 if u == U64 else 2.0**-149 * sum(t.numel() for t in tensors)
+    return 2 * ((terms + 1) * u + LATER * U64) * magnitude + vanished
+
+
+def assert_moments(got, tensors, terms):
+    expected = reference.moments(tensors, per_tensor=True)
+    assert got.dtype == torch.float64
+    assert got.shape == expected.shape
+    assert torch.equal(got[:, 1], expected[:, 1])
+    for row, want, tensor in zip(got[:, 0].tolist(), expected[:, 0].tolist(), tensors, strict=True):
+        if math.isfinite(want):
+            assert abs(row - want) <= sum_bound(want, [tensor], terms)
+        else:
+            assert not math.isfinite(row)
+
+
+MOMENT_CASES = some(
+    tensor_cases(),
+    "empty_list sizes_float32 sizes_bfloat16 sizes_float16 sizes_float64 misaligned_bfloat16 misaligned_float64 "
+    "strided_bfloat16 beyond_a_chunk_float32 beyond_a_chunk_bfloat16 zero_dim zero_size mixed_dtypes three_hundred "
+    "parameters around_1e+25_float32 around_1e+25_bfloat16 around_1e-25_float32 around_1e-25_float64 subnormal",
+)
+NONFINITE = some(
+    nonfinite_cases(),
+    "nan_1_float32 inf_33_bfloat16 -inf_1025_float16 nan_1025_float64 inf_1025_float32 nan_1025_bfloat16 "
+    "-inf_70001_bfloat16",
+)
+
+
+@pytest.mark.parametrize("case", MOMENT_CASES + NONFINITE, ids=str)
+def test_moments(case):
+    tensors = case.make(DEVICE)
+    got = operations.moments(tensors, per_tensor=True)
+    assert_moments(got, tensors, STRAND)
+    total = operations.moments(tensors)
+    want = got.sum(0)
+    assert total.shape == (2,)
+    if bool(torch.isfinite(want[0])):
+        torch.testing.assert_close(total, want, rtol=LATER * U64, atol=0)
+    else:
+        assert total[1] == want[1]
+        assert not bool(torch.isfinite(total[0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_edges_of_vectors_steps_and_chunks(dtype, monkeypatch):
+    step = config.for_device(torch.device(DEVICE)).unroll * launch.WIDTH if INTERPRETED else 8192
+    monkeypatch.setattr(config, "CHUNK", 2 * step)
+    sizes = [n + d for n in (launch.WIDTH, step, 2 * step, 4 * step) for d in (-1, 0, 1)]
+    tensors = [values(n, dtype=dtype, device=DEVICE, seed=n) for n in sizes]
+    tensors += [misaligned(n, dtype, DEVICE, n) for n in (step + 1, 2 * step + 3)]
+    assert_moments(operations.moments(tensors, per_tensor=True), tensors, STRAND)
+    check_pair(tensors[2:9], [t.flip(0) for t in tensors[2:9]])
+
+
+def check_pair(a, b):
+    got = operations.pair_moments(a, b, per_tensor=True)
+    expected = reference.pair_moments(a, b, per_tensor=True)
+    assert got.shape == expected.shape
+    for k, (x, y) in enumerate(zip(a, b, strict=True)):
+        products = (x.detach().double() * y.detach().double()).abs().sum().item()
+        for column, magnitude in enumerate((expected[k, 0].item(), expected[k, 1].item(), products)):
+            if math.isfinite(expected[k, column]):
+                assert abs(got[k, column] - expected[k, column]) <= sum_bound(magnitude, [x, y], STRAND)
+            else:
+                assert not math.isfinite(got[k, column])
+    total = operations.pair_moments(a, b)
+    assert total.shape == (3,)
+    if bool(torch.isfinite(got).all()):
+        scale = got.abs().sum(0).max()
+        assert ((total - got.sum(0)).abs() <= LATER * U64 * scale).all()
+
+
+def check_mix(a, b, mu, moments):
+    weight = float(mu)
+    olds = [x.detach().clone() for x in a]
+    expected = reference.pair_moments(olds, b)
+    got = operations.mix_(a, b, mu, moments=moments)
+    if not moments:
+        assert got is None
+    elif bool(torch.isfinite(got).all()):  # squares beyond float32's range are infinite here, as documented
+        scale = expected[:2].sum().item()
+        for column in range(3):
+            assert abs(got[column] - expected[column]) <= sum_bound(scale, olds + list(b), STRAND)
+    else:
+        assert expected[:2].max() > 2.0**120
+    for x, old, y in zip(a, olds, b, strict=True):
+        u = unit(x, y)
+        left, right = weight * old.double(), (1 - weight) * y.detach().double()
+        exact = left + right
+        compute = 3.1 * u * (left.abs() + right.abs())
+        bound = compute + UNIT_ROUNDOFF[x.dtype] * (exact.abs() + compute) + SMALLEST[x.dtype] + SMALLEST[torch.float32]
+        assert ((x.detach().double() - exact).abs() <= bound).all()
+
+
+PAIRS = some(
+    pair_cases(),
+    "empty_list misaligned_bfloat16 strided_float16 beyond_a_chunk_bfloat16 zero_dim zero_size mixed_dtypes parameters "
+    "around_1e+25_float32",
+)
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=lambda c: c.name)
+def test_pair_moments(first, second):
+    check_pair(first.make(DEVICE), second.make(DEVICE))
+
+
+@pytest.mark.parametrize("moments", [False, True])
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=lambda c: c.name)
+def test_mix(first, second, moments):
+    # The case's views share memory: give each its own, with the same strides.
+    a = [t.clone() if overlaps_itself(t) else copy.deepcopy(t) for t in first.make(DEVICE)]
+    mu = torch.tensor(0.3, device=DEVICE, dtype=torch.float64 if moments else torch.float32)
+    check_mix(a, second.make(DEVICE), mu, moments)
+
+
+def test_mix_takes_numbers_and_writes_through_views():
+    base = values(9, 50, device=DEVICE)
+    other = values(9, 50, device=DEVICE, seed=1)
+    untouched = base.clone()
+    check_mix([base[:, 5:30], base[:, 40:41]], [other[:, 5:30], other[:, 40:41]], 0.75, False)
+    assert torch.equal(base[:, :5], untouched[:, :5])
+    assert torch.equal(base[:, 30:40], untouched[:, 30:40])
+    transposed = values(20, 30, device=DEVICE).t()
+    check_mix([transposed], [values(30, 20, device=DEVICE, seed=1)], 1 / 3, False)
+
+
+def test_mix_rounds_to_nearest_even():
+    step = 2.0**-7  # the gap between bfloat16 numbers in [1, 2)
+    a = torch.tensor([1.0, 1.0 + step, 1.0 + step], dtype=torch.bfloat16, device=DEVICE)
+    b = torch.tensor([1.0 + step, 1.0 + 2 * step, 1.0], dtype=torch.bfloat16, device=DEVICE)
+    operations.mix_(a, b, 0.5)
+    assert a.tolist() == [1.0, 1.0 + 2 * step, 1.0]
+    a = torch.tensor([math.nan, math.inf, 1.0], dtype=torch.bfloat16, device=DEVICE)
+    operations.mix_(a, torch.ones_like(a), 0.5)
+    assert math.isnan(a[0])
+    assert a[1:].tolist() == [math.inf, 1.0]
+
+
+def check_sketch(case: SketchCase):
+    tensors = case.make(DEVICE)
+    options = dict(case.options)
+    if "scale" in options and not options.get("accumulate"):
+        options["scale"] = torch.tensor(options["scale"], device=DEVICE)
+    call = {"layout": case.layout, "regions": case.regions, "starts": case.starts, **options}
+    start = values(case.size, seed=123).to(DEVICE)
+    for out_dtype in (torch.float32, torch.float64):
+        before = start.to(out_dtype) if case.regions or options.get("accumulate") else None
+        before = torch.full((case.size,), math.nan, dtype=out_dtype, device=DEVICE) if before is None else before
+        out, want = before.clone(), before.double()
+        got = operations.sketch(tensors, out, per_tensor=True, **call)
+        assert_moments(got, tensors, ROWS)
+        reference.sketch(tensors, want, **call)
+        mass, count = (x.to(DEVICE) for x in bucket_mass(case, tensors))
+        factor = abs(float(options.get("scale", 1.0)))
+        # One strand adds at most 256 rows; beyond float32 input there is none whose partial sums are rounded so.
+        u = U64 if tensors and all(t.dtype == torch.float64 for t in tensors) else U32
+        rounded = (count.clamp(max=ROWS) * u + LATER * U64) * factor * mass
+        bound = 1.01 * rounded + UNIT_ROUNDOFF[out_dtype] * want.abs() + SMALLEST[out_dtype]
+        assert ((out.double() - want).abs() <= bound).all()
+        if INTERPRETED and out_dtype == torch.float32 and not options:
+            total = operations.sketch(tensors, out, **call)
+            assert total.shape == (2,)
+            if bool(torch.isfinite(got).all()):
+                torch.testing.assert_close(total, got.sum(0), rtol=LATER * U64, atol=0)
+            break
+
+
+@pytest.mark.parametrize(
+    "case",
+    some(
+        sketch_cases(),
+        "empty_list_rows1 misaligned_bfloat16_rows3 misaligned_float64_flat strided_float16_flat zero_dim_rows1 "
+        "zero_size_rows3 mixed_dtypes_rows3 mixed_dtypes_flat pieces pieces_backwards same_place_twice some_regions "
+        "far_start accumulate scaled scaled_accumulate subnormal_flat parameters_rows3 around_1e+25_bfloat16_flat",
+    ),
+    ids=str,
+)
+def test_sketch(case):
+    check_sketch(case)
+
+
+def pieces(numel, cuts, dtype=torch.float32, by=0):
+    edges = [0, *cuts, numel]
+    whole = misaligned(numel, dtype, "cpu", 5, by) if by else values(numel, dtype=dtype, seed=5)
+    return lambda device: [whole[a:b].to(device) for a, b in itertools.pairwise(edges)]
+
+
+@pytest.mark.parametrize(
+    ("lanes", "rows", "numel"), [(32, 3, 700), (96, 7, 3001), (1024, 65, 40_001), (2048, 2, 9001), (3072, 1, 7000)]
+)
+def test_sketch_of_any_lanes(lanes, rows, numel):
+    layout = SketchLayout((numel,), rows, seed=9, lanes=lanes)
+    check_sketch(SketchCase("lanes", pieces(numel, ()), layout, layout.size))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sketch_edges_of_rows_steps_chunks_and_slabs(dtype, monkeypatch):
+    monkeypatch.setattr(config, "SKETCH_CHUNK_ROWS", (8, 8))
+    step = 8 * 1024  # a chunk; in the interpreter four steps
+    numel = 3 * step + 1
+    layout = SketchLayout((numel, 1024), 17, seed=4)  # a slab of two chunks and a row
+    cuts = (step - 1, step, step + 1, 2 * step - 1024, 17 * 1024, 17 * 1024 + 1)
+    case = SketchCase("edges", pieces(numel, cuts, dtype), layout, layout.size, (0,) * 7, (0, *cuts))
+    check_sketch(case)
+    shifted = SketchCase("shifted", pieces(numel, (), dtype, by=1), layout, layout.size, (0,), (0,))
+    check_sketch(shifted)
+
+
+def test_sketch_where_the_sign_index_passes_32_bits():
+    """A chunk that crosses element 2**37, where the low half of the word index wraps."""
+    layout = SketchLayout((2**37 + 10_000,), 2**28, seed=11)
+    tensors = lambda device: [values(5000, device=device)]
+    check_sketch(SketchCase("wrap", tensors, layout, layout.size, (0,), (2**37 - 3 * 1024 + 5,)))
+
+
+def test_sketch_with_nonfinite_elements():
+    for value in (math.nan, math.inf):
+        x = poisoned(values(3000, device=DEVICE), [0, 1024, 2999], value)
+        layout = SketchLayout((3000,), 2)
+        out, want = torch.zeros(layout.size, device=DEVICE), torch.zeros(layout.size, device=DEVICE)
+        got = operations.sketch(x, out, layout=layout, per_tensor=True)
+        reference.sketch(x, want, layout=layout)
+        assert got[0, 1] == 3
+        assert torch.equal(torch.isfinite(out), torch.isfinite(want))
+
+
+def test_sketch_equals_the_cpu_library():
+    if not cpu.available():
+        pytest.skip("no CPU library")
+    tensors = [values(5000, dtype=torch.bfloat16), values(70, seed=1)]
+    layout = SketchLayout.per_tensor([5000, 70], size=2100, seed=3)
+    out, want = torch.empty(layout.size, device=DEVICE), torch.empty(layout.size)
+    got = operations.sketch([t.to(DEVICE) for t in tensors], out, layout=layout)
+    expected = cpu.sketch(tensors, want, layout=layout)
+    torch.testing.assert_close(got.cpu(), expected, rtol=2 * ROWS * U32, atol=0)
+    torch.testing.assert_close(out.cpu(), want, rtol=0, atol=4 * U32 * 4 * 5)  # 3 rows of magnitudes below 5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.bfloat16, torch.int64])
+def test_token_moments(dtype, mask_dtype):
+    rows, length = 3, launch.WIDTH + 5
+    mask = (values(rows, length, seed=1) > 0).to(mask_dtype)
+    logprobs = -values(rows, length, seed=2).abs().to(dtype)
+    advantages = values(rows, length, seed=3, dtype=dtype)
+    logprobs[mask == 0] = math.nan  # values under a zero mask are never used
+    advantages[1] = math.inf  # nor the advantages of a demonstration
+    expert = torch.tensor([False, True, False])
+    check_tokens(logprobs, advantages, mask, expert)
+    if mask_dtype == torch.bool:
+        check_tokens(logprobs[:, :7], advantages[:, 0], mask[:, :7], expert)
+        check_tokens(logprobs.t().contiguous().t(), advantages, mask.t().contiguous().t(), expert)
+
+
+def check_tokens(*inputs):
+    inputs = [x.to(DEVICE) for x in inputs]
+    got, expected = operations.token_moments(*inputs), reference.token_moments(*inputs)
+    # A term errs by a few units in the last place of p = exp(logprob) <= 1, a sum by n roundings of its magnitudes.
+    logprobs, advantages, mask, expert = inputs
+    n = mask.shape[1]
+    used = (mask != 0) & ~expert[:, None]
+    peak = torch.where(used, advantages.double().reshape(len(mask), -1).expand(mask.shape), 0.0).abs().amax()
+    largest = torch.where(mask != 0, logprobs.double(), 0.0).abs().amax().clamp(min=1.0)
+    bound = (n + 16) * U64 * n * max(largest, peak * peak, 1.0)
+    assert got.shape == expected.shape
+    assert ((got - expected).abs() <= bound).all()
+    assert torch.equal(got[:, 0], expected[:, 0])
+
+
+def test_token_moments_of_nothing():
+    shapes = [(0, 5), (4, 0)]
+    for rows, length in shapes:
+        empty = torch.zeros(rows, length, device=DEVICE)
+        got = operations.token_moments(empty, empty, empty, torch.zeros(rows, dtype=torch.bool, device=DEVICE))
+        assert torch.equal(got, torch.zeros(rows, 7, dtype=torch.float64, device=DEVICE))
+
+
+@pytest.mark.parametrize("numel", [0, 1, 1023, 1024, 1025, 3000])
+@pytest.mark.parametrize("given_previous", [True, False])
+def test_absorb(numel, given_previous):
+    current, total = values(numel, device=DEVICE), values(numel, device=DEVICE, seed=2)
+    previous = values(numel, device=DEVICE, seed=1) if given_previous else None
+    scale = torch.tensor(1.7, device=DEVICE) if given_previous else -0.3
+    expected_total, expected_previous = total.clone(), None if previous is None else previous.clone()
+    expected = reference.absorb_(current, expected_previous, expected_total, scale)
+    got = operations.absorb_(current, previous, total, scale)
+    torch.testing.assert_close(got, expected, rtol=LATER * U64, atol=0)
+    # Both round once; contraction to fused multiply-add can tip a tie.
+    torch.testing.assert_close(total, expected_total, rtol=2 * U32, atol=2 * U32 * U32)
+    if given_previous:
+        assert torch.equal(previous, current)
+
+
+def test_offsets_beyond_32_bits():
+    """Chunks whose offset exceeds 2**32: the address handed over lies that far before the memory there is."""
+    far = 2**33 + 7 * 1024
+    x, y = values(3000, device=DEVICE), values(3000, device=DEVICE, seed=1)
+    device = x.device
+    chunk = torch.tensor([[0, far, 3000, 0]], device=device)
+    addresses = [torch.tensor([t.data_ptr() - far * 4], device=device) for t in (x, y)]
+    partials = torch.full((3, 1), math.nan, dtype=torch.float64, device=device)
+    common = {"ACC": tl.float32, "WIDTH": launch.WIDTH, "BITWISE_BF16": INTERPRETED}
+    launch.launch(
+        kernels.moments_kernel,
+        (1,),
+        device,
+        addresses[0],
+        chunk,
+        0,
+        partials,
+        1,
+        ELEMENT=tl.float32,
+        UNROLL=2,
+        **common,
+    )
+    assert abs(partials[0, 0] - reference.moments(x)[0]) <= sum_bound(partials[0, 0].item(), [x], STRAND)
+    options = {"A": tl.float32, "B": tl.float32, "UNROLL": 2, "MIX": False, "MOMENTS": True}
+    launch.launch(
+        kernels.pair_kernel, (1,), device, *addresses, chunk, 0, partials, 1, None, 1.0, 0.0, **options, **common
+    )
+    expected = reference.pair_moments(x, y)
+    scale = expected.abs().max().item()
+    assert ((partials[:, 0] - expected).abs() <= sum_bound(scale, [x, y], STRAND)).all()
+
+
+def test_the_same_bits_every_time():
+    tensors = [values(n, dtype=d, device=DEVICE, seed=n) for n in (1, 1500, 5003) for d in DTYPES[:2]]
+    others = [t.flip(0) for t in tensors]
+    layout = SketchLayout.per_tensor([t.numel() for t in tensors], size=4000)
+
+    def everything():
+        out = torch.full((layout.size,), math.nan, device=DEVICE)
+        moments = operations.sketch(tensors, out, layout=layout, per_tensor=True)
+        return [operations.moments(tensors), moments, out, operations.pair_moments(tensors, others)]
+
+    first = everything()
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(first, everything(), strict=True))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels started."""
+    names = []
+    real = operations.launch
+
+    def counted(kernel, grid, *args, **constants):
+        names.append(kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__)
+        real(kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(operations, "launch", counted)
+    return names
+
+
+def test_launches_do_not_grow_with_the_list(launches):
+    tensors = [values(40, device=DEVICE, seed=k) for k in range(12)]
+    out = torch.zeros(500, device=DEVICE)
+    operations.moments(tensors)
+    operations.sketch(tensors, out)
+    operations.pair_moments(tensors, tensors)
+    assert launches == [
+        *("moments_kernel", "reduce_kernel", "sketch_kernel", "sketch_finish_kernel", "pair_kernel", "reduce_kernel")
+    ]
+    launches.clear()
+    operations.mix_(tensors, tensors, 0.5)
+    operations.absorb_(out, None, out.clone(), 1.0)
+    assert launches == ["pair_kernel", "absorb_kernel"]
+    launches.clear()
+    operations.moments(tensors[:2] + [t.double() for t in tensors[:2]])
+    assert launches == ["moments_kernel", "moments_kernel", "reduce_kernel"]  # one for each dtype
+
+
+def test_tables_are_reused_when_addresses_repeat():
+    tensors = [values(100 + k, device=DEVICE) for k in range(3)]
+    operations.moments(tensors)
+    before = len(tables.device_tables)
+    operations.moments(tensors)
+    assert len(tables.device_tables) == before
+    moved = [t.clone() for t in tensors]
+    operations.moments(moved)
+    assert len(tables.device_tables) == before + 1
+
+
+def test_the_table_cache_is_bounded():
+    cache = tables.DeviceTables(capacity=2)
+    device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
+    build = lambda k: lambda: torch.tensor([k])
+    assert [cache.get(k, device, build(k)).item() for k in (1, 2, 1, 3, 1)] == [1, 2, 1, 3, 1]
+    assert len(cache) == 2
+    assert cache.get(1, device, build(99)).item() == 1  # used last, so still there
+    cache.clear()
+    assert len(cache) == 0
+
+
+def test_a_float_is_split_without_loss():
+    for value in (0.1, 1 / 3, 1e-30, 12345.678901, -2.5, 0.0, 1e39, math.inf):
+        high, low = launch.split(value)
+        assert high + low == value or abs(high + low - value) <= 2.0**-48 * abs(value)
+    assert math.isnan(launch.split(math.nan)[0])
+
+
+def test_eight_bit_floats_are_widened():
+    x = values(300, device=DEVICE).to(torch.float8_e4m3fn)
+    assert_moments(operations.moments(x, per_tensor=True), [x.float()], STRAND)
+    check_target = x.clone()
+    operations.mix_(check_target, x, 0.25)
+    assert torch.equal(check_target.float(), x.float())
+
+
+def test_errors_name_the_argument():
+    x = values(10, device=DEVICE)
+    with pytest.raises(TypeError, match=r"tensors\[1\]"):
+        operations.moments([x, x.int()])
+    with pytest.raises(ValueError, match="overlaps itself"):
+        operations.mix_(x[:1].expand(5), x[:5], 0.5)
+    with pytest.raises(ValueError, match="too few"):
+        operations.sketch(x, torch.zeros(3, device=DEVICE))
+    with pytest.raises(TypeError, match="total"):
+        operations.absorb_(x, None, x.double(), 1.0)
+
+
+# ------------------------------------------------------------------------------------------------------- properties
+
+
+def random_tensor(draw_seed: int, numel: int, dtype=torch.float32) -> torch.Tensor:
+    return values(numel, dtype=dtype, seed=draw_seed).to(DEVICE)
+
+
+@PROPERTY
+@given(numel=st.integers(1, 4000), rows=st.integers(1, 5), c=st.floats(-3, 3), seed=st.integers(0, 99))
+def test_the_sketch_is_linear(numel, rows, c, seed):
+    x, y = random_tensor(seed, numel, torch.float64), random_tensor(seed + 100, numel, torch.float64)
+    layout = SketchLayout((numel,), rows, seed)
+    sx, sy, sz = (torch.empty(layout.size, dtype=torch.float64, device=DEVICE) for _ in range(3))
+    operations.sketch(x, sx, layout=layout)
+    operations.sketch(y, sy, layout=layout)
+    operations.sketch(x + c * y, sz, layout=layout)
+    # rows terms of magnitude below 6 (1 + |c|), each with a few float64 roundings
+    assert ((sz - (sx + c * sy)).abs() <= 10 * rows * U64 * 6 * (1 + abs(c)) * rows).all()
+    operations.sketch(x, sy, layout=layout, scale=c, accumulate=True)
+    accumulated = torch.empty_like(sy)
+    operations.sketch([y, x], accumulated.zero_(), layout=layout, regions=[0, 0], starts=[0, 0])
+    assert ((sy - (accumulated - sx + c * sx)).abs() <= 20 * rows * U64 * 6 * (1 + abs(c)) * rows).all()
+
+
+@PROPERTY
+@given(data=st.data(), numel=st.integers(1, 5000), seed=st.integers(0, 99))
+def test_how_the_list_is_cut_changes_nothing(data, numel, seed):
+    cuts = sorted(data.draw(st.lists(st.integers(0, numel), max_size=4)))
+    edges = [0, *cuts, numel]
+    x = random_tensor(seed, numel)
+    parts = [x[a:b] for a, b in itertools.pairwise(edges)]
+    size = max(min(numel, 1024), numel // 3)
+    whole, cut = torch.empty(size, device=DEVICE), torch.empty(size, device=DEVICE)
+    operations.sketch(x, whole, seed=seed)
+    operations.sketch(parts, cut, seed=seed)
+    bound = 2 * 5 * U32 * 6 * 5  # five rows at most, of numbers below 6
+    assert ((whole - cut).abs() <= bound).all()
+    layout = SketchLayout((7, numel), 3, seed)
+    whole, cut = torch.zeros(layout.size, device=DEVICE), torch.zeros(layout.size, device=DEVICE)
+    operations.sketch(x, whole, layout=layout, regions=[1])
+    order = data.draw(st.permutations(range(len(parts))))
+    operations.sketch(
+        [parts[k] for k in order], cut, layout=layout, regions=[1] * len(parts), starts=[edges[k] for k in order]
+    )
+    assert ((whole - cut).abs() <= bound).all()
+
+
+@PROPERTY
+@given(numel=st.integers(1, 3000), seed=st.integers(0, 99), dtype=st.sampled_from(DTYPES), mu=st.floats(0, 1))
+def test_cauchy_schwarz_and_mix_against_pair_moments(numel, seed, dtype, mu):
+    a, b = random_tensor(seed, numel, dtype), random_tensor(seed + 100, numel, dtype)
+    aa, bb, ab = operations.pair_moments(a, b).tolist()
+    slack = sum_bound(1.0, [a, b], STRAND)
+    assert abs(ab) <= math.sqrt(aa * bb) * (1 + 4 * slack)
+    mixed = a.clone()
+    got = operations.mix_(mixed, b, mu, moments=True)
+    torch.testing.assert_close(got.tolist(), [aa, bb, ab], rtol=0, atol=2 * slack * (aa + bb))
+    # |mu a + (1 - mu) b|^2 expands to the pair moments; rounding the mix moves its norm by u |mix|.
+    squares = operations.moments(mixed)[0].item()
+    expanded = mu**2 * aa + (1 - mu) ** 2 * bb + 2 * mu * (1 - mu) * ab
+    u = UNIT_ROUNDOFF[dtype] + 4 * unit(a)
+    underflow = math.sqrt(numel) * SMALLEST[dtype]
+    norm = mu * math.sqrt(aa) + (1 - mu) * math.sqrt(bb)
+    assert abs(squares - expanded) <= 3 * (u * norm + underflow) * norm + 8 * slack * (aa + bb) + underflow**2
+
+
+def test_strided_tensors_need_no_copy_where_memory_is_dense():
+    kinds = strided_tensors(DEVICE)
+    for dense in (kinds["permuted"], kinds["channels_last"], kinds["columns"].contiguous().t()):
+        assert operations._any_order(dense).data_ptr() == dense.data_ptr()
+    assert operations._any_order(kinds["columns"]).is_contiguous()
