@@ -4,14 +4,14 @@
 //   V::F, V::D               W floats; W/2 doubles
 //   V::W                     floats of a vector: a divisor of 32
 //   V::U, V::UPair           independent vectors per turn of the reduction loops
-//   V::Rows                  rows that the sketch takes at once
 //   V::load_any              two vectors of adjacent elements in any order, the same for every call
 //
 // and includes this file. Nothing here may call a non-inline function of another target, and no lambda may be used:
 // lambdas do not inherit target attributes.
 //
 // Sums of products of float32 are taken in float64, where the products are exact and cannot leave the range. The loops
-// are bound by memory, which pays for it.
+// are bound by memory, which pays for it. There is no software prefetch: from memory it was measured to be slower than
+// the hardware's own, for two streams by a third.
 
 struct D2 {
   V::D lo, hi;
@@ -39,8 +39,6 @@ GAC_INLINE D2 fma2(D2 x, D2 y, D2 z) { return {V::fma(x.lo, y.lo, z.lo), V::fma(
 GAC_INLINE D2 add2(D2 x, D2 y) { return {V::add(x.lo, y.lo), V::add(x.hi, y.hi)}; }
 GAC_INLINE double total(D2 x) { return V::sum(V::add(x.lo, x.hi)); }
 
-// Software prefetch distance in bytes: the hardware prefetcher stops at page borders.
-constexpr int kAhead = 2048;
 
 // float32 and float64 elements.
 template <class T>
@@ -51,7 +49,6 @@ GAC_KERNEL double moments_wide(const void* data, int64_t n) {
   for (int u = 0; u < U; ++u) sums[u] = zero2();
   int64_t i = 0;
   for (; i + U * W <= n; i += U * W) {
-    GAC_PREFETCH(x + i, kAhead);
     for (int u = 0; u < U; ++u) {
       const D2 v = load2(x + i + u * W);
       sums[u] = fma2(v, v, sums[u]);
@@ -79,8 +76,6 @@ GAC_KERNEL void pair_wide(const void* first, const void* second, int64_t n, doub
   for (int u = 0; u < U; ++u) xx[u] = yy[u] = xy[u] = zero2();
   int64_t i = 0;
   for (; i + U * W <= n; i += U * W) {
-    GAC_PREFETCH(x + i, kAhead);
-    GAC_PREFETCH(y + i, kAhead);
     for (int u = 0; u < U; ++u) {
       const D2 v = load2(x + i + u * W), w = load2(y + i + u * W);
       xx[u] = fma2(v, v, xx[u]);
@@ -139,7 +134,6 @@ GAC_KERNEL double moments_short(const void* data, int64_t n) {
       V::load_any(x + i + r * 2 * W, v, w);
       a = V::fma(v, v, a);
       b = V::fma(w, w, b);
-      GAC_PREFETCH(x + i + r * 2 * W, kAhead);
     }
     sums = widened(a, widened(b, sums));
   }
@@ -175,8 +169,6 @@ GAC_KERNEL void pair_short(const void* first, const void* second, int64_t n, dou
       d = V::fma(q, q, d);
       e = V::fma(v, p, e);
       f = V::fma(w, q, f);
-      GAC_PREFETCH(x + i + r * 2 * W, kAhead);
-      GAC_PREFETCH(y + i + r * 2 * W, kAhead);
     }
     xx = widened(a, widened(b, xx));
     yy = widened(c, widened(d, yy));
@@ -216,8 +208,6 @@ GAC_KERNEL void mix(void* first, const void* second, int64_t n, double mu, doubl
   constexpr int W = V::W;
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W) {
-    GAC_PREFETCH(a + i, kAhead);
-    GAC_PREFETCH(b + i, kAhead);
     mix_vector(a + i, b + i, mu, rest);
     mix_vector(a + i + W, b + i + W, mu, rest);
   }
@@ -267,54 +257,25 @@ struct Squares<bf16> : ShortSquares<bf16> {};
 template <>
 struct Squares<fp16> : ShortSquares<fp16> {};
 
-// lanes += sign * x for R rows of 32 elements; x of the next row is `row` further on, and so are its words `step`.
-template <int R, class T>
-GAC_INLINE void add_group(const T* x, int64_t row, float* acc, const uint32_t* words, int64_t step, Squares<T>& squares) {
+// lanes += sign * x for 32 elements.
+template <class T>
+GAC_INLINE void add_group(const T* x, float* acc, uint32_t word, Squares<T>& squares) {
   constexpr int W = V::W;
 #pragma GCC unroll 8
   for (int p = 0; p < 32 / W; ++p) {
-    V::F sum = V::load(acc + p * W);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const V::F v = V::load(x + r * row + p * W);
-      sum = V::add_signed(sum, v, words[r * step], p * W);
-      squares.add(p + r, x + r * row + p * W, v);
-    }
-    V::store(acc + p * W, sum);
+    const V::F v = V::load(x + p * W);
+    V::store(acc + p * W, V::add_signed(V::load(acc + p * W), v, word, p * W));
+    squares.add(p, x + p * W, v);
   }
 }
-template <int R, class T>
-GAC_INLINE void add_group(const T* x, int64_t row, double* acc, const uint32_t* words, int64_t step,
-                          Squares<double>& squares) {
+template <class T>
+GAC_INLINE void add_group(const T* x, double* acc, uint32_t word, Squares<double>& squares) {
   constexpr int W = V::W, H = V::W / 2;
   for (int p = 0; p < 32 / W; ++p) {
-    D2 sum = {V::load(acc + p * W), V::load(acc + p * W + H)};
-    for (int r = 0; r < R; ++r) {
-      const D2 v = load2(x + r * row + p * W);
-      sum.lo = V::add_signed(sum.lo, v.lo, words[r * step], p * W);
-      sum.hi = V::add_signed(sum.hi, v.hi, words[r * step], p * W + H);
-      squares.sums[(p + r) % 2] = fma2(v, v, squares.sums[(p + r) % 2]);
-    }
-    V::store(acc + p * W, sum.lo);
-    V::store(acc + p * W + H, sum.hi);
-  }
-}
-
-// `groups` groups of R rows; the words of a row follow each other.
-template <int R, class T, class A, class S>
-GAC_INLINE void add_groups(const T* x, int64_t row, A* acc, const uint32_t* words, int64_t step, int64_t groups,
-                           S& squares) {
-  constexpr int kEmpty = 2 * kRun * V::W / (32 * R);  // groups between two emptyings
-  for (int64_t g = 0; g < groups;) {
-    const int64_t stop = groups - g < kEmpty ? groups : g + kEmpty;
-    for (; g < stop; ++g) {
-      for (int r = 0; r < R; ++r) {
-        GAC_PREFETCH(x + r * row + g * 32, kAhead);
-        if (sizeof(T) > 2) GAC_PREFETCH(x + r * row + g * 32 + 16, kAhead);
-      }
-      add_group<R>(x + g * 32, row, acc + g * 32, words + g, step, squares);
-    }
-    squares.empty();
+    const D2 v = load2(x + p * W);
+    V::store(acc + p * W, V::add_signed(V::load(acc + p * W), v.lo, word, p * W));
+    V::store(acc + p * W + H, V::add_signed(V::load(acc + p * W + H), v.hi, word, p * W + H));
+    squares.sums[p % 2] = fma2(v, v, squares.sums[p % 2]);
   }
 }
 
@@ -339,12 +300,14 @@ GAC_INLINE double add_scalars(const T* x, int64_t n, A* acc, uint32_t word, int 
   return squares;
 }
 
+// One row after the other: taking two at once saves loads and stores of lanes, but from memory it was measured at half
+// the speed.
 template <class T, class A>
 GAC_KERNEL double sketch(const void* data, int64_t count, A* acc, const SketchRun& run) {
   const T* x = static_cast<const T*>(data);
-  constexpr int R = V::Rows;
-  constexpr int64_t kBatch = 32;  // sign words of a row hashed at a time
-  uint32_t words[R * kBatch];
+  constexpr int kBatch = 64;                          // sign words hashed at a time
+  constexpr int64_t kEmpty = 2 * kRun * V::W / 32;  // groups that fill the runs of the squares
+  uint32_t words[kBatch];
   typename SquaresOf<T, A>::type squares;
   squares.clear();
   double others = 0;
@@ -359,30 +322,21 @@ GAC_KERNEL double sketch(const void* data, int64_t count, A* acc, const SketchRu
     lane += head;
     if (lane == run.lanes) lane = 0;
   }
-  const int64_t row_groups = run.lanes / 32;
   while (n >= 32) {
-    if (!lane && n >= R * run.lanes) {  // R rows at once: their lanes are loaded and stored once
-      for (int64_t g = 0; g < row_groups; g += kBatch) {
-        const int64_t batch = row_groups - g < kBatch ? row_groups - g : kBatch;
-        for (int r = 0; r < R; ++r)
-          fill_words(run.seed, index / 32 + r * row_groups + g, batch, words + r * kBatch);
-        add_groups<R>(x + g * 32, run.lanes, acc + g * 32, words, kBatch, batch, squares);
-      }
-      x += R * run.lanes;
-      n -= R * run.lanes;
-      index += R * run.lanes;
-    } else {
-      int64_t batch = (run.lanes - lane) / 32;
-      if (batch > n / 32) batch = n / 32;
-      if (batch > kBatch) batch = kBatch;
-      fill_words(run.seed, index / 32, batch, words);
-      add_groups<1>(x, 0, acc + lane, words, 0, batch, squares);
-      x += batch * 32;
-      n -= batch * 32;
-      index += batch * 32;
-      lane += batch * 32;
+    const int64_t batch = n / 32 < kBatch ? n / 32 : kBatch;
+    fill_words(run.seed, index / 32, batch, words);
+    for (int64_t done = 0; done < batch;) {
+      int64_t stop = done + (run.lanes - lane) / 32;  // the end of the row
+      if (stop > batch) stop = batch;
+      if (stop > done + kEmpty) stop = done + kEmpty;
+      A* to = acc + lane;
+      lane += (stop - done) * 32;
       if (lane == run.lanes) lane = 0;
+      for (; done < stop; ++done, x += 32, to += 32) add_group(x, to, words[done], squares);
+      squares.empty();
     }
+    index += batch * 32;
+    n -= batch * 32;
   }
   if (n) others += add_scalars(x, n, acc + lane, sign_word(run.seed, index / 32), 0);
   others += squares.sum();

@@ -8,7 +8,6 @@
 #define GAC_TARGET __attribute__((target("avx2,fma,f16c")))
 #define GAC_INLINE GAC_TARGET __attribute__((always_inline)) inline
 #define GAC_KERNEL GAC_TARGET static
-#define GAC_PREFETCH(p, bytes) _mm_prefetch(reinterpret_cast<const char*>(p) + (bytes), _MM_HINT_T0)
 
 namespace gac {
 namespace avx2 {
@@ -16,7 +15,7 @@ namespace avx2 {
 struct V {
   using F = __m256;
   using D = __m256d;
-  static constexpr int W = 8, U = 2, UPair = 1, Rows = 2;
+  static constexpr int W = 8, U = 2, UPair = 1;
 
   GAC_INLINE static F load(const float* p) { return _mm256_loadu_ps(p); }
   GAC_INLINE static F load(const bf16* p) {

@@ -9,7 +9,6 @@
 #define GAC_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define GAC_INLINE GAC_TARGET __attribute__((always_inline)) inline
 #define GAC_KERNEL GAC_TARGET static
-#define GAC_PREFETCH(p, bytes) _mm_prefetch(reinterpret_cast<const char*>(p) + (bytes), _MM_HINT_T0)
 
 namespace gac {
 namespace avx512 {
@@ -17,7 +16,7 @@ namespace avx512 {
 struct V {
   using F = __m512;
   using D = __m512d;
-  static constexpr int W = 16, U = 4, UPair = 2, Rows = 2;
+  static constexpr int W = 16, U = 4, UPair = 2;
 
   GAC_INLINE static F load(const float* p) { return _mm512_loadu_ps(p); }
   GAC_INLINE static F load(const bf16* p) {

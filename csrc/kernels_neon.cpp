@@ -7,7 +7,6 @@
 
 #define GAC_INLINE __attribute__((always_inline)) inline
 #define GAC_KERNEL static
-#define GAC_PREFETCH(p, bytes) __builtin_prefetch(reinterpret_cast<const char*>(p) + (bytes))
 
 namespace gac {
 namespace neon {
@@ -15,7 +14,7 @@ namespace neon {
 struct V {
   using F = float32x4_t;
   using D = float64x2_t;
-  static constexpr int W = 4, U = 4, UPair = 3, Rows = 2;
+  static constexpr int W = 4, U = 4, UPair = 3;
 
   GAC_INLINE static F load(const float* p) { return vld1q_f32(p); }
   GAC_INLINE static F load(const bf16* p) {

@@ -3,13 +3,12 @@
 
 #define GAC_INLINE inline
 #define GAC_KERNEL static
-#define GAC_PREFETCH(p, bytes) ((void)0)
 
 namespace gac {
 namespace portable {
 
 struct V {
-  static constexpr int W = 8, U = 1, UPair = 1, Rows = 1;
+  static constexpr int W = 8, U = 1, UPair = 1;
   struct F {
     float v[W];
   };
