@@ -50,7 +50,7 @@ class TrainConfig:
     def with_model_defaults(self) -> "TrainConfig":
         """A copy where every option that depends on the kind of model has its value."""
         small = self.model is None
-        fill = {"lr": 1e-3 if small else 1e-5, "warm_start_steps": 800 if small else 0}
+        fill = {"lr": 3e-4 if small else 1e-5, "warm_start_steps": 800 if small else 0}
         fill["warm_start_lr"] = 1e-3 if small else fill["lr"]
         return dataclasses.replace(self, **{k: v for k, v in fill.items() if getattr(self, k) is None})
 
@@ -127,7 +127,7 @@ def add_training_options(parser: argparse.ArgumentParser, *, leave_out: tuple[st
 
     training = parser.add_argument_group("training")
     add(training, "--steps", "optimizer steps of the hybrid phase", type=positive, metavar="N")
-    add(training, "--lr", "learning rate (default: 1e-3; 1e-5 with --model)", type=positive_float, metavar="X")
+    add(training, "--lr", "learning rate (default: 3e-4; 1e-5 with --model)", type=positive_float, metavar="X")
     add(training, "--micro-batches", "micro-batches a branch and step", type=positive, metavar="N")
     add(training, "--batch-size", "rollouts a micro-batch", type=positive, metavar="N")
     add(training, "--generations", "rollouts a prompt", type=positive, metavar="N")

@@ -16,6 +16,7 @@ from gac.cli._rundir import METRICS, SUMMARY, MetricsFile, peak_memory_bytes, re
 
 WARM_START = "warm_start"
 _WARM_START_RESULT = "result.json"
+_LR_RAMP = 20
 _WARM_START_BATCH = 64
 _WARM_START_DECAY = 0.5
 """Without it the small model memorises its few demonstrations, and how much it generalises is a matter of the seed."""
@@ -145,7 +146,9 @@ def run_hybrid(setup: Setup, out: Path, warm_accuracy: float, reporter: Reporter
             sft_batch_size=config.sft_batch_size,
             max_steps=config.steps,
             learning_rate=config.lr,
-            lr_scheduler_type="constant",
+            # without a ramp the first steps of a fresh Adam are as long as lr allows and undo the warm start
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=_LR_RAMP,
             per_device_train_batch_size=config.batch_size,
             gradient_accumulation_steps=config.micro_batches,
             num_generations=config.generations,

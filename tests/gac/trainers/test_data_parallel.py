@@ -1,0 +1,58 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from gac.losses import sft_token_loss
+from gac.tasks.characters import build_character_tokenizer
+from gac.trainers.demonstrations import DemonstrationCollator, EpochSampler
+from tests.gac.trainers.conftest import DEMONSTRATIONS, tiny_model
+
+ROOT = Path(__file__).parents[3]
+
+
+def run_ranks(folder):
+    """Two gloo ranks on this machine; returns what each wrote."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.gac.trainers.ddp_worker", str(folder)],
+            cwd=ROOT,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=200)[0].decode() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(outputs)[-4000:]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def test_ranks_agree_and_the_sft_gradient_is_the_token_mean_over_all_of_them(tmp_path):
+    ranks = run_ranks(tmp_path)
+    # 2 ranks x 2 micro-batches x 4 demonstrations
+    model = tiny_model()
+    window = DemonstrationCollator(build_character_tokenizer(), DEMONSTRATIONS)(EpochSampler(50, 5).take(0, 16))
+    logits = model(input_ids=window.input_ids, attention_mask=window.attention_mask).logits
+    sft_token_loss(logits, window.labels).backward()
+    for rank in ranks:
+        assert rank["sft"]["world"] == 2
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(rank["sft"]["gradients"][0][name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+    left, right = (rank["gac"] for rank in ranks)
+    assert torch.equal(left["mu"], right["mu"])
+    assert left["statistics"] == right["statistics"]
+    assert left["statistics"]["n_s"] == left["statistics"]["n_r"] == 4
+    assert all(torch.equal(value, right["weights"][name]) for name, value in left["weights"].items())
