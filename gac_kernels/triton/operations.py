@@ -39,7 +39,12 @@ def _indexed(device: torch.device) -> torch.device:
 
 def _supported(tensor: Tensor) -> Tensor:
     """``tensor`` in a dtype that the kernels read (8-bit floats are widened)."""
-    return tensor if tensor.dtype in _ELEMENTS else tensor.float()
+    return tensor.detach() if tensor.dtype in _ELEMENTS else tensor.detach().float()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """True when kernels can read the tensor as it is; host time counts here, lists have hundreds of tensors."""
+    return tensor.is_contiguous() and tensor.dtype in _ELEMENTS
 
 
 def _in_storage_order(*tensors: Tensor) -> tuple[Tensor, ...] | None:
@@ -57,22 +62,23 @@ def _in_storage_order(*tensors: Tensor) -> tuple[Tensor, ...] | None:
 
 def _any_order(tensor: Tensor) -> Tensor:
     """Contiguous memory with the same elements, in whatever order costs nothing."""
-    tensor = _supported(tensor.detach())
-    if tensor.is_contiguous():
+    if _is_plain(tensor):
         return tensor
+    tensor = _supported(tensor)
     dense = _in_storage_order(tensor)
     return tensor.contiguous() if dense is None else dense[0]
 
 
-def _by_dtype(kinds: Sequence) -> tuple[list[int], list[tuple[object, int]]]:
+def _by_dtype(kinds: list) -> tuple[Sequence[int], list[tuple[object, int]]]:
     """A stable order that brings equal kinds together, and the (kind, length) of each run."""
     groups: dict[object, list[int]] = {}
     for k, kind in enumerate(kinds):
         groups.setdefault(kind, []).append(k)
-    return [k for members in groups.values() for k in members], [(kind, len(m)) for kind, m in groups.items()]
+    order = [k for members in groups.values() for k in members] if len(groups) > 1 else range(len(kinds))
+    return order, [(kind, len(members)) for kind, members in groups.items()]
 
 
-def _ranges(plan: Chunks, key: tuple, order: list[int], columns: int, per_tensor: bool, device) -> tuple[Tensor, int]:
+def _ranges(plan: Chunks, order: Sequence[int], columns: int, per_tensor: bool, device) -> tuple[Tensor, int]:
     """The chunk range of each row of the result: a row for each tensor, or one for all."""
     if not per_tensor:
         whole = lambda: torch.tensor([[0, plan.count * columns]])
@@ -83,17 +89,17 @@ def _ranges(plan: Chunks, key: tuple, order: list[int], columns: int, per_tensor
         table[torch.tensor(order, dtype=torch.int64)] = plan.ranges * columns
         return table
 
-    return device_tables.get(("ranges", key, tuple(order), columns), device, build), len(order)
+    return device_tables.get(("ranges", plan, tuple(order), columns), device, build), len(order)
 
 
-def _chunk_table(plan: Chunks, key: tuple, device: torch.device) -> Tensor:
-    return device_tables.get(("chunks", key), device, lambda: plan.table)
+def _chunk_table(plan: Chunks, device: torch.device) -> Tensor:
+    return device_tables.get(("chunks", plan), device, lambda: plan.table)
 
 
-def _reduce(plan: Chunks, key: tuple, order: list[int], partials: Tensor, per_tensor: bool) -> Tensor:
+def _reduce(plan: Chunks, order: Sequence[int], partials: Tensor, per_tensor: bool) -> Tensor:
     """Second stage: ``partials`` ``[columns, chunks]`` to ``[columns]`` or ``[n, columns]``."""
     columns, device = partials.shape[0], partials.device
-    ranges, rows = _ranges(plan, key, order, 1, per_tensor, device)
+    ranges, rows = _ranges(plan, order, 1, per_tensor, device)
     out = torch.empty(rows, columns, dtype=torch.float64, device=device)
     launch(kernels.reduce_kernel, (rows,), device, partials, plan.count, ranges, out, COLUMNS=columns, BLOCK=WIDTH)
     return out if per_tensor else out[0]
@@ -124,10 +130,9 @@ def moments(tensors, *, per_tensor: bool = False) -> Tensor:
     tensors = [_any_order(t) for t in tensors]
     order, groups = _by_dtype([t.dtype for t in tensors])
     tensors = [tensors[k] for k in order]
-    key = (tuple([t.numel() for t in tensors]), tuple(n for _, n in groups), config.CHUNK)
-    plan = flat_chunks(*key)
+    plan = flat_chunks(tuple([t.numel() for t in tensors]), tuple(n for _, n in groups), config.CHUNK)
     partials = torch.empty(2, plan.count, dtype=torch.float64, device=device)
-    table, where = _chunk_table(plan, key, device), addresses(tensors, device)
+    table, where = _chunk_table(plan, device), addresses(tensors, device)
     for (dtype, _), (first, count) in zip(groups, _ends(plan), strict=True):
         launch(
             kernels.moments_kernel,
@@ -144,7 +149,7 @@ def moments(tensors, *, per_tensor: bool = False) -> Tensor:
             UNROLL=config.for_device(device).unroll,
             BITWISE_BF16=interpreted(),
         )
-    return _reduce(plan, key, order, partials, per_tensor)
+    return _reduce(plan, order, partials, per_tensor)
 
 
 def sketch(
@@ -169,13 +174,12 @@ def sketch(
     factor = 1.0 if scale is None else check_scalar(scale, "scale", out.device)
     device = _indexed(out.device)
     check_device(device)
-    count = len(tensors)
-    tensors = [_supported(t.detach()).contiguous() for t in tensors]
+    tensors = [t if _is_plain(t) else _supported(t).contiguous() for t in tensors]
     order, groups = _by_dtype([t.dtype for t in tensors])
     tensors = [tensors[k] for k in order]
     numels = tuple([t.numel() for t in tensors])
     rows = sum(-(-n // layout.lanes) for n in numels)
-    key = (
+    plan = sketch_chunks(
         numels,
         tuple(n for _, n in groups),
         layout,
@@ -185,7 +189,6 @@ def sketch(
         accumulate,
         out.numel() - layout.size if flat and not accumulate else 0,
     )
-    plan = sketch_chunks(*key)
     lanes, setup = layout.lanes, config.for_device(device)
     words = min(-(-lanes // 32), config.COLUMN_BLOCK // 32)
     words = 1 << (words - 1).bit_length()
@@ -194,7 +197,7 @@ def sketch(
     lane_partials = torch.empty(plan.count, lanes, dtype=torch.float64 if wide else torch.float32, device=device)
     partials = torch.empty(2, plan.count * blocks, dtype=torch.float64, device=device)
     if plan.count:
-        table, where = _chunk_table(plan, key, device), addresses(tensors, device)
+        table, where = _chunk_table(plan, device), addresses(tensors, device)
         for (dtype, _), (first, chunks) in zip(groups, _ends(plan), strict=True):
             launch(
                 kernels.sketch_kernel,
@@ -213,14 +216,14 @@ def sketch(
                 UNROLL=setup.unroll,
                 BITWISE_BF16=interpreted(),
             )
-    ranges, moment_rows = _ranges(plan, key, order, blocks, per_tensor, device)
+    ranges, moment_rows = _ranges(plan, order, blocks, per_tensor, device)
     result = torch.empty(moment_rows, 2, dtype=torch.float64, device=device)
     launch(
         kernels.sketch_finish_kernel,
         (moment_rows + len(plan.slabs) * -(-lanes // setup.finish_width),),
         device,
         lane_partials,
-        device_tables.get(("slabs", key), device, lambda: plan.slabs),
+        device_tables.get(("slabs", plan), device, lambda: plan.slabs),
         out.detach(),
         *scalar_arguments(factor),
         partials,
@@ -234,7 +237,7 @@ def sketch(
         ACCUMULATE=accumulate,
         BLOCK=WIDTH,
     )
-    return result if per_tensor else result[0] if count else result.new_zeros(2)
+    return result if per_tensor else result[0]
 
 
 def _pair(a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool, want: bool, per_tensor: bool):
@@ -243,10 +246,9 @@ def _pair(a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool
     check_device(device)
     order, groups = _by_dtype([(x.dtype, y.dtype) for x, y in zip(a, b, strict=True)])
     a, b = [a[k] for k in order], [b[k] for k in order]
-    key = (tuple([t.numel() for t in a]), tuple(n for _, n in groups), config.CHUNK)
-    plan = flat_chunks(*key)
+    plan = flat_chunks(tuple([t.numel() for t in a]), tuple(n for _, n in groups), config.CHUNK)
     partials = torch.empty(3, plan.count if want else 0, dtype=torch.float64, device=device)
-    table = _chunk_table(plan, key, device)
+    table = _chunk_table(plan, device)
     a_addresses, b_addresses = addresses(a, device), addresses(b, device)
     for (dtypes, _), (first, count) in zip(groups, _ends(plan), strict=True):
         launch(
@@ -269,7 +271,7 @@ def _pair(a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool
             MOMENTS=want,
             BITWISE_BF16=interpreted(),
         )
-    return _reduce(plan, key, order, partials, per_tensor) if want else None
+    return _reduce(plan, order, partials, per_tensor) if want else None
 
 
 def pair_moments(a, b, *, per_tensor: bool = False) -> Tensor:
@@ -284,9 +286,9 @@ def pair_moments(a, b, *, per_tensor: bool = False) -> Tensor:
 
 def _readable_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Both tensors in one order, copied only if they have to be."""
-    x, y = _supported(x.detach()), _supported(y.detach())
-    if x.is_contiguous() and y.is_contiguous():
+    if _is_plain(x) and _is_plain(y):
         return x, y
+    x, y = _supported(x), _supported(y)
     dense = _in_storage_order(x, y)
     return (x.contiguous(), y.contiguous()) if dense is None else dense
 

@@ -29,18 +29,33 @@ class DeviceTables:
     def __init__(self, capacity: int = _CAPACITY) -> None:
         self._tables: OrderedDict[Hashable, Tensor] = OrderedDict()
         self._capacity = capacity
+        self._captured: list[Tensor] = []
 
     def get(self, key: Hashable, device: torch.device, build: Callable[[], Tensor]) -> Tensor:
-        """The table of ``key``, built by ``build`` (a host tensor) and copied when it is not there yet."""
-        key = (key, device, current_stream(device))
-        table = self._tables.get(key)
-        if table is None:
-            table = to_device(build(), device)
-            self._tables[key] = table
+        """The table of ``key``, built by ``build`` (a host tensor) and copied when it is not there yet.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured and the table is not there. A copy inside the graph would read
+                the host block again at every replay, long after it was given to someone else.
+        """
+        full_key = (key, device, current_stream(device))
+        table = self._tables.get(full_key)
+        if table is not None:
+            self._tables.move_to_end(full_key)
+        elif is_capturing(device):
+            # Capture synchronizes before it begins, so a table of any stream is complete.
+            table = next((t for (k, d, _), t in self._tables.items() if d == device and k == key), None)
+            if table is None:
+                raise RuntimeError(
+                    "a CUDA graph is being captured, and these tensors have not been seen before: make the same call "
+                    "with the same tensors once before the capture"
+                )
+        else:
+            table = self._tables[full_key] = to_device(build(), device)
             if len(self._tables) > self._capacity:
                 self._tables.popitem(last=False)
-        else:
-            self._tables.move_to_end(key)
+        if is_capturing(device):
+            self._captured.append(table)  # the graph keeps its address
         return table
 
     def clear(self) -> None:
@@ -55,7 +70,12 @@ device_tables = DeviceTables()
 
 def current_stream(device: torch.device) -> int:
     """The handle of the stream that kernels for ``device`` are launched on; 0 on the host."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+def is_capturing(device: torch.device) -> bool:
+    """True while the current stream of ``device`` records a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def to_device(table: Tensor, device: torch.device) -> Tensor:

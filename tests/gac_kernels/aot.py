@@ -1,11 +1,13 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and prints what came out as JSON.
 
 Run as a program (``python aot.py 80 90 100``), because Triton's interpreter and its compiler need separate processes.
+``--heaviest`` leaves out what another kernel of the list contains: the pair kernel's lighter forms and second stages.
 The kernels' arguments are those of real calls: the operations run on small CPU tensors with the launches recorded.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -101,10 +103,15 @@ def _wide_accesses(ptx: str, kind: str) -> int:
     return len(re.findall(rf"{kind}\.global[\w.:]*\.(?:v4\.[bfus]32|v2\.[bfus]64)", ptx))
 
 
-def compile_all(capability: int) -> dict[str, dict]:
+_HEAVIEST = ("moments_kernel/", "sketch_kernel/", "mix+moments", "token_kernel")
+
+
+def compile_all(capability: int, heaviest: bool) -> dict[str, dict]:
     """Compiles for ``sm_<capability>``; what each kernel uses, by name."""
     report = {}
     for name, (kernel, signature, constants, attributes) in recorded_launches(capability // 10).items():
+        if heaviest and not any(part in name for part in _HEAVIEST):
+            continue
         source = ASTSource(
             kernel,
             {n: signature[n] for n in kernel.arg_names},
@@ -127,5 +134,9 @@ def compile_all(capability: int) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    reports = {capability: compile_all(int(capability)) for capability in sys.argv[1:]}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("capabilities", type=int, nargs="+", help="80, 90, 100")
+    parser.add_argument("--heaviest", action="store_true", help="only the kernels that contain the others")
+    options = parser.parse_args()
+    reports = {capability: compile_all(capability, options.heaviest) for capability in options.capabilities}
     json.dump({"triton": triton.__version__, "torch": torch.__version__, "reports": reports}, sys.stdout)

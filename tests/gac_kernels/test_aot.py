@@ -1,4 +1,7 @@
-"""Every Triton kernel compiled for sm_80, sm_90 and sm_100 on the installed Triton; needs no GPU (see ``aot.py``)."""
+"""The Triton kernels compiled for sm_80, sm_90 and sm_100 on the installed Triton, without a GPU (see ``aot.py``).
+
+For sm_90 all of them; for the others those that contain the rest.
+"""
 
 import json
 import os
@@ -27,7 +30,7 @@ def reports():
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "GAC_BACKEND")}
     runs = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "aot.py"), str(capability)],
+            [sys.executable, str(HERE / "aot.py"), str(capability), *([] if capability == 90 else ["--heaviest"])],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -66,7 +69,7 @@ def test_all_loads_of_the_fast_path_are_128_bits_wide(reports, capability, dtype
     unroll, pair_unroll = UNROLL[capability]
     for name in ("moments_kernel", "sketch_kernel"):
         assert report[f"{name}/{dtype}"]["wide_loads"] == unroll * loads
-    for variant in ("", "/mix", "/mix+moments"):
+    for variant in ("", "/mix", "/mix+moments") if capability == 90 else ("/mix+moments",):
         usage = report[f"pair_kernel/{dtype}{variant}"]
         assert usage["wide_loads"] == 2 * pair_unroll * loads
         assert usage["wide_stores"] == (pair_unroll * loads if variant else 0)

@@ -49,7 +49,7 @@ pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 U32, U64 = 2.0**-24, 2.0**-53
 STRAND, ROWS, LATER = 64, 256, 200
 PROPERTY = settings(
-    max_examples=8 if INTERPRETED else 60,
+    max_examples=5 if INTERPRETED else 60,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -252,9 +252,9 @@ def check_sketch(case: SketchCase):
     "case",
     some(
         sketch_cases(),
-        "empty_list_rows1 misaligned_bfloat16_rows3 misaligned_float64_flat strided_float16_flat zero_dim_rows1 "
-        "zero_size_rows3 mixed_dtypes_rows3 mixed_dtypes_flat pieces pieces_backwards same_place_twice some_regions "
-        "far_start accumulate scaled scaled_accumulate subnormal_flat parameters_rows3 around_1e+25_bfloat16_flat",
+        "empty_list_rows1 misaligned_bfloat16_rows3 misaligned_float64_flat zero_dim_rows1 "
+        "zero_size_rows3 mixed_dtypes_rows3 mixed_dtypes_flat pieces_backwards same_place_twice some_regions "
+        "far_start accumulate scaled scaled_accumulate subnormal_flat parameters_rows3",
     ),
     ids=str,
 )
@@ -294,6 +294,15 @@ def test_sketch_where_the_sign_index_passes_32_bits():
     layout = SketchLayout((2**37 + 10_000,), 2**28, seed=11)
     tensors = lambda device: [values(5000, device=device)]
     check_sketch(SketchCase("wrap", tensors, layout, layout.size, (0,), (2**37 - 3 * 1024 + 5,)))
+
+
+def test_sketch_of_strided_tensors():
+    kinds = strided_tensors(DEVICE, torch.float16)
+    tensors = [kinds[k][:9] for k in ("columns", "step_two", "expanded_columns", "narrow_rows")] + [
+        kinds["columns"].t()
+    ]
+    layout = SketchLayout(tuple(t.numel() for t in tensors), 2)
+    check_sketch(SketchCase("strided", lambda device: tensors, layout, layout.size))
 
 
 def test_sketch_with_nonfinite_elements():
@@ -473,6 +482,17 @@ def test_the_table_cache_is_bounded():
     assert cache.get(1, device, build(99)).item() == 1  # used last, so still there
     cache.clear()
     assert len(cache) == 0
+
+
+def test_graph_capture_takes_tables_of_other_streams_and_refuses_new_ones(monkeypatch):
+    cache = tables.DeviceTables(capacity=1)
+    device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
+    table = cache.get("key", device, lambda: torch.tensor([1]))
+    monkeypatch.setattr(tables, "current_stream", lambda device: 12345)
+    monkeypatch.setattr(tables, "is_capturing", lambda device: True)
+    assert cache.get("key", device, lambda: torch.tensor([2])) is table
+    with pytest.raises(RuntimeError, match="once before the capture"):
+        cache.get("other key", device, lambda: torch.tensor([2]))
 
 
 def test_a_float_is_split_without_loss():
