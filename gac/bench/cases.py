@@ -1,0 +1,360 @@
+"""The timed cases: an operation on given inputs, beside its peers and the readers of the same bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+import gac_kernels
+from gac.bench import gates, limits, peers
+from gac.bench.gates import Gate
+from gac.bench.inputs import Pools
+from gac.bench.shapes import LlamaShape
+from gac.ledger import ELEMENTS_PER_BUCKET, SMALLEST_SKETCH
+from gac_kernels import SketchLayout
+from gac_kernels.layout import LANES, sign_key
+
+OPERATIONS = ("moments", "sketch", "pair_moments", "mix_", "absorb_", "token_moments")
+LIST_OPERATIONS = OPERATIONS[:4]
+"""Operations that take lists of tensors."""
+
+PEER_KINDS = ("eager", "foreach", "compile")
+
+MU = 0.3
+_SCALE = 1.7
+_SMALL_INPUT = 1 << 22  # no sketch and no batch of tokens is larger
+_LONGEST_SEQUENCE = 8192
+_LISTS = {"moments": 1, "sketch": 1, "pair_moments": 2, "mix_": 2}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """``"bf16"`` -> ``torch.bfloat16``. Raises ValueError for an unknown name."""
+    if name not in _DTYPES:
+        raise ValueError(f"unknown dtype {name!r}; known: {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed: operation, dtype name, and either a number of elements or a model's parameter list."""
+
+    operation: str
+    dtype: str
+    elements: int = 0
+    model: LlamaShape | None = None
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        """``64K`` for elements, the name of a model for a list."""
+        return self.model.name if self.model else size_label(self.elements)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return self.model.shapes() if self.model else [(self.elements,)]
+
+    def memory(self) -> int:
+        """Bytes that the case takes at most, apart from small change."""
+        numel = self.model.numel() if self.model else self.elements
+        return _LISTS.get(self.operation, 3) * numel * dtype_of(self.dtype).itemsize
+
+
+def size_label(elements: int) -> str:
+    """``65536`` -> ``64K``; numbers that are no whole multiple stay numbers."""
+    for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
+        if elements >= unit and elements % unit == 0:
+            return f"{elements // unit}{name}"
+    return str(elements)
+
+
+def applies(operation: str, dtype: str, elements: int) -> bool:
+    """Whether such a case occurs: sketches are float32, and neither they nor batches of tokens are that large."""
+    if operation == "absorb_":
+        return dtype == "fp32" and LANES <= elements <= _SMALL_INPUT
+    return operation != "token_moments" or 8 <= elements <= _SMALL_INPUT
+
+
+def model_case(operation: str, dtype: str, shape: LlamaShape, room: int) -> Case | None:
+    """The case of a model's list within ``room`` bytes, with fewer layers where it is too large; None if none fit."""
+    fitting = shape.fitting(room // (_LISTS[operation] * dtype_of(dtype).itemsize))
+    if fitting is None:
+        return None
+    note = "" if fitting == shape else f"{fitting.layers} of {shape.layers} layers, for lack of memory"
+    return Case(operation, dtype, model=replace(fitting), note=note)
+
+
+@dataclass
+class Prepared:
+    """A case ready to run. Each callable takes the number of an input set.
+
+    Attributes:
+        ours: the operation.
+        gate: compares it with the reference.
+        bytes: the least that has to move: inputs read once, outputs written once.
+        peers: by name; the part before the colon is its kind.
+        omitted: peers that cannot run here, with the reason.
+        readers: read the same inputs.
+        read_bytes: what they read.
+        sets: number of input sets.
+    """
+
+    ours: Callable[[int], object]
+    gate: Callable[[], Gate]
+    bytes: int
+    readers: dict[str, Callable[[int], object]]
+    read_bytes: int
+    sets: int
+    peers: dict[str, Callable[[int], object]] = field(default_factory=dict)
+    omitted: dict[str, str] = field(default_factory=dict)
+
+
+def prepare(case: Case, pools: Pools, kinds: Sequence[str] = PEER_KINDS) -> Prepared:
+    """Builds the inputs of a case and everything that is timed on them."""
+    prepared = _BUILDERS[case.operation](case, pools)
+    missing = peers.compiler_missing(pools.device)
+    for name in list(prepared.peers):
+        kind = name.split(":")[0]
+        if kind not in kinds:
+            del prepared.peers[name]
+        elif kind == "compile" and missing:
+            del prepared.peers[name]
+            prepared.omitted[name] = missing
+    _drop_failing(prepared)
+    return prepared
+
+
+def _drop_failing(prepared: Prepared) -> None:
+    """Runs each peer once; one that raises is left out, and says why."""
+    for name, call in list(prepared.peers.items()):
+        try:
+            call(0)
+        except Exception as error:
+            del prepared.peers[name]
+            prepared.omitted[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+
+
+def _read(case: Case, pools: Pools, operands: Sequence[str]):
+    """Input sets of the operands, with the readers of their memory and the bytes these read."""
+    dtype = dtype_of(case.dtype)
+    numel = sum(math.prod(shape) for shape in case.shapes)
+    sets = pools.sets(numel * dtype.itemsize * len(operands))
+    lists = [pools.lists(name, case.shapes, dtype, sets) for name in operands]
+    flats = [[one.flat[k] for one in lists] for k in range(sets)]
+    return lists, limits.readers(flats), sum(flat.nbytes for flat in flats[0]), sets
+
+
+def _moments(case: Case, pools: Pools) -> Prepared:
+    (x,), readers, read_bytes, sets = _read(case, pools, "a")
+    lists = x.tensors
+    prepared = Prepared(
+        ours=lambda k: gac_kernels.moments(lists[k]),
+        gate=lambda: gates.check_moments(gac_kernels.moments, lists[0]),
+        bytes=read_bytes,
+        readers=readers,
+        read_bytes=read_bytes,
+        sets=sets,
+    )
+    expression = peers.compiled(peers.moments_expression)
+    if case.model:
+        prepared.peers = {
+            "eager: norm": lambda k: torch.stack([t.norm() for t in lists[k]]).norm(),
+            "foreach: norm": lambda k: torch.stack(torch._foreach_norm(lists[k])).norm(),
+            "compile: same": lambda k: torch.stack([expression(t.view(-1)) for t in lists[k]]).sum(0),
+        }
+    else:
+        ones = [tensors[0] for tensors in lists]
+        prepared.ours = lambda k: gac_kernels.moments(ones[k])
+        prepared.peers = {
+            "eager: norm": lambda k: ones[k].norm(),
+            "foreach: norm": lambda k: torch._foreach_norm(lists[k]),
+            "compile: same": lambda k: expression(ones[k]),
+        }
+    return prepared
+
+
+def _pair_moments(case: Case, pools: Pools) -> Prepared:
+    (x, y), readers, read_bytes, sets = _read(case, pools, "ab")
+    a, b = x.tensors, y.tensors
+    prepared = Prepared(
+        ours=lambda k: gac_kernels.pair_moments(a[k], b[k]),
+        gate=lambda: gates.check_pair_moments(gac_kernels.pair_moments, a[0], b[0]),
+        bytes=read_bytes,
+        readers=readers,
+        read_bytes=read_bytes,
+        sets=sets,
+    )
+    expression = peers.compiled(peers.pair_expression)
+
+    def dots(s: Tensor, t: Tensor) -> Tensor:
+        s, t = s.view(-1), t.view(-1)
+        return torch.stack([torch.dot(s, s), torch.dot(t, t), torch.dot(s, t)])
+
+    def foreach(k: int) -> list[Tensor]:
+        difference = torch._foreach_sub(a[k], b[k])
+        return [torch.stack(torch._foreach_norm(part)).norm() for part in (a[k], b[k], difference)]
+
+    prepared.peers["foreach: norm, norm, norm(sub)"] = foreach
+    if case.model:
+        prepared.peers |= {
+            "eager: dot, dot, dot": lambda k: torch.stack([dots(s, t) for s, t in zip(a[k], b[k], strict=True)]).sum(0),
+            "eager: norm, norm, norm(a-b)": lambda k: torch.stack(
+                [torch.stack([s.norm(), t.norm(), (s - t).norm()]) for s, t in zip(a[k], b[k], strict=True)]
+            ).norm(dim=0),
+            "compile: same": lambda k: torch.stack(
+                [expression(s.view(-1), t.view(-1)) for s, t in zip(a[k], b[k], strict=True)]
+            ).sum(0),
+        }
+    else:
+        left, right = [tensors[0] for tensors in a], [tensors[0] for tensors in b]
+        prepared.ours = lambda k: gac_kernels.pair_moments(left[k], right[k])
+        prepared.peers |= {
+            "eager: dot, dot, dot": lambda k: (
+                torch.dot(left[k], left[k]), torch.dot(right[k], right[k]), torch.dot(left[k], right[k])
+            ),
+            "eager: norm, norm, norm(a-b)": lambda k: (
+                left[k].norm(), right[k].norm(), (left[k] - right[k]).norm()
+            ),
+            "compile: same": lambda k: expression(left[k], right[k]),
+        }  # fmt: skip
+    return prepared
+
+
+def _mix(case: Case, pools: Pools) -> Prepared:
+    (x, y), readers, read_bytes, sets = _read(case, pools, "ab")
+    a, b = x.tensors, y.tensors
+    mu = torch.tensor(MU, device=pools.device)
+    rest = (1 - mu).to(dtype_of(case.dtype))
+    expression = peers.compiled(peers.mix_expression)
+    prepared = Prepared(
+        ours=lambda k: gac_kernels.mix_(a[k], b[k], mu),
+        gate=lambda: gates.check_mix(gac_kernels.mix_, a[0], b[0], mu),
+        bytes=read_bytes + read_bytes // 2,
+        readers=readers,
+        read_bytes=read_bytes,
+        sets=sets,
+        peers={"foreach: lerp_": lambda k: torch._foreach_lerp_(a[k], b[k], 1 - MU)},
+    )
+    if case.model:
+
+        def eager(k: int) -> None:
+            for s, t in zip(a[k], b[k], strict=True):
+                s.lerp_(t, rest)
+
+        def fused(k: int) -> None:
+            for s, t in zip(a[k], b[k], strict=True):
+                expression(s.view(-1), t.view(-1), mu)
+
+        prepared.peers |= {"eager: lerp_": eager, "compile: same": fused}
+    else:
+        left, right = [tensors[0] for tensors in a], [tensors[0] for tensors in b]
+        prepared.ours = lambda k: gac_kernels.mix_(left[k], right[k], mu)
+        prepared.peers |= {
+            "eager: lerp_": lambda k: left[k].lerp_(right[k], rest),
+            "compile: same": lambda k: expression(left[k], right[k], mu),
+        }
+    return prepared
+
+
+def _sketch(case: Case, pools: Pools) -> Prepared:
+    (x,), readers, read_bytes, sets = _read(case, pools, "a")
+    lists = x.tensors
+    numels = [math.prod(shape) for shape in case.shapes]
+    layout = SketchLayout.per_tensor(numels, size=max(SMALLEST_SKETCH, sum(numels) // ELEMENTS_PER_BUCKET))
+    out = torch.zeros(layout.size, device=pools.device)
+    prepared = Prepared(
+        ours=lambda k: gac_kernels.sketch(lists[k], out, layout=layout),
+        gate=lambda: gates.check_sketch(gac_kernels.sketch, lists[0], out, layout),
+        bytes=read_bytes + out.nbytes,
+        readers=readers,
+        read_bytes=read_bytes,
+        sets=sets,
+    )
+    prepared.omitted["foreach: sketch"] = "torch._foreach has no projection"
+    rows, numel = layout.rows_per_slab, numels[0]
+    if case.model or numel % (rows * LANES):
+        reason = "written for one tensor that fills whole slabs; a parameter list would need padding and a sign each"
+        return replace(prepared, omitted=prepared.omitted | {"eager: signs": reason, "compile: same": reason})
+    ones = [tensors[0] for tensors in lists]
+    expression, key = peers.compiled(peers.sketch_expression), sign_key(layout.seed, 0)
+    signs = torch.empty(numel // (rows * LANES), rows, LANES, dtype=dtype_of(case.dtype), device=pools.device)
+    signs.bernoulli_(0.5).mul_(2).sub_(1)
+    prepared.peers = {
+        "eager: stored signs, norm": lambda k: ((ones[k].view_as(signs) * signs).sum(1), ones[k].norm()),
+        "compile: same": lambda k: expression(ones[k], out, key, rows, LANES),
+    }
+    return prepared
+
+
+def _absorb(case: Case, pools: Pools) -> Prepared:
+    lists, readers, read_bytes, sets = _read(case, pools, ("current", "previous", "total"))
+    current, previous, total = ([tensors[0] for tensors in one.tensors] for one in lists)
+    scale = torch.tensor(_SCALE, device=pools.device)
+    expression = peers.compiled(peers.absorb_expression)
+
+    def foreach(k: int) -> Tensor:
+        delta = torch._foreach_sub([current[k]], [previous[k]])
+        torch._foreach_mul_(delta, _SCALE)
+        torch._foreach_add_([total[k]], delta)
+        torch._foreach_copy_([previous[k]], [current[k]])
+        return delta[0].square().view(-1, LANES).sum(1)
+
+    prepared = Prepared(
+        ours=lambda k: gac_kernels.absorb_(current[k], previous[k], total[k], scale),
+        gate=lambda: gates.check_absorb(gac_kernels.absorb_, current[0], previous[0], total[0], scale),
+        bytes=read_bytes + read_bytes // 3 * 2,
+        readers=readers,
+        read_bytes=read_bytes,
+        sets=sets,
+    )
+    if case.elements % LANES:
+        reason = "written for whole cells of 1,024 elements"
+        return replace(prepared, omitted=dict.fromkeys(("eager: same", "foreach: same", "compile: same"), reason))
+    prepared.peers = {
+        "eager: same": lambda k: peers.absorb_expression(current[k], previous[k], total[k], scale),
+        "foreach: same": foreach,
+        "compile: same": lambda k: expression(current[k], previous[k], total[k], scale),
+    }
+    return prepared
+
+
+def _token_moments(case: Case, pools: Pools) -> Prepared:
+    length = min(_LONGEST_SEQUENCE, max(1, case.elements // 8))
+    rows = case.elements // length
+    shaped = replace(case, elements=rows * length)
+    lists, readers, read_bytes, sets = _read(shaped, pools, ("logprobs", "advantages"))
+    logprobs, advantages = ([t[0].view(rows, length) for t in one.tensors] for one in lists)
+    for flat in lists[0].flat:
+        flat.abs_().neg_()
+    mask = torch.rand(rows, length, device=pools.device) < 0.75
+    is_expert = torch.arange(rows, device=pools.device) % 4 == 0
+    expression = peers.compiled(peers.token_expression)
+    arguments = lambda k: (logprobs[k], advantages[k], mask, is_expert)
+    prepared = Prepared(
+        ours=lambda k: gac_kernels.token_moments(*arguments(k)),
+        gate=lambda: gates.check_token_moments(gac_kernels.token_moments, *arguments(0)),
+        bytes=read_bytes + mask.nbytes,
+        readers=readers,
+        read_bytes=read_bytes,
+        sets=sets,
+        peers={
+            "eager: same": lambda k: peers.token_expression(*arguments(k)),
+            "compile: same": lambda k: expression(*arguments(k)),
+        },
+    )
+    prepared.omitted["foreach: same"] = "torch._foreach has no reduction along a dimension"
+    return prepared
+
+
+_BUILDERS: dict[str, Callable[[Case, Pools], Prepared]] = {
+    "moments": _moments,
+    "sketch": _sketch,
+    "pair_moments": _pair_moments,
+    "mix_": _mix,
+    "absorb_": _absorb,
+    "token_moments": _token_moments,
+}

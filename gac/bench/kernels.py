@@ -1,0 +1,147 @@
+"""Microbenchmarks: the gate, then every variant of a case in one interleaved loop, as rows of plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from time import monotonic
+
+import torch
+
+from gac.bench.cases import (
+    LIST_OPERATIONS,
+    OPERATIONS,
+    PEER_KINDS,
+    Case,
+    Prepared,
+    applies,
+    model_case,
+    prepare,
+    size_label,
+)
+from gac.bench.inputs import Pools, free_bytes
+from gac.bench.shapes import MODELS
+from gac.bench.timing import Samples, quantile, ratio, timer_for
+
+SIZES = tuple(1 << k for k in range(10, 27, 2))
+"""1K to 64M elements."""
+
+QUICK_SIZES = (1 << 10, 1 << 16, 1 << 22)
+
+_MEMORY_SHARE = 0.45
+"""Of the free memory: what inputs may take. The reference and peers that make copies need some, too."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run. ``seconds`` is spent on each case; after ``limit`` seconds no new case starts."""
+
+    device: torch.device
+    operations: Sequence[str] = OPERATIONS
+    dtypes: Sequence[str] = ("bf16", "fp32")
+    sizes: Sequence[int] = SIZES
+    models: Sequence[str] = ("0.1B", "1B", "8B")
+    peers: Sequence[str] = PEER_KINDS
+    seconds: float = 0.8
+    limit: float = float("inf")
+
+
+def cases(options: Options) -> Iterator[Case | dict]:
+    """Cases in the order of running; a dict is the row of one that memory does not allow."""
+    for operation in options.operations:
+        for dtype in options.dtypes:
+            for elements in options.sizes:
+                if applies(operation, dtype, elements):
+                    case = Case(operation, dtype, elements)
+                    room = int(_MEMORY_SHARE * free_bytes(options.device))
+                    yield case if case.memory() <= room else _no_room(operation, dtype, case.label, room)
+    for name in options.models:
+        for operation in options.operations:
+            for dtype in options.dtypes if operation in LIST_OPERATIONS else ():
+                room = int(_MEMORY_SHARE * free_bytes(options.device))
+                yield model_case(operation, dtype, MODELS[name], room) or _no_room(operation, dtype, name, room)
+
+
+def _no_room(operation: str, dtype: str, label: str, room: int) -> dict:
+    note = f"left out: {room / 2**30:.1f} GiB of memory may be taken, too little"
+    return {"operation": operation, "dtype": dtype, "label": label, "note": note}
+
+
+def run(options: Options, on_row: Callable[[dict], None] = lambda row: None) -> list[dict]:
+    """Runs all cases and returns their rows; ``on_row`` sees each one at once."""
+    deadline = monotonic() + options.limit
+    pools, timer = Pools(options.device, cold=options.device.type != "cuda"), timer_for(options.device)
+    rows, last = [], None
+    for case in cases(options):
+        if isinstance(case, Case):
+            if (case.operation, case.model) != last:
+                pools.clear()
+                last = (case.operation, case.model)
+            row = _late(case) if monotonic() > deadline else run_case(case, pools, timer, options)
+        else:
+            row = case
+        rows.append(row)
+        on_row(row)
+    return rows
+
+
+def _late(case: Case) -> dict:
+    return _head(case) | {"note": "left out: the time limit was reached"}
+
+
+def _head(case: Case) -> dict:
+    shapes = case.shapes
+    elements = case.model.numel() if case.model else case.elements
+    return {
+        "operation": case.operation,
+        "dtype": case.dtype,
+        "label": case.label,
+        "elements": elements,
+        "tensors": len(shapes),
+        "note": case.note,
+    }
+
+
+def run_case(case: Case, pools: Pools, timer, options: Options) -> dict:
+    """The row of one case; with a red gate it has neither ratios nor percentages."""
+    prepared = prepare(case, pools, options.peers)
+    gate = prepared.gate()
+    row = _head(case) | {
+        "bytes": prepared.bytes,
+        "read_bytes": prepared.read_bytes,
+        "gate": {"ok": gate.ok, "error": gate.error, "checked": gate.checked},
+        "omitted": prepared.omitted,
+    }
+    variants = {"gac": prepared.ours}
+    if gate.ok:
+        variants |= {f"read: {name}": call for name, call in prepared.readers.items()} | prepared.peers
+    seconds = options.seconds * (3 if case.model else 1)
+    samples = timer.measure(variants, prepared.sets, seconds=seconds)
+    row["variants"] = {name: found.summary() for name, found in samples.items()}
+    return row | _derived(prepared, samples) if gate.ok else row
+
+
+def _derived(prepared: Prepared, samples: dict[str, Samples]) -> dict:
+    ours = samples["gac"]
+    p50 = quantile(ours.time, 0.5)
+    limit = min((n for n in samples if n.startswith("read: ")), key=lambda n: quantile(samples[n].time, 0.5))
+    times_read = ratio(ours.time, samples[limit].time)
+    derived = {
+        "gbps": prepared.bytes / p50 * 1e-9,
+        "read": limit.removeprefix("read: "),
+        "read_gbps": prepared.read_bytes / quantile(samples[limit].time, 0.5) * 1e-9,
+        "times_read": times_read,
+        "percent_of_read": 100.0 * prepared.bytes / prepared.read_bytes / times_read,
+        "speedup": {name: ratio(samples[name].time, ours.time) for name in prepared.peers},
+    }
+    if ours.wall:
+        derived["speedup_wall"] = {name: ratio(samples[name].wall, ours.wall) for name in prepared.peers}
+    return derived
+
+
+def describe(row: dict) -> str:
+    """``sketch bf16 64M``."""
+    return f"{row['operation']} {row['dtype']} {row['label']}"
+
+
+__all__ = ["QUICK_SIZES", "SIZES", "Options", "cases", "describe", "run", "run_case", "size_label"]

@@ -1,0 +1,98 @@
+"""The picture: how near each operation comes to the read limit, from 1K elements to whole parameter lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gac.plots import COLOURS
+
+_MARKERS = {"moments": "o", "sketch": "s", "pair_moments": "^", "mix_": "D", "absorb_": "v", "token_moments": "P"}
+_SETTINGS = {
+    "figure.dpi": 130,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+
+
+def draw(results: dict, path: str | Path) -> None:
+    """Draws achieved bandwidth over bytes moved, a panel for each dtype, as a PNG.
+
+    Args:
+        results: of ``gac bench``; rows with a red gate are left out.
+        path: where the PNG goes.
+
+    Raises:
+        ValueError: no row can be drawn.
+    """
+    rows = [row for row in results.get("kernels", []) if row.get("gate", {}).get("ok")]
+    if not rows:
+        raise ValueError("draw: no kernel result with a green gate")
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display is needed
+    import matplotlib.pyplot as plt
+
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    with plt.rc_context(_SETTINGS):
+        figure, axes = plt.subplots(
+            1, len(dtypes), figsize=(5.6 * len(dtypes), 4.6), layout="constrained", sharey=True, squeeze=False
+        )
+        for axis, dtype in zip(axes[0], dtypes, strict=True):
+            _panel(axis, [row for row in rows if row["dtype"] == dtype], dtype, results.get("nominal_gbps"))
+        axes[0, 0].set_ylabel("GB/s")
+        handles = {
+            label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+        facts = results["facts"]
+        figure.suptitle(f"Bandwidth against the read limit: {facts['device']}", x=0.01, ha="left", fontsize=11)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _panel(axis, rows: list[dict], dtype: str, nominal: float | None) -> None:
+    axis.set_title(dtype)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xlabel("bytes moved")
+    roof = sorted({row["read_bytes"]: row["read_gbps"] for row in _one_list(rows)}.items())
+    if len(roof) > 1:
+        axis.plot(*zip(*roof, strict=True), color=COLOURS[7], linewidth=2.2, label="read limit, measured", zorder=2)
+        axis.fill_between(*zip(*roof, strict=True), 1e-6, color="#f3f3f3", zorder=0)
+    if nominal:
+        axis.axhline(nominal, color=COLOURS[6], linestyle=":", label="datasheet bandwidth")
+    for index, (operation, marker) in enumerate(_MARKERS.items()):
+        own = [row for row in rows if row["operation"] == operation]
+        sizes = sorted((row for row in own if row["tensors"] == 1), key=lambda row: row["bytes"])
+        lists = [row for row in own if row["tensors"] > 1]
+        style = {"color": COLOURS[index % 6], "marker": marker, "markersize": 5}
+        points = lambda found: ([row["bytes"] for row in found], [row["gbps"] for row in found])
+        axis.plot(*points(sizes), label=operation, linewidth=1.3, **style)
+        axis.plot(*points(lists), linestyle="none", markerfacecolor="none", markeredgewidth=1.4, **style)
+    low = min(row["gbps"] for row in rows)
+    high = max([row["gbps"] for row in rows] + [row["read_gbps"] for row in rows] + [nominal or 0])
+    axis.set_ylim(low * 0.7, high * 1.6)
+    axis.xaxis.set_major_formatter(lambda value, _: _bytes(value))
+
+
+def _one_list(rows: list[dict]) -> list[dict]:
+    """Rows whose read limit belongs to one plain buffer: the roof is drawn from them where there are any."""
+    plain = [row for row in rows if row["operation"] in ("moments", "sketch")]
+    return plain or rows
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:g} {unit}"
+        value /= 1024
+    return f"{value:g} TiB"
