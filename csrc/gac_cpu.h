@@ -36,18 +36,18 @@ GAC_API void gac_prefer_pool(int pool);
 
 // out: [2] or, per_tensor, [n, 2]: sum of squares, count of non-finite elements.
 GAC_API int gac_moments(const int64_t* table, int64_t n, int strided, int per_tensor, double* out, int threads);
-// The same for one contiguous tensor. packed = dtype + 16 * threads.
-GAC_API int gac_moments_one(const void* x, int64_t numel, int64_t packed, double* out);
+// The same for one contiguous tensor. packed = numel << 16 | threads << 4 | dtype (fewer arguments: ctypes charges each).
+GAC_API int gac_moments_one(const void* x, int64_t packed, double* out);
 
 // out: [3] or, per_tensor, [n, 3]: |a|^2, |b|^2, <a, b>.
 GAC_API int gac_pair_moments(const int64_t* a, const int64_t* b, int64_t n, int strided, int per_tensor, double* out,
                              int threads);
 // The same for two contiguous tensors of one dtype.
-GAC_API int gac_pair_moments_one(const void* a, const void* b, int64_t numel, int64_t packed, double* out);
+GAC_API int gac_pair_moments_one(const void* a, const void* b, int64_t packed, double* out);
 
 // a <- mu*a + (1-mu)*b. out: [3] of the values before the update, or null.
 GAC_API int gac_mix(const int64_t* a, const int64_t* b, int64_t n, int strided, double mu, double* out, int threads);
-GAC_API int gac_mix_one(void* a, const void* b, int64_t numel, int64_t packed, double mu, double* out);
+GAC_API int gac_mix_one(void* a, const void* b, int64_t packed, double mu, double* out);
 
 // The linear map of gac_kernels/layout.py. pieces is a table of n columns: region's first bucket, region's first sign
 // index, elements of the region, start of the piece within the region.

@@ -183,22 +183,35 @@ GAC_KERNEL void pair_short(const void* first, const void* second, int64_t n, dou
   if (!in_range<T>(out[0], n) || !in_range<T>(out[1], n)) pair_wide<T>(first, second, n, out);
 }
 
-// One vector of the mix. float32 and float64 go through float64, so that the result is rounded once to float32; for the
-// 16-bit types float32 has bits to spare.
+// One vector of the mix. float64 weights act on float32 as a rounded part and what the rounding left: the result errs by
+// one rounding of rest*b and one of the sum, as a fused multiply-add with exact weights would. 16-bit results have bits to
+// spare for the first, and see only the last.
+struct Weights {
+  V::F mu, mu_left, rest, rest_left;
+  V::D mu_wide, rest_wide;
+};
+GAC_INLINE Weights weights(double mu, double rest) {
+  const float m = static_cast<float>(mu), r = static_cast<float>(rest);
+  return {V::set(m),
+          V::set(static_cast<float>(mu - static_cast<double>(m))),
+          V::set(r),
+          V::set(static_cast<float>(rest - static_cast<double>(r))),
+          V::set(mu),
+          V::set(rest)};
+}
 template <class T>
-GAC_INLINE void mix_vector(T* a, const T* b, double mu, double rest) {
+GAC_INLINE void mix_vector(T* a, const T* b, const Weights& w) {
   const V::F x = V::load(a), y = V::load(b);
-  V::store(a, V::fma(V::set(static_cast<float>(mu)), x, V::mul(V::set(static_cast<float>(rest)), y)));
+  V::store(a, V::fma(w.mu, x, V::mul(w.rest, y)));
 }
-GAC_INLINE D2 mixed(D2 x, D2 y, double mu, double rest) {
-  const V::D m = V::set(mu), r = V::set(rest);
-  return {V::fma(m, x.lo, V::mul(r, y.lo)), V::fma(m, x.hi, V::mul(r, y.hi))};
+GAC_INLINE void mix_vector(float* a, const float* b, const Weights& w) {
+  const V::F x = V::load(a), y = V::load(b);
+  const V::F left = V::fma(w.mu_left, x, V::mul(w.rest_left, y));
+  V::store(a, V::fma(w.mu, x, V::fma(w.rest, y, left)));
 }
-GAC_INLINE void mix_vector(float* a, const float* b, double mu, double rest) {
-  store2(a, mixed(load2(a), load2(b), mu, rest));
-}
-GAC_INLINE void mix_vector(double* a, const double* b, double mu, double rest) {
-  store2(a, mixed(load2(a), load2(b), mu, rest));
+GAC_INLINE void mix_vector(double* a, const double* b, const Weights& w) {
+  const D2 x = load2(a), y = load2(b);
+  store2(a, {V::fma(w.mu_wide, x.lo, V::mul(w.rest_wide, y.lo)), V::fma(w.mu_wide, x.hi, V::mul(w.rest_wide, y.hi))});
 }
 
 template <class T>
@@ -206,12 +219,13 @@ GAC_KERNEL void mix(void* first, const void* second, int64_t n, double mu, doubl
   T* a = static_cast<T*>(first);
   const T* b = static_cast<const T*>(second);
   constexpr int W = V::W;
+  const Weights w = weights(mu, rest);
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W) {
-    mix_vector(a + i, b + i, mu, rest);
-    mix_vector(a + i + W, b + i + W, mu, rest);
+    mix_vector(a + i, b + i, w);
+    mix_vector(a + i + W, b + i + W, w);
   }
-  for (; i + W <= n; i += W) mix_vector(a + i, b + i, mu, rest);
+  for (; i + W <= n; i += W) mix_vector(a + i, b + i, w);
   for (; i < n; ++i) a[i] = from_double<T>(mu * to_double(a[i]) + rest * to_double(b[i]));
 }
 

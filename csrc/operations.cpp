@@ -534,7 +534,7 @@ void token_row(const gac_tokens& t, int64_t row, double* sums) {
 
 using namespace gac;
 
-int gac_abi(void) { return 1; }
+int gac_abi(void) { return 2; }
 
 int gac_select(const char* isa) { return select(isa) ? 0 : 1; }
 
@@ -555,8 +555,9 @@ int gac_moments(const int64_t* table, int64_t n, int strided, int per_tensor, do
   });
 }
 
-int gac_moments_one(const void* x, int64_t numel, int64_t packed, double* out) {
-  const int dtype = static_cast<int>(packed & 15), threads = static_cast<int>(packed >> 4);
+int gac_moments_one(const void* x, int64_t packed, double* out) {
+  const int64_t numel = packed >> 16;
+  const int dtype = static_cast<int>(packed & 15), threads = static_cast<int>(packed >> 4 & 0xfff);
   if (numel > kChunk) {
     const int64_t table[] = {static_cast<int64_t>(reinterpret_cast<intptr_t>(x)), numel, dtype};
     return gac_moments(table, 1, 0, 0, out, threads);
@@ -583,8 +584,9 @@ int gac_pair_moments(const int64_t* a, const int64_t* b, int64_t n, int strided,
   });
 }
 
-int gac_pair_moments_one(const void* a, const void* b, int64_t numel, int64_t packed, double* out) {
-  const int dtype = static_cast<int>(packed & 15), threads = static_cast<int>(packed >> 4);
+int gac_pair_moments_one(const void* a, const void* b, int64_t packed, double* out) {
+  const int64_t numel = packed >> 16;
+  const int dtype = static_cast<int>(packed & 15), threads = static_cast<int>(packed >> 4 & 0xfff);
   if (numel > kChunk) {
     const int64_t left[] = {static_cast<int64_t>(reinterpret_cast<intptr_t>(a)), numel, dtype};
     const int64_t right[] = {static_cast<int64_t>(reinterpret_cast<intptr_t>(b)), numel, dtype};
@@ -612,8 +614,9 @@ int gac_mix(const int64_t* a, const int64_t* b, int64_t n, int strided, double m
   });
 }
 
-int gac_mix_one(void* a, const void* b, int64_t numel, int64_t packed, double mu, double* out) {
-  const int dtype = static_cast<int>(packed & 15), threads = static_cast<int>(packed >> 4);
+int gac_mix_one(void* a, const void* b, int64_t packed, double mu, double* out) {
+  const int64_t numel = packed >> 16;
+  const int dtype = static_cast<int>(packed & 15), threads = static_cast<int>(packed >> 4 & 0xfff);
   if (numel > kChunk) {
     const int64_t left[] = {static_cast<int64_t>(reinterpret_cast<intptr_t>(a)), numel, dtype};
     const int64_t right[] = {static_cast<int64_t>(reinterpret_cast<intptr_t>(b)), numel, dtype};

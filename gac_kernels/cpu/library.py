@@ -7,21 +7,22 @@ import os
 import sys
 import threading
 from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
+from functools import cache
 from pathlib import Path
 
 ISA_VARIABLE = "GAC_CPU_ISA"
 """Environment variable that limits the instruction set: portable, avx2, avx512 or neon. Read when the library loads."""
 
-_ABI = 1
+_ABI = 2
 _CODES = {1: "null pointer", 2: "out of memory"}
 
 _PROTOTYPES = {
     "gac_moments": (c_void_p, c_int64, c_int, c_int, c_void_p, c_int),
-    "gac_moments_one": (c_void_p, c_int64, c_int64, c_void_p),
+    "gac_moments_one": (c_void_p, c_int64, c_void_p),
     "gac_pair_moments": (c_void_p, c_void_p, c_int64, c_int, c_int, c_void_p, c_int),
-    "gac_pair_moments_one": (c_void_p, c_void_p, c_int64, c_int64, c_void_p),
+    "gac_pair_moments_one": (c_void_p, c_void_p, c_int64, c_void_p),
     "gac_mix": (c_void_p, c_void_p, c_int64, c_int, c_double, c_void_p, c_int),
-    "gac_mix_one": (c_void_p, c_void_p, c_int64, c_int64, c_double, c_void_p),
+    "gac_mix_one": (c_void_p, c_void_p, c_int64, c_double, c_void_p),
     "gac_sketch": (c_void_p, c_void_p, c_int64, c_int, c_char_p, c_int, c_void_p, c_int),
     "gac_token_moments": (c_char_p, c_void_p, c_int),
     "gac_absorb": (c_void_p, c_void_p, c_void_p, c_int64, c_double, c_void_p, c_int),
@@ -122,6 +123,7 @@ def failure() -> str | None:
     return _failure
 
 
+@cache
 def require() -> Library:
     """The library, or LibraryError with what to do."""
     library = load()

@@ -11,7 +11,7 @@ import struct
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
-from operator import le
+from operator import le, ne
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ __all__ = ["absorb_", "mix_", "moments", "pair_moments", "sketch", "token_moment
 _CPU = torch.device("cpu")
 _FLOAT64 = torch.float64
 _QUICK = 1 << 16  # elements up to which a call runs on the caller's thread with the interpreter lock held
+_TWO, _THREE = torch.empty(2, dtype=_FLOAT64), torch.empty(3, dtype=_FLOAT64)  # empty_like costs less than empty
+_shape = Tensor.shape.__get__
 
 
 def _threads(elements: int) -> int:
@@ -44,33 +46,58 @@ def _threads(elements: int) -> int:
 
 
 def _sums(count: int, width: int, per_tensor: bool) -> Tensor:
-    return torch.empty((count, width) if per_tensor else (width,), dtype=_FLOAT64)
+    if per_tensor:
+        return torch.empty(count, width, dtype=_FLOAT64)
+    return torch.empty_like(_TWO if width == 2 else _THREE)
 
 
-def _is_plain(tensor) -> bool:
-    """True for one contiguous CPU tensor of a plain type and a known dtype, with two elements or more."""
-    return (
-        type(tensor) in PLAIN
-        and tensor.dtype in DTYPE_CODES
-        and tensor.is_cpu
-        and tensor.layout is torch.strided
-        and tensor.is_contiguous()
-        and tensor.numel() > 1
-    )
+def _packed(tensor) -> int:
+    """``numel << 16 | dtype code`` of one contiguous CPU tensor of a plain type; 0 sends anything else the careful way.
+
+    So goes a tensor of one element: a lazily negated view of that size counts as contiguous.
+    """
+    if type(tensor) in PLAIN and tensor.is_cpu:
+        try:
+            if tensor.is_contiguous():
+                code = DTYPE_CODES.get(tensor.dtype)
+                numel = tensor.numel()
+                if code is not None and numel > 1:
+                    return numel << 16 | code
+        except RuntimeError:  # sparse layouts have no such thing
+            pass
+    return 0
+
+
+def _packed_pair(a, b) -> int:
+    """The same of two tensors that agree in it and in shape."""
+    packed = _packed(a)
+    if packed and packed == _packed(b) and (a.dim() == 1 == b.dim() or a.shape == b.shape):
+        return packed
+    return 0
+
+
+_QUICK_PACKED = (_QUICK + 1) << 16  # packed numbers below stand for quick sizes
+_ONE_THREAD = 1 << 4
+
+
+def _with_threads(packed: int) -> int:
+    return packed | torch.get_num_threads() << 4
 
 
 def moments(tensors, *, per_tensor: bool = False) -> Tensor:
     """Sum of squares and number of non-finite elements; see :func:`gac_kernels.reference.moments`."""
     library = require()
-    if not per_tensor and _is_plain(tensors):
-        out = torch.empty(2, dtype=_FLOAT64)
-        numel = tensors.numel()
-        if numel <= _QUICK:
-            call, packed = library.quick.gac_moments_one, 16
-        else:
-            call, packed = library.call.gac_moments_one, 16 * torch.get_num_threads()
-        check(call(tensors.data_ptr(), numel, packed + DTYPE_CODES[tensors.dtype], out.data_ptr()))
-        return out
+    if not per_tensor:
+        packed = _packed(tensors)
+        if packed:
+            out = torch.empty_like(_TWO)
+            if packed < _QUICK_PACKED:
+                failed = library.quick.gac_moments_one(tensors.data_ptr(), packed | _ONE_THREAD, out.data_ptr())
+            else:
+                failed = library.call.gac_moments_one(tensors.data_ptr(), _with_threads(packed), out.data_ptr())
+            if failed:
+                check(failed)
+            return out
     table = plain_table(tensors) if isinstance(tensors, list) else None
     if table is None:
         tensors = tensor_list(tensors, "tensors")
@@ -83,17 +110,13 @@ def moments(tensors, *, per_tensor: bool = False) -> Tensor:
     return out
 
 
-def _plain_pair(a, b) -> bool:
-    return _is_plain(a) and _is_plain(b) and a.dtype is b.dtype and a.shape == b.shape
-
-
 def _pair_tables(a, b) -> tuple[Table, Table] | None:
     """Quick tables of two lists; None when they need the careful way."""
     if not isinstance(a, list) or not isinstance(b, list) or len(a) != len(b):
         return None
     first = plain_table(a)
     second = plain_table(b) if first is not None else None
-    if second is None or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
+    if second is None or any(map(ne, map(_shape, a), map(_shape, b))):
         return None
     return first, second
 
@@ -118,15 +141,18 @@ def _flattened(a: list[Tensor], b: list[Tensor]) -> tuple[list[Tensor], list[Ten
 def pair_moments(a, b, *, per_tensor: bool = False) -> Tensor:
     """``|a|^2``, ``|b|^2`` and ``<a, b>``; see :func:`gac_kernels.reference.pair_moments`."""
     library = require()
-    if not per_tensor and _plain_pair(a, b):
-        out = torch.empty(3, dtype=_FLOAT64)
-        numel = a.numel()
-        if numel <= _QUICK:
-            call, packed = library.quick.gac_pair_moments_one, 16
-        else:
-            call, packed = library.call.gac_pair_moments_one, 16 * torch.get_num_threads()
-        check(call(a.data_ptr(), b.data_ptr(), numel, packed + DTYPE_CODES[a.dtype], out.data_ptr()))
-        return out
+    if not per_tensor:
+        packed = _packed_pair(a, b)
+        if packed:
+            out = torch.empty_like(_THREE)
+            if packed < _QUICK_PACKED:
+                call, packed = library.quick.gac_pair_moments_one, packed | _ONE_THREAD
+            else:
+                call, packed = library.call.gac_pair_moments_one, _with_threads(packed)
+            failed = call(a.data_ptr(), b.data_ptr(), packed, out.data_ptr())
+            if failed:
+                check(failed)
+            return out
     tables = _pair_tables(a, b)
     if tables is None:
         a, b = check_pair(a, b)
@@ -148,18 +174,24 @@ def _number(value, name: str) -> float:
 
 
 def mix_(a, b, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
-    """``a <- mu * a + (1 - mu) * b`` in place; see :func:`gac_kernels.reference.mix_`."""
+    """``a <- mu * a + (1 - mu) * b`` in place; see :func:`gac_kernels.reference.mix_`.
+
+    For float32 and float64 a fused multiply-add in that precision: beside the last rounding, ``(1 - mu) * b`` is
+    rounded too (to float32, or float64). Results of 16 bits see one rounding only.
+    """
     library = require()
-    if _plain_pair(a, b):
+    packed = _packed_pair(a, b)
+    if packed:
         weight = _number(mu, "mu")
-        out = torch.empty(3, dtype=_FLOAT64) if moments else None
-        numel = a.numel()
-        if numel <= _QUICK:
-            call, packed = library.quick.gac_mix_one, 16
-        else:
-            call, packed = library.call.gac_mix_one, 16 * torch.get_num_threads()
+        out = torch.empty_like(_THREE) if moments else None
         sums = None if out is None else out.data_ptr()
-        check(call(a.data_ptr(), b.data_ptr(), numel, packed + DTYPE_CODES[a.dtype], weight, sums))
+        if packed < _QUICK_PACKED:
+            call, packed = library.quick.gac_mix_one, packed | _ONE_THREAD
+        else:
+            call, packed = library.call.gac_mix_one, _with_threads(packed)
+        failed = call(a.data_ptr(), b.data_ptr(), packed, weight, sums)
+        if failed:
+            check(failed)
         increment_version(a)
         return out
     written = a
