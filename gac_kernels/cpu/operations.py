@@ -68,6 +68,11 @@ def _packed(tensor) -> int:
     return 0
 
 
+def _single(tensors):
+    """The only tensor of a list of one, else what was given."""
+    return tensors[0] if type(tensors) is list and len(tensors) == 1 else tensors
+
+
 def _packed_pair(a, b) -> int:
     """The same of two tensors that agree in it and in shape."""
     packed = _packed(a)
@@ -88,13 +93,14 @@ def moments(tensors, *, per_tensor: bool = False) -> Tensor:
     """Sum of squares and number of non-finite elements; see :func:`gac_kernels.reference.moments`."""
     library = require()
     if not per_tensor:
-        packed = _packed(tensors)
+        tensor = _single(tensors)
+        packed = _packed(tensor)
         if packed:
             out = torch.empty_like(_TWO)
             if packed < _QUICK_PACKED:
-                failed = library.quick.gac_moments_one(tensors.data_ptr(), packed | _ONE_THREAD, out.data_ptr())
+                failed = library.quick.gac_moments_one(tensor.data_ptr(), packed | _ONE_THREAD, out.data_ptr())
             else:
-                failed = library.call.gac_moments_one(tensors.data_ptr(), _with_threads(packed), out.data_ptr())
+                failed = library.call.gac_moments_one(tensor.data_ptr(), _with_threads(packed), out.data_ptr())
             if failed:
                 check(failed)
             return out
@@ -142,14 +148,15 @@ def pair_moments(a, b, *, per_tensor: bool = False) -> Tensor:
     """``|a|^2``, ``|b|^2`` and ``<a, b>``; see :func:`gac_kernels.reference.pair_moments`."""
     library = require()
     if not per_tensor:
-        packed = _packed_pair(a, b)
+        x, y = _single(a), _single(b)
+        packed = _packed_pair(x, y)
         if packed:
             out = torch.empty_like(_THREE)
             if packed < _QUICK_PACKED:
                 call, packed = library.quick.gac_pair_moments_one, packed | _ONE_THREAD
             else:
                 call, packed = library.call.gac_pair_moments_one, _with_threads(packed)
-            failed = call(a.data_ptr(), b.data_ptr(), packed, out.data_ptr())
+            failed = call(x.data_ptr(), y.data_ptr(), packed, out.data_ptr())
             if failed:
                 check(failed)
             return out
@@ -180,7 +187,8 @@ def mix_(a, b, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
     rounded too (to float32, or float64). Results of 16 bits see one rounding only.
     """
     library = require()
-    packed = _packed_pair(a, b)
+    x, y = _single(a), _single(b)
+    packed = _packed_pair(x, y)
     if packed:
         weight = _number(mu, "mu")
         out = torch.empty_like(_THREE) if moments else None
@@ -189,10 +197,10 @@ def mix_(a, b, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
             call, packed = library.quick.gac_mix_one, packed | _ONE_THREAD
         else:
             call, packed = library.call.gac_mix_one, _with_threads(packed)
-        failed = call(a.data_ptr(), b.data_ptr(), packed, weight, sums)
+        failed = call(x.data_ptr(), y.data_ptr(), packed, weight, sums)
         if failed:
             check(failed)
-        increment_version(a)
+        increment_version(x)
         return out
     written = a
     tables = _pair_tables(a, b)
