@@ -100,7 +100,7 @@ def run_warm_start(setup: Setup, folder: Path, reporter: Reporter) -> float:
                 batch_size=min(_WARM_START_BATCH, len(setup.demonstrations)),
                 lr=config.warm_start_lr,
                 seed=config.seed,
-                weight_decay=_WARM_START_DECAY if config.model is None else 0.0,
+                weight_decay=0.0,
                 on_step=lambda step, loss: reporter.advance(step, milestone=step % every == 0, loss=loss),
             )
             reporter.end()

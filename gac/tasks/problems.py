@@ -172,7 +172,7 @@ def _distinct_items(task: Task, count: int, seed: int) -> list[dict[str, str]]:
 
 
 def _compact_renderer(questions: Sequence[str]):
-    """A function that strips what all questions share at both ends, and the blanks around signs, and appends '='.
+    """A function that strips what all questions share at both ends and blanks around signs, and ends them with '='.
 
     "State the final answer to the following arithmetic problem: 45 + 27 =" becomes "45+27=".
     """
@@ -181,7 +181,7 @@ def _compact_renderer(questions: Sequence[str]):
     suffix = _cut_to_boundary(_common_prefix([text[::-1] for text in rest])) if len(questions) > 1 else ""
 
     def render(question: str) -> str:
-        text = question[len(prefix) : len(question) - len(suffix)].strip()
+        text = question[len(prefix) : len(question) - len(suffix)].strip().rstrip(" .?=")
         return re.sub(r" *([-+*/=<>,:;()]) *", r"\1", text) + "="
 
     return render
