@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gac.laws import create
+from gac.laws import Step, create
 from gac.statistics import Statistics
 
 
@@ -36,6 +36,8 @@ class Controller:
         step: int | None = None,
         prior: float | None = None,
         alpha: float | None = None,
+        kl: float | Tensor | None = None,
+        entropy: float | Tensor | None = None,
     ) -> Tensor:
         """Takes the statistics of a step and returns the next mu; nothing is read on the host.
 
@@ -43,6 +45,7 @@ class Controller:
             statistics: None when the step measured none: schedules go on, averages keep their values.
             step: the optimizer step just done, from 0; counted from the last one when None.
             prior, alpha: replace the law's own prior and alpha in this update; in [0, 1].
+            kl, entropy: of the policy in this step, in nats per token, for the laws that need them.
 
         Returns:
             The next mu, 0-dim, on the statistics' device.
@@ -52,12 +55,15 @@ class Controller:
         for name, value in (("prior", prior), ("alpha", alpha)):
             if value is not None and not isinstance(value, Tensor) and not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
-        step = self.steps if step is None else int(step)
+        told = Step(self.steps if step is None else int(step), prior, alpha, kl, entropy)
+        for name in self.law.needs:
+            if getattr(told, name) is None:
+                raise ValueError(f"law {self.law.name!r} follows {name}: pass {name}=... in every step")
         if statistics is not None and statistics.device != self.law.mu.device:
             self.law.to(statistics.device)
         with torch.no_grad():
-            mu = self.law.update(statistics, step=step, prior=prior, alpha=alpha)
-        self.steps = step + 1
+            mu = self.law.update(statistics, told)
+        self.steps = told.number + 1
         return mu
 
     def state_dict(self) -> dict:

@@ -189,7 +189,15 @@ class Mixer:
 
     # -- the step -------------------------------------------------------------------------------------------------
 
-    def step(self, step: int | None = None, prior: float | None = None, alpha: float | None = None) -> Tensor:
+    def step(
+        self,
+        step: int | None = None,
+        prior: float | None = None,
+        alpha: float | None = None,
+        *,
+        kl: float | Tensor | None = None,
+        entropy: float | Tensor | None = None,
+    ) -> Tensor:
         """Ends the optimizer step: statistics of its contributions, then the mu of the next step.
 
         Nothing is read on the host. Call it once for each optimizer step, before or after ``zero_grad``.
@@ -197,6 +205,7 @@ class Mixer:
         Args:
             step: number of the step, from 0; counted when None.
             prior, alpha: replace the law's own in this step.
+            kl, entropy: of the policy, in nats per token, for the laws that follow them.
 
         Returns:
             The new mu, 0-dim float32.
@@ -217,7 +226,7 @@ class Mixer:
         start = perf_counter()
         with torch.no_grad():
             self._statistics = self._measure() if observer.measuring else None
-            mu = self.controller.update(self._statistics, step=step, prior=prior, alpha=alpha)
+            mu = self.controller.update(self._statistics, step=step, prior=prior, alpha=alpha, kl=kl, entropy=entropy)
             self._take(mu)
             self._publish(start)
         observer.clear()

@@ -6,6 +6,7 @@ import difflib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar
 
@@ -18,6 +19,24 @@ _LAWS: dict[str, type[Law]] = {}
 _ALIASES: dict[str, str] = {}
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a law is told of the optimizer step just done, besides its statistics.
+
+    Attributes:
+        number: of the step, from 0.
+        prior, alpha: replace the law's own in this step where given.
+        kl: mean KL divergence per token of the policy from its reference, in nats.
+        entropy: mean entropy per token of the policy, in nats.
+    """
+
+    number: int
+    prior: float | Tensor | None = None
+    alpha: float | Tensor | None = None
+    kl: float | Tensor | None = None
+    entropy: float | Tensor | None = None
+
+
 class Law(ABC):
     """A rule for mu. Its state is a dictionary of float64 tensors on the statistics' device.
 
@@ -26,6 +45,8 @@ class Law(ABC):
     """
 
     name: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Fields of :class:`Step` that every update must bring, such as ``"kl"``."""
 
     def __init__(self, start: float) -> None:
         self.start = unit_interval("start", start)
@@ -50,8 +71,8 @@ class Law(ABC):
         self.state = {k: v.to(device=device, dtype=dtype, non_blocking=True) for k, v in self.state.items()}
 
     @abstractmethod
-    def update(self, statistics: Statistics | None, *, step: int, prior: float | None, alpha: float | None) -> Tensor:
-        """The next mu, 0-dim. ``prior`` and ``alpha`` replace the law's own where given."""
+    def update(self, statistics: Statistics | None, step: Step) -> Tensor:
+        """The next mu, 0-dim."""
 
 
 def register(name: str, *aliases: str) -> Callable[[type[Law]], type[Law]]:

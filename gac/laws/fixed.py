@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gac.laws.base import Law, register, unit_interval
+from gac.laws.base import Law, Step, register, unit_interval
 from gac.statistics import Statistics
 
 
@@ -20,5 +20,5 @@ class FixedLaw(Law):
     def __init__(self, mu: float = 0.5) -> None:
         super().__init__(start=unit_interval("mu", mu))
 
-    def update(self, statistics: Statistics | None, *, step: int, prior: float | None, alpha: float | None) -> Tensor:
+    def update(self, statistics: Statistics | None, step: Step) -> Tensor:
         return self.mu

@@ -7,9 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gac.laws.base import Law, bounds, closed_form, number, register, unit_interval
+from gac.laws.base import Law, Step, bounds, closed_form, number, register, unit_interval
 from gac.schedules import Schedule, as_schedule
 from gac.statistics import Statistics
+
+KL_TARGET, KL_DECAY, HYSTERESIS = 0.02, 0.90, 0.10
+ETA_UP, ETA_DOWN = 0.20, 0.30
+ALPHA_MIN, ALPHA_MAX = 0.10, 0.95
 
 
 @register("gac")
@@ -21,9 +25,16 @@ class GacLaw(Law):
     the prior, limits the step and clips. A number that was not measured (NaN) leaves its average as it was; a step
     with non-finite gradients changes nothing.
 
+    ``alpha="kl"`` lets the target follow the policy's drift. The constants are the authors'; their update rule is not
+    public, so this one is ours: with ``e = clip(KL/target - 1, -1, 1)`` of the smoothed KL (decay .9, target .02 nats a
+    token), nothing moves while ``|e| <= .10``; above, ``alpha += .20*(e - .10)*(.95 - alpha)``, so that a drifting
+    policy is pulled to the demonstrations; below, ``alpha -= .30*(-e - .10)*(alpha - .10)``. It is continuous, stays
+    within [.10, .95] by construction and has the dead band as hysteresis.
+
     Args:
         half_life: optimizer steps after which a measurement's weight has halved.
-        alpha: weight of the SFT gradient in the target ``alpha*g_s + (1-alpha)*g_r``.
+        alpha: weight of the SFT gradient in the target ``alpha*g_s + (1-alpha)*g_r``: a number in [0, 1], or ``"kl"``,
+            which needs ``kl`` in every step and starts at .5.
         prior: what mu leans on: a number, a function of the step, ``dict(warmup, decay, peak, valley)``, or None.
         prior_weight: share of the prior in the blend; 0 without a prior.
         cap: largest change of mu in one step.
@@ -34,7 +45,7 @@ class GacLaw(Law):
     def __init__(
         self,
         half_life: float = 7.0,
-        alpha: float = 0.5,
+        alpha: float | str = 0.5,
         prior: Schedule | Mapping | float | None = None,
         prior_weight: float = 0.5,
         cap: float = 0.02,
@@ -44,7 +55,12 @@ class GacLaw(Law):
     ) -> None:
         super().__init__(start)
         self.half_life = number("half_life", half_life, 1e-3, 1e9)
-        self.alpha = unit_interval("alpha", alpha)
+        self.follows_kl = alpha == "kl"
+        self.alpha = 0.5 if self.follows_kl else unit_interval("alpha", alpha)
+        if self.follows_kl:
+            self.needs = ("kl",)
+            self.record("alpha", self.alpha)
+            self.record("kl", float("nan"))
         self.prior = as_schedule(prior)
         self.prior_weight = unit_interval("prior_weight", prior_weight)
         self.cap = unit_interval("cap", cap)
@@ -59,7 +75,7 @@ class GacLaw(Law):
         """``[3]``: sigma_s2, sigma_r2, delta_g2, averaged and then clamped at 0; NaN before the first measurement."""
         return (self.state["average"] / self.state["weight"]).clamp(min=0.0)
 
-    def update(self, statistics: Statistics | None, *, step: int, prior: float | None, alpha: float | None) -> Tensor:
+    def update(self, statistics: Statistics | None, step: Step) -> Tensor:
         mu = self.mu
         healthy = torch.ones((), dtype=torch.bool, device=mu.device)
         waiting = self.state["waiting"] + 1
@@ -69,14 +85,15 @@ class GacLaw(Law):
             waiting = torch.where(healthy, 0.0, waiting)
         self.state["waiting"] = waiting
 
-        alpha = self.alpha if alpha is None else alpha
+        alpha = self._alpha(step)
         sigma_s2, sigma_r2, delta_g2 = self.smoothed().unbind()
         raw = closed_form(sigma_s2, sigma_r2, delta_g2, alpha)
         known = torch.isfinite(raw)
         self.record("raw", raw)
 
+        prior = step.prior
         if prior is None and self.prior is not None:
-            prior = self.prior(step + 1)  # of the step to come
+            prior = self.prior(step.number + 1)  # of the step to come
         if prior is None:
             target = torch.where(known, raw, mu)
         else:
@@ -86,6 +103,23 @@ class GacLaw(Law):
         moved = (mu + (target - mu).clamp(-self.cap, self.cap)).clamp(self.mu_min, self.mu_max)
         self.record("mu", torch.where(healthy, moved, mu))
         return self.mu
+
+    def _alpha(self, step: Step) -> float | Tensor:
+        """The target's weight in this step."""
+        if step.alpha is not None:
+            return step.alpha
+        if not self.follows_kl:
+            return self.alpha
+        kl, alpha = self.state["kl"], self.state["alpha"]
+        new = torch.as_tensor(step.kl, dtype=kl.dtype).to(kl.device, non_blocking=True)
+        smoothed = torch.where(torch.isfinite(kl), KL_DECAY * kl + (1 - KL_DECAY) * new, new)
+        smoothed = torch.where(torch.isfinite(new), smoothed, kl)
+        error = (smoothed / KL_TARGET - 1).clamp(-1.0, 1.0)
+        up = ETA_UP * (error - HYSTERESIS).clamp(min=0.0) * (ALPHA_MAX - alpha)
+        down = ETA_DOWN * (-error - HYSTERESIS).clamp(min=0.0) * (alpha - ALPHA_MIN)
+        self.record("kl", smoothed)
+        self.record("alpha", torch.where(torch.isfinite(smoothed), alpha + up - down, alpha))
+        return self.state["alpha"]
 
     def _smooth(self, statistics: Statistics, healthy: Tensor, waiting: Tensor) -> None:
         value = torch.stack([statistics.sigma_s2, statistics.sigma_r2, statistics.delta_g2])

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gac.laws.base import Law, bounds, closed_form, number, register, unit_interval
+from gac.laws.base import Law, Step, bounds, closed_form, number, register, unit_interval
 from gac.schedules import Schedule, as_schedule
 from gac.statistics import Statistics
 
@@ -62,21 +62,24 @@ class PaperLaw(Law):
         self.state["average"] = torch.full((3,), float("nan"), dtype=torch.float64)  # sigma_s2, sigma_r2, delta_g2
         self.state["last_refresh"] = torch.tensor(float("-inf"), dtype=torch.float64)
 
-    def update(self, statistics: Statistics | None, *, step: int, prior: float | None, alpha: float | None) -> Tensor:
+    def update(self, statistics: Statistics | None, step: Step) -> Tensor:
         mu = self.mu
         healthy = torch.ones((), dtype=torch.bool, device=mu.device)
         if statistics is not None:
             healthy = statistics.nonfinite == 0
-            self._refresh(statistics, healthy, step)
+            self._refresh(statistics, healthy, step.number)
         sigma_s2, sigma_r2, delta_g2 = self.state["average"].unbind()
         if self.delta_g2_cap_ratio > 0:
             delta_g2 = torch.minimum(delta_g2, self.delta_g2_cap_ratio * (sigma_s2 + sigma_r2))
-        raw = closed_form(sigma_s2, sigma_r2, delta_g2, self.alpha if alpha is None else alpha, epsilon=EPSILON)
+        raw = closed_form(
+            sigma_s2, sigma_r2, delta_g2, self.alpha if step.alpha is None else step.alpha, epsilon=EPSILON
+        )
         self.record("raw", raw)
         adaptive = self.ema_beta * mu + (1 - self.ema_beta) * torch.where(torch.isfinite(raw), raw, mu)
         target = adaptive.clamp(self.mu_min, self.mu_max)
+        prior = step.prior
         if prior is None and self.prior is not None and self.blend < 1:
-            prior = self.prior(step)
+            prior = self.prior(step.number)
         if prior is not None:
             target = (1 - self.blend) * prior + self.blend * target
         self.record("prior", float("nan") if prior is None else prior)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gac.laws.base import Law, register, unit_interval
+from gac.laws.base import Law, Step, number, register, unit_interval
 from gac.schedules import warmup_cosine
 from gac.statistics import Statistics
 
@@ -22,6 +22,23 @@ class ChordMuLaw(Law):
         self.arguments = (warmup, decay, unit_interval("peak", peak), unit_interval("valley", valley))
         super().__init__(start=warmup_cosine(0, *self.arguments))
 
-    def update(self, statistics: Statistics | None, *, step: int, prior: float | None, alpha: float | None) -> Tensor:
-        self.record("mu", warmup_cosine(step + 1, *self.arguments))  # the mu of the step to come
+    def update(self, statistics: Statistics | None, step: Step) -> Tensor:
+        self.record("mu", warmup_cosine(step.number + 1, *self.arguments))  # the mu of the step to come
+        return self.mu
+
+
+@register("sequential")
+class SequentialLaw(Law):
+    """Supervised steps alone, then reinforcement alone.
+
+    Args:
+        split: number of supervised steps before the switch.
+    """
+
+    def __init__(self, split: int = 100) -> None:
+        self.split = int(number("split", split, 0, 1e9))
+        super().__init__(start=1.0 if self.split > 0 else 0.0)
+
+    def update(self, statistics: Statistics | None, step: Step) -> Tensor:
+        self.record("mu", 1.0 if step.number + 1 < self.split else 0.0)
         return self.mu

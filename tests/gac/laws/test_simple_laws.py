@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
 
 import gac
 
@@ -33,3 +36,49 @@ def test_registry():
     assert {"gac", "paper", "fixed", "chord-mu"} <= set(gac.laws.available())
     with pytest.raises(ValueError, match="unknown law"):
         gac.Controller(law="nope")
+
+
+def test_sequential():
+    controller = gac.Controller(law="sequential", split=3)
+    assert [float(controller.mu)] + [float(controller.update(None)) for _ in range(4)] == [1.0, 1.0, 1.0, 0.0, 0.0]
+    assert float(gac.Controller(law="sequential", split=0).mu) == 0.0
+
+
+def test_kl_control():
+    controller = gac.Controller(law="kl-ctrl", gain=0.5)
+    assert float(controller.update(None, kl=0.022)) == pytest.approx(0.5 * (1 + 0.1 * 0.5))
+    assert float(controller.update(None, kl=9.0)) == pytest.approx(0.525 * 1.1), "the error is clipped at 0.2"
+    assert float(controller.update(None, kl=math.nan)) == pytest.approx(0.5775), "an unknown KL moves nothing"
+    for _ in range(100):
+        controller.update(None, kl=0.0)
+    assert float(controller.mu) == pytest.approx(0.05)
+    with pytest.raises(ValueError, match="follows kl: pass kl="):
+        controller.update(None)
+
+
+def test_entropy_control():
+    controller = gac.Controller(law="entropy-ctrl", rate=0.1)
+    assert float(controller.update(None, entropy=2.0)) == pytest.approx(0.5), "the first entropy is the target"
+    assert float(controller.update(None, entropy=torch.tensor(1.5))) == pytest.approx(0.55)
+    assert float(controller.update(None, entropy=4.0)) == pytest.approx(0.35)
+    with pytest.raises(ValueError, match="follows entropy"):
+        controller.update(None)
+
+
+def test_alpha_follows_kl():
+    controller = gac.Controller(law="gac", alpha="kl", cap=1.0)
+    statistics = gac.Statistics(sigma_s2=1.0, sigma_r2=1.0, delta_g2=98.0)
+    alpha = lambda: float(controller.law.state["alpha"])
+    controller.update(statistics, kl=0.021)
+    assert alpha() == 0.5, "inside the dead band"
+    controller.update(statistics, kl=0.121)  # smoothed: 0.9 * 0.021 + 0.1 * 0.121 = 0.031, error 0.55
+    assert alpha() == pytest.approx(0.5 + 0.2 * 0.45 * 0.45)
+    assert float(controller.mu) == pytest.approx((alpha() * 98 + 1) / 100)
+    for _ in range(300):
+        controller.update(statistics, kl=1.0)
+    assert 0.9 < alpha() <= 0.95
+    for _ in range(300):
+        controller.update(statistics, kl=0.0)
+    assert 0.10 <= alpha() < 0.11
+    with pytest.raises(ValueError, match="follows kl"):
+        controller.update(statistics)
