@@ -28,6 +28,7 @@ _ELEMENTS = {
     torch.float64: tl.float64,
 }
 _FINISH_SLOTS = 8
+_REDUCE_BLOCK = 2048
 
 
 def _indexed(device: torch.device) -> torch.device:
@@ -101,7 +102,9 @@ def _reduce(plan: Chunks, order: Sequence[int], partials: Tensor, per_tensor: bo
     columns, device = partials.shape[0], partials.device
     ranges, rows = _ranges(plan, order, 1, per_tensor, device)
     out = torch.empty(rows, columns, dtype=torch.float64, device=device)
-    launch(kernels.reduce_kernel, (rows,), device, partials, plan.count, ranges, out, COLUMNS=columns, BLOCK=WIDTH)
+    launch(
+        kernels.reduce_kernel, (rows,), device, partials, plan.count, ranges, out, COLUMNS=columns, BLOCK=_REDUCE_BLOCK
+    )
     return out if per_tensor else out[0]
 
 
@@ -235,7 +238,7 @@ def sketch(
         WIDTH=setup.finish_width,
         SLOTS=_FINISH_SLOTS,
         ACCUMULATE=accumulate,
-        BLOCK=WIDTH,
+        BLOCK=_REDUCE_BLOCK,
     )
     return result if per_tensor else result[0]
 

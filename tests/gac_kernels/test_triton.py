@@ -276,7 +276,7 @@ def test_sketch_of_any_lanes(lanes, rows, numel):
     check_sketch(SketchCase("lanes", pieces(numel, ()), layout, layout.size))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64) if INTERPRETED else DTYPES, ids=str)
 def test_sketch_edges_of_rows_steps_chunks_and_slabs(dtype, monkeypatch):
     monkeypatch.setattr(config, "SKETCH_CHUNK_ROWS", (8, 8))
     step = 8 * 1024  # a chunk; in the interpreter four steps
@@ -416,7 +416,7 @@ def test_offsets_beyond_32_bits():
 
 
 def test_the_same_bits_every_time():
-    tensors = [values(n, dtype=d, device=DEVICE, seed=n) for n in (1, 1500, 5003) for d in DTYPES[:2]]
+    tensors = [values(n, dtype=d, device=DEVICE, seed=n) for n in (1, 1500, 3001) for d in DTYPES[:2]]
     others = [t.flip(0) for t in tensors]
     layout = SketchLayout.per_tensor([t.numel() for t in tensors], size=4000)
 
@@ -425,9 +425,7 @@ def test_the_same_bits_every_time():
         moments = operations.sketch(tensors, out, layout=layout, per_tensor=True)
         return [operations.moments(tensors), moments, out, operations.pair_moments(tensors, others)]
 
-    first = everything()
-    for _ in range(2):
-        assert all(torch.equal(a, b) for a, b in zip(first, everything(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(everything(), everything(), strict=True))
 
 
 @pytest.fixture
