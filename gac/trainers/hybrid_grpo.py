@@ -133,7 +133,8 @@ class HybridGRPOTrainer(GRPOTrainer):
         **kwargs: everything else that `GRPOTrainer` takes.
 
     Raises:
-        ValueError: empty `sft_dataset` or missing columns; DeepSpeed, FSDP or fp16 (the message says why).
+        ValueError: empty `sft_dataset` or missing columns; a law that follows KL with ``beta=0``; DeepSpeed, FSDP or
+            fp16 (the message says why).
         TypeError: `args` is not a `HybridGRPOConfig`.
     """
 
@@ -158,6 +159,11 @@ class HybridGRPOTrainer(GRPOTrainer):
             raise ValueError(
                 "fp16=True scales the loss by a factor that changes during training, which the statistics would see; "
                 "use bf16=True"
+            )
+        if "kl" in args.build_controller().law.needs and args.beta == 0:
+            raise ValueError(
+                f"law={args.law!r} follows the KL divergence from the reference model, which TRL measures only with "
+                "beta > 0; set beta (1e-6 measures it and hardly pulls)"
             )
         super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED or self.is_fsdp_enabled:
@@ -269,7 +275,7 @@ class HybridGRPOTrainer(GRPOTrainer):
         self._sft_window.clear()
 
     def _on_optimizer_step(self) -> None:
-        self.mixer.step()
+        self.mixer.step(**{name: self._mean_of_step(name) for name in self.mixer.controller.law.needs})
         metrics = self.mixer.metrics()
         self._last_metrics = {f"gac/{name}": metrics[name] for name in _COUNTERS if name in metrics}
         series = self._metrics["train"]
@@ -279,6 +285,11 @@ class HybridGRPOTrainer(GRPOTrainer):
         if self._sft_window_loss is not None:
             # a device scalar until it is logged: TRL's own metrics wait for the device, ours need not
             series["gac/sft_loss"].append(self._sft_window_loss)
+
+    def _mean_of_step(self, name: str) -> float:
+        """Mean over the step's micro-batches of a number that TRL has brought to the host: ``kl`` or ``entropy``."""
+        values = self._metrics["train"][name][-self.current_gradient_accumulation_steps :]
+        return sum(values) / len(values)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's logging, with the metrics of the mix under ``gac/``."""
