@@ -17,7 +17,7 @@ Post-train a small model on verifiable problems, compare rules for the mix, and 
 
 _EPILOG = """\
 examples:
-  gac train                                   a small model on two-digit addition, a few minutes on a CPU
+  gac train                                   a small model that learns to spell backwards, minutes on a CPU
   gac train --task gcd:max_value=50 --law chord --out runs/gcd
   gac train --out runs/gcd --resume           go on after an interruption
   gac compare --laws gac,fixed:0.5,chord --seeds 3

@@ -10,7 +10,7 @@ from typing import Any
 
 from gac.cli import UsageError
 
-DEFAULT_TASK = "basic_arithmetic:num_terms=2,num_digits=2,operators=['+'],allow_parentheses=false,allow_negation=false"
+DEFAULT_TASK = "spell_backward:min_word_len=3,max_word_len=6"
 
 
 @dataclasses.dataclass
@@ -35,7 +35,7 @@ class TrainConfig:
     steps: int = 300
     lr: float | None = None
     micro_batches: int = 4
-    batch_size: int = 16
+    batch_size: int = 32
     generations: int = 8
     sft_batch_size: int = 16
     temperature: float = 1.0
@@ -50,7 +50,7 @@ class TrainConfig:
     def with_model_defaults(self) -> "TrainConfig":
         """A copy where every option that depends on the kind of model has its value."""
         small = self.model is None
-        fill = {"lr": 3e-4 if small else 1e-5, "warm_start_steps": 800 if small else 0}
+        fill = {"lr": 4e-4 if small else 1e-5, "warm_start_steps": 300 if small else 0}
         fill["warm_start_lr"] = 1e-3 if small else fill["lr"]
         return dataclasses.replace(self, **{k: v for k, v in fill.items() if getattr(self, k) is None})
 
@@ -89,7 +89,7 @@ def add_training_options(parser: argparse.ArgumentParser, *, leave_out: tuple[st
     add(
         data, "--task",
         "reasoning-gym data set, with parameters after a colon: chain_sum:num_terms=2,num_digits=2; several may be "
-        "given (default: two-digit addition)",
+        "given (default: spelling words of 3 to 6 letters backwards)",
         nargs="+", metavar="NAME[:KEY=VALUE,...]",
     )  # fmt: skip
     add(data, "--demonstrations", "worked examples for the supervised branch", type=positive, metavar="N")
@@ -127,7 +127,7 @@ def add_training_options(parser: argparse.ArgumentParser, *, leave_out: tuple[st
 
     training = parser.add_argument_group("training")
     add(training, "--steps", "optimizer steps of the hybrid phase", type=positive, metavar="N")
-    add(training, "--lr", "learning rate (default: 3e-4; 1e-5 with --model)", type=positive_float, metavar="X")
+    add(training, "--lr", "learning rate (default: 4e-4; 1e-5 with --model)", type=positive_float, metavar="X")
     add(training, "--micro-batches", "micro-batches a branch and step", type=positive, metavar="N")
     add(training, "--batch-size", "rollouts a micro-batch", type=positive, metavar="N")
     add(training, "--generations", "rollouts a prompt", type=positive, metavar="N")
@@ -140,7 +140,7 @@ def add_training_options(parser: argparse.ArgumentParser, *, leave_out: tuple[st
     )  # fmt: skip
     add(
         training, "--warm-start-steps",
-        "supervised steps before the hybrid phase (default: 800; 0 with --model)",
+        "supervised steps before the hybrid phase (default: 300; 0 with --model)",
         type=natural, metavar="N",
     )  # fmt: skip
     add(

@@ -18,8 +18,6 @@ WARM_START = "warm_start"
 _WARM_START_RESULT = "result.json"
 _LR_RAMP = 20
 _WARM_START_BATCH = 64
-_WARM_START_DECAY = 0.5
-"""Without it the small model memorises its few demonstrations, and how much it generalises is a matter of the seed."""
 
 
 @dataclasses.dataclass
@@ -100,7 +98,6 @@ def run_warm_start(setup: Setup, folder: Path, reporter: Reporter) -> float:
                 batch_size=min(_WARM_START_BATCH, len(setup.demonstrations)),
                 lr=config.warm_start_lr,
                 seed=config.seed,
-                weight_decay=0.0,
                 on_step=lambda step, loss: reporter.advance(step, milestone=step % every == 0, loss=loss),
             )
             reporter.end()

@@ -13,7 +13,6 @@ def warm_start(
     batch_size: int,
     lr: float,
     seed: int,
-    weight_decay: float = 0.0,
     max_length: int | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> float:
@@ -31,7 +30,7 @@ def warm_start(
         return float("nan")
     collate = DemonstrationCollator(tokenizer, demonstrations, max_length=max_length)
     sampler = EpochSampler(len(demonstrations), seed)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr, weight_decay=0.0)
     training = model.training
     model.train()
     loss = torch.zeros(())
