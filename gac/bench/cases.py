@@ -124,12 +124,11 @@ def prepare(case: Case, pools: Pools, kinds: Sequence[str] = PEER_KINDS) -> Prep
         elif kind == "compile" and missing:
             del prepared.peers[name]
             prepared.omitted[name] = missing
-    _drop_failing(prepared)
     return prepared
 
 
-def _drop_failing(prepared: Prepared) -> None:
-    """Runs each peer once; one that raises is left out, and says why."""
+def drop_failing(prepared: Prepared) -> None:
+    """Runs each peer once; one that raises is left out, and says why. Peers change inputs: the gate comes first."""
     for name, call in list(prepared.peers.items()):
         try:
             call(0)

@@ -16,10 +16,9 @@ _PACKAGES = ("gac-kernels", "torch", "triton", "transformers", "numpy")
 
 
 def command_line(argv: list[str] | None = None) -> str:
-    """The command as a user types it, without the folder of the program."""
-    if argv is not None:
-        return shlex.join(["gac", *argv])
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command as a user types it, absolute paths cut down to their last part."""
+    words = ["gac", *argv] if argv is not None else sys.argv
+    return shlex.join([Path(word).name if Path(word).is_absolute() else word for word in words])
 
 
 def collect(device: torch.device, argv: list[str] | None = None) -> dict:

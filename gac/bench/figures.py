@@ -110,6 +110,9 @@ def _step(result: dict, gpu: bool) -> list[Figure]:
     for interval, target in targets.items():
         value = 100 * result["intervals"][interval][key]
         found.append(_most(f"{what}, {name}, interval {interval}", value, target, "%", 3))
+    if gpu and targets:
+        share = result["launches"]["measured"]["gac_kernel_seconds"] / result["arms"]["plain"]["device"]
+        found.append(_most(f"GAC's kernels over device time, {name}, interval 1", 100 * share, targets["1"], "%", 3))
     if gpu:
         verdict = result["synchronizations"]["gac"]
         found.append(Figure(f"host synchronisations, {name}", "none", verdict, verdict.startswith("none")))

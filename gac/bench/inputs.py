@@ -64,27 +64,34 @@ class Pools:
         for numel in numels:
             offsets.append(stride)
             stride += -(-numel // _ALIGN) * _ALIGN
-        pool = self._pool(operand, stride * sets, dtype)
+        pool, reused = self._pool(operand, stride * sets, dtype)
         flat = [pool[k * stride : (k + 1) * stride] for k in range(sets)]
+        if reused:  # an earlier case may have written to it, and a gate on equal or zero operands sees nothing
+            fill(flat[0], seed=_seed(operand))
         tensors = [
             [whole[o : o + n].view(shape) for o, n, shape in zip(offsets, numels, shapes, strict=True)]
             for whole in flat
         ]
         return Lists(tensors, flat)
 
-    def _pool(self, operand: str, numel: int, dtype: torch.dtype) -> Tensor:
+    def _pool(self, operand: str, numel: int, dtype: torch.dtype) -> tuple[Tensor, bool]:
         pool = self._kept.get(operand)
-        if pool is None or pool.dtype != dtype or pool.numel() != numel:
-            self._kept.pop(operand, None)
-            del pool
-            pool = torch.empty(numel, dtype=dtype, device=self.device)
-            fill(pool, seed=sum(operand.encode()))
-            self._kept[operand] = pool
-        return pool
+        if pool is not None and pool.dtype == dtype and pool.numel() == numel:
+            return pool, True
+        self._kept.pop(operand, None)
+        del pool
+        pool = torch.empty(numel, dtype=dtype, device=self.device)
+        fill(pool, seed=_seed(operand))
+        self._kept[operand] = pool
+        return pool, False
 
     def clear(self) -> None:
         """Gives all memory back."""
         self._kept.clear()
+
+
+def _seed(operand: str) -> int:
+    return sum(operand.encode())
 
 
 def fill(flat: Tensor, *, seed: int) -> None:

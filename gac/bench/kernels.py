@@ -15,6 +15,7 @@ from gac.bench.cases import (
     Case,
     Prepared,
     applies,
+    drop_failing,
     model_case,
     prepare,
     size_label,
@@ -48,6 +49,11 @@ class Options:
 
 def cases(options: Options) -> Iterator[Case | dict]:
     """Cases in the order of running; a dict is the row of one that memory does not allow."""
+    for name in options.models:
+        for operation in options.operations:
+            for dtype in options.dtypes if operation in LIST_OPERATIONS else ():
+                room = int(_MEMORY_SHARE * free_bytes(options.device))
+                yield model_case(operation, dtype, MODELS[name], room) or _no_room(operation, dtype, name, room)
     for operation in options.operations:
         for dtype in options.dtypes:
             for elements in options.sizes:
@@ -55,11 +61,6 @@ def cases(options: Options) -> Iterator[Case | dict]:
                     case = Case(operation, dtype, elements)
                     room = int(_MEMORY_SHARE * free_bytes(options.device))
                     yield case if case.memory() <= room else _no_room(operation, dtype, case.label, room)
-    for name in options.models:
-        for operation in options.operations:
-            for dtype in options.dtypes if operation in LIST_OPERATIONS else ():
-                room = int(_MEMORY_SHARE * free_bytes(options.device))
-                yield model_case(operation, dtype, MODELS[name], room) or _no_room(operation, dtype, name, room)
 
 
 def _no_room(operation: str, dtype: str, label: str, room: int) -> dict:
@@ -77,12 +78,21 @@ def run(options: Options, on_row: Callable[[dict], None] = lambda row: None) -> 
             if (case.operation, case.model) != last:
                 pools.clear()
                 last = (case.operation, case.model)
-            row = _late(case) if monotonic() > deadline else run_case(case, pools, timer, options)
+            row = _late(case) if monotonic() > deadline else _attempt(case, pools, timer, options)
         else:
             row = case
         rows.append(row)
         on_row(row)
     return rows
+
+
+def _attempt(case: Case, pools: Pools, timer, options: Options) -> dict:
+    """The row of a case, or why memory did not allow it."""
+    try:
+        return run_case(case, pools, timer, options)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        pools.clear()
+        return _head(case) | {"note": f"left out, out of memory: {str(error).strip().splitlines()[0][:120]}"}
 
 
 def _late(case: Case) -> dict:
@@ -114,6 +124,7 @@ def run_case(case: Case, pools: Pools, timer, options: Options) -> dict:
     }
     variants = {"gac": prepared.ours}
     if gate.ok:
+        drop_failing(prepared)
         variants |= {f"read: {name}": call for name, call in prepared.readers.items()} | prepared.peers
     seconds = options.seconds * (3 if case.model else 1)
     samples = timer.measure(variants, prepared.sets, seconds=seconds)

@@ -64,7 +64,7 @@ def _panel(axis, rows: list[dict], dtype: str, nominal: float | None) -> None:
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xlabel("bytes moved")
-    roof = sorted({row["read_bytes"]: row["read_gbps"] for row in _one_list(rows)}.items())
+    roof = _roof(rows)
     if len(roof) > 1:
         axis.plot(*zip(*roof, strict=True), color=COLOURS[7], linewidth=2.2, label="read limit, measured", zorder=2)
         axis.fill_between(*zip(*roof, strict=True), 1e-6, color="#f3f3f3", zorder=0)
@@ -78,16 +78,19 @@ def _panel(axis, rows: list[dict], dtype: str, nominal: float | None) -> None:
         points = lambda found: ([row["bytes"] for row in found], [row["gbps"] for row in found])
         axis.plot(*points(sizes), label=operation, linewidth=1.3, **style)
         axis.plot(*points(lists), linestyle="none", markerfacecolor="none", markeredgewidth=1.4, **style)
-    low = min(row["gbps"] for row in rows)
-    high = max([row["gbps"] for row in rows] + [row["read_gbps"] for row in rows] + [nominal or 0])
-    axis.set_ylim(low * 0.7, high * 1.6)
+    if any(row["tensors"] > 1 for row in rows):
+        axis.plot([], [], linestyle="none", marker="o", color=COLOURS[6], markerfacecolor="none",
+                  label="hollow: parameter lists of models")  # fmt: skip
     axis.xaxis.set_major_formatter(lambda value, _: _bytes(value))
 
 
-def _one_list(rows: list[dict]) -> list[dict]:
-    """Rows whose read limit belongs to one plain buffer: the roof is drawn from them where there are any."""
-    plain = [row for row in rows if row["operation"] in ("moments", "sketch")]
-    return plain or rows
+def _roof(rows: list[dict]) -> list[tuple[int, float]]:
+    """The fastest read of each number of bytes, in one buffer where there were such cases."""
+    single = [row for row in rows if row["tensors"] == 1] or rows
+    best: dict[int, float] = {}
+    for row in single:
+        best[row["read_bytes"]] = max(row["read_gbps"], best.get(row["read_bytes"], 0.0))
+    return sorted(best.items())
 
 
 def _bytes(value: float) -> str:

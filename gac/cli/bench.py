@@ -195,19 +195,23 @@ def _run_steps(args: argparse.Namespace, device, results: dict, save, start: flo
     from gac.bench.shapes import MODELS
 
     gpu = device.type == "cuda"
-    results["host"] = {"hook": host.hook_cost(device), "import": host.import_time()}
+    results["host"] = {
+        "hook": host.hook_cost(device, rounds=3 if args.quick else 15),
+        "import": host.import_time(rounds=1 if args.quick else 5),
+    }
     save()
     names = args.model if args.model is not None else ("0.1B", "1B") if gpu else ("10M",)
     tokens = args.tokens if args.tokens is not None else (8192, 1024, 32768) if gpu else (1024,)
     dtypes = args.dtype if args.dtype is not None else ("bf16",) if gpu else ("fp32",)
     spent = args.step_seconds or (8.0 if gpu else 60.0) * (0.3 if args.quick else 1.0)
+    rounds = (1, 30) if args.quick else (3, 30)
     for dtype in dtypes:
         for count in tokens:
             for name in names:
                 if args.max_seconds and monotonic() - start > args.max_seconds:
                     print(f"{name} {dtype} {count} tokens: left out, the time limit was reached", file=sys.stderr)
                     continue
-                options = step.StepOptions(MODELS[name], device, dtype_of(dtype), count, seconds=spent)
+                options = step.StepOptions(MODELS[name], device, dtype_of(dtype), count, seconds=spent, rounds=rounds)
                 try:
                     results["step"].append(step.run(options))
                 except torch.OutOfMemoryError:

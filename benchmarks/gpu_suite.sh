@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in under ten minutes: tests, kernels, whole steps. Usage: gpu_suite.sh OUT [--dry-run]
+#
+# OUT gets at most eight files: env.json, tests.log, suite.log, kernels.{json,md,png}, step.json, summary.json.
+# Runs from a checkout without installing it. A part that fails or runs out of time leaves what it had.
+# --dry-run goes through the same parts on the CPU with tiny sizes.
+set -uo pipefail
+[ $# -ge 1 ] || { echo "usage: $0 OUT [--dry-run]" >&2; exit 2; }
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.." || exit 2
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+python=${PYTHON:-python3}
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+: >"$out/suite.log"
+
+part() { # part NAME SECONDS COMMAND...: runs it within its time, logs it, and goes on whatever happens
+  local name=$1 seconds=$2 code start=$SECONDS
+  shift 2
+  echo "== $name" >>"$out/suite.log"
+  timeout --kill-after=10 "$seconds" "$@" >>"$out/suite.log" 2>&1
+  code=$?
+  echo "part $name exit $code after $((SECONDS - start)) s" | tee -a "$out/suite.log"
+}
+
+if [ "${2:-}" = --dry-run ]; then
+  tests=(tests/gac_kernels/test_gpu.py --collect-only)
+  kernels=(--device cpu --sizes 4K --models none --peers eager --seconds 0.02 --dtype fp32)
+  steps=(--device cpu --model 10M --tokens 16 --step-seconds 0.1 --quick)
+else
+  tests=(tests)
+  kernels=(--device cuda --models 1B,0.1B,8B --sizes 1K,16K,256K,4M,64M --seconds 0.25 --max-seconds 170)
+  steps=(--device cuda --step-seconds 6 --max-seconds 130)
+fi
+
+part env 60 sh -c "'$python' -m gac.cli env --json > '$out/env.json'"
+part tests 160 sh -c "'$python' -m pytest ${tests[*]} -m gpu -q -p no:cacheprovider > '$out/tests.log' 2>&1"
+part kernels 200 "$python" -m gac.cli bench "${kernels[@]}" --out "$out/kernels"
+part step 170 "$python" -m gac.cli bench --step "${steps[@]}" --out "$scratch/step"
+cp "$scratch/step.json" "$out/step.json" 2>>"$out/suite.log"
+"$python" -m gac.bench.summary "$out" 2>&1 | tee -a "$out/suite.log"

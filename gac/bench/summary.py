@@ -1,0 +1,88 @@
+"""Puts the results that a GPU run left in a folder into one ``summary.json``: ``python -m gac.bench.summary FOLDER``.
+
+Every part may be missing or cut short; the summary says which, and takes what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from gac.bench.figures import figures
+from gac.bench.kernels import describe
+from gac.bench.report import write_json
+
+_PARTS = {"kernels": "kernels.json", "step": "step.json"}
+
+
+def _load(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def pytest_counts(log: str) -> dict[str, int]:
+    """``{"passed": 12, "failed": 1, ...}`` from the last summary line of a pytest log; empty without one."""
+    lines = [line for line in log.splitlines() if re.search(r"\bin [\d.]+s\b", line)]
+    if not lines:
+        return {}
+    return {
+        name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|errors?|skipped|deselected)", lines[-1])
+    }
+
+
+def exit_codes(log: str) -> dict[str, int]:
+    """Exit code of each part from lines ``part NAME exit CODE``; 124 means that its time was up."""
+    return {name: int(code) for name, code in re.findall(r"^part (\S+) exit (\d+)", log, re.MULTILINE)}
+
+
+def summarize(folder: Path) -> dict:
+    """The summary of what ``benchmarks/gpu_suite.sh`` left in ``folder``."""
+    parts = {name: _load(folder / file) for name, file in _PARTS.items()}
+    log = _text(folder / "suite.log")
+    merged = dict(parts["kernels"] or parts["step"] or {})
+    merged |= {"step": (parts["step"] or {}).get("step", []), "host": (parts["step"] or {}).get("host", {})}
+    rows = (parts["kernels"] or {}).get("kernels", [])
+    return {
+        "facts": merged.get("facts"),
+        "parts": {name: {"found": part is not None, "complete": bool(part) and "seconds" in part}
+                  for name, part in parts.items()},
+        "exit_codes": exit_codes(log),
+        "tests": pytest_counts(_text(folder / "tests.log")),
+        "red_gates": [describe(row) for row in rows if not row.get("gate", {"ok": True})["ok"]],
+        "cases": sum("variants" in row for row in rows),
+        "left_out": [f"{describe(row)}: {row['note']}" for row in rows if "variants" not in row],
+        "figures": [vars(figure) for figure in figures(merged)],
+        "steps": [
+            {key: result.get(key) for key in ("model", "tokens", "intervals", "launches", "synchronizations")}
+            for result in merged["step"]
+        ],
+    }  # fmt: skip
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def main(argv: list[str]) -> int:
+    """Writes ``summary.json`` and prints the figures."""
+    if len(argv) != 1:
+        print("usage: python -m gac.bench.summary FOLDER", file=sys.stderr)
+        return 2
+    folder = Path(argv[0])
+    summary = summarize(folder)
+    write_json(folder / "summary.json", summary)
+    for figure in summary["figures"]:
+        print(f"{'ok ' if figure['ok'] else 'NO '} {figure['name']}: {figure['value']} ({figure['target']})")
+    print(f"exit codes {summary['exit_codes']}, tests {summary['tests']}, red gates {summary['red_gates'] or 'none'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
