@@ -139,7 +139,7 @@ def _run_all(args, config: TrainConfig, laws: Sequence[str], seeds: Sequence[int
                 return
             if law:
                 done += 1
-                reporter.advance(done, milestone=True)
+                reporter.advance(done)
                 reporter.say(f"{name}: {_result(out)}   ({time.monotonic() - begun:.0f} s)")
 
     reporter.begin("runs", total)
