@@ -42,7 +42,7 @@ def sign_key(seed: int, high_word: int) -> int:
 
 
 def sign_word(seed: int, word: int) -> int:
-    """32 signs: those of elements ``32*word .. 32*word + 31``; bit ``b`` set means element ``32*word + b`` is negated."""
+    """The signs of elements ``32*word .. 32*word + 31``; bit ``b`` set means element ``32*word + b`` is negated."""
     return _finalize32((word & _MASK32) ^ sign_key(seed, word >> 32))
 
 

@@ -65,11 +65,15 @@ def test_no_atomics(reports, capability):
 @pytest.mark.parametrize("dtype", SIZES)
 def test_all_loads_of_the_fast_path_are_128_bits_wide(reports, capability, dtype):
     """128 threads read 1,024 elements: 8 each, so half an access for each byte of the element's size."""
-    report, loads = reports[capability], SIZES[dtype] // 2
+    loads = SIZES[dtype] // 2
     unroll, pair_unroll = UNROLL[capability]
-    for name in ("moments_kernel", "sketch_kernel"):
-        assert report[f"{name}/{dtype}"]["wide_loads"] == unroll * loads
-    for variant in ("", "/mix", "/mix+moments") if capability == 90 else ("/mix+moments",):
-        usage = report[f"pair_kernel/{dtype}{variant}"]
-        assert usage["wide_loads"] == 2 * pair_unroll * loads
-        assert usage["wide_stores"] == (pair_unroll * loads if variant else 0)
+    expected = {f"{name}/{dtype}": (unroll * loads, None) for name in ("moments_kernel", "sketch_kernel")}
+    for variant in ("", "/mix", "/mix+moments"):
+        expected[f"pair_kernel/{dtype}{variant}"] = (2 * pair_unroll * loads, pair_unroll * loads if variant else 0)
+    compiled = {name: reports[capability][name] for name in expected if name in reports[capability]}
+    assert compiled or (capability != 90 and dtype == "fp16")
+    assert len(compiled) == len(expected) or capability != 90
+    for name, usage in compiled.items():
+        wide_loads, wide_stores = expected[name]
+        assert usage["wide_loads"] == wide_loads, name
+        assert wide_stores is None or usage["wide_stores"] == wide_stores, name
