@@ -195,10 +195,8 @@ def _run_steps(args: argparse.Namespace, device, results: dict, save, start: flo
     from gac.bench.shapes import MODELS
 
     gpu = device.type == "cuda"
-    results["host"] = {
-        "hook": host.hook_cost(device, rounds=3 if args.quick else 15),
-        "import": host.import_time(rounds=1 if args.quick else 5),
-    }
+    hook = host.hook_cost(device, rounds=3 if args.quick else 15)
+    results["host"] = {"hook": hook, "import": host.import_time(rounds=1 if args.quick else 5)}
     save()
     names = args.model if args.model is not None else ("0.1B", "1B") if gpu else ("10M",)
     tokens = args.tokens if args.tokens is not None else (8192, 1024, 32768) if gpu else (1024,)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import gac_kernels
+from gac.bench.cases import OPERATIONS
 from gac.cli import main
 
 TINY = ["bench", "--device", "cpu", "--sizes", "4K", "--models", "none", "--peers", "eager", "--dtype", "fp32",
@@ -60,9 +61,8 @@ def test_suite_dry_run(tmp_path):
         "env.json", "kernels.json", "kernels.md", "kernels.png", "step.json", "suite.log", "summary.json", "tests.log",
     ]  # fmt: skip
     found = json.loads((tmp_path / "summary.json").read_text())
-    assert found["exit_codes"] == dict.fromkeys(("env", "tests", "kernels", "step"), 0), (
-        tmp_path / "suite.log"
-    ).read_text()
+    log = (tmp_path / "suite.log").read_text()
+    assert found["exit_codes"] == dict.fromkeys(("env", "tests", "kernels", "step"), 0), log
     assert found["cases"] == 6
     assert found["parts"]["step"]["complete"]
 
