@@ -134,7 +134,8 @@ def _mu_panel(axis, records: Sequence[Record]) -> None:
     _line(axis, _points(records, "gac/prior"), "prior", color=COLOURS[4], linestyle="--")
     _line(axis, _points(records, "gac/mu"), "mu", color=COLOURS[0], linewidth=2.0)
     axis.set_ylim(-0.02, 1.02)
-    axis.legend(loc="best")
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="best")
 
 
 def _statistics_panel(axis, records: Sequence[Record]) -> None:
@@ -153,7 +154,8 @@ def _statistics_panel(axis, records: Sequence[Record]) -> None:
         # the disagreement is unbiased and may fall below zero: a scale that is linear around zero shows it
         axis.set_yscale("symlog", linthresh=max(min(positive), max(positive) * 1e-3))
     axis.set_ylabel("squared gradient norm")
-    axis.legend(loc="best")
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="best")
 
 
 def _norms_panel(axis, records: Sequence[Record]) -> None:
