@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+import gac
 from gac.cli import build_parser, command_names, main
 from gac.cli._config import TrainConfig, parse_law, parse_prior
 from gac.cli._rundir import TIMING_KEYS, MetricsFile, read_metrics
@@ -55,7 +56,7 @@ def test_help_is_quick_to_load():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--law", "nonsense"], "unknown law 'nonsense'; known: chord-mu, fixed, gac, paper"),
+        (["train", "--law", "nonsense"], f"unknown law 'nonsense'; known: {', '.join(gac.laws.available())}"),
         (["train", "--task", "nonsense"], "unknown task 'nonsense'; known tasks: "),
         (["train", "--task", "chain_sum:nonsense=1"], "no parameter 'nonsense'"),
         (["train", "--estimator", "nonsense"], "unknown estimator 'nonsense'; known: auto, sketch, exact"),

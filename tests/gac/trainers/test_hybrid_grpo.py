@@ -252,5 +252,5 @@ def test_wrong_data_and_arguments_are_refused_before_training(trainer, config):
 
 
 def test_importing_the_package_loads_no_trainer():
-    code = "import sys, gac, gac.trainers; assert not {'transformers', 'trl'} & set(sys.modules)"
+    code = "import sys, gac, gac.losses, gac.plots, gac.tasks.problems, gac.trainers; assert not {'transformers', 'trl'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
