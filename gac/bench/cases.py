@@ -84,7 +84,11 @@ def model_case(operation: str, dtype: str, shape: LlamaShape, room: int) -> Case
     fitting = shape.fitting(room // (_LISTS[operation] * dtype_of(dtype).itemsize))
     if fitting is None:
         return None
-    note = "" if fitting == shape else f"{fitting.layers} of {shape.layers} layers, for lack of memory"
+    note = (
+        ""
+        if fitting == shape
+        else f"{fitting.layers} of {shape.layers} layers: inputs are held to {room / 2**30:.1f} GiB"
+    )
     return Case(operation, dtype, model=replace(fitting), note=note)
 
 
@@ -208,6 +212,10 @@ def _pair_moments(case: Case, pools: Pools) -> Prepared:
                 [expression(s.view(-1), t.view(-1)) for s, t in zip(a[k], b[k], strict=True)]
             ).sum(0),
         }
+        if case.dtype != "fp32" and pools.device.type == "cpu":
+            del prepared.peers["eager: dot, dot, dot"]
+            reason = "torch.dot of 16-bit numbers takes minutes for such a list on a CPU; see the single tensors"
+            prepared.omitted["eager: dot, dot, dot"] = reason
     else:
         left, right = [tensors[0] for tensors in a], [tensors[0] for tensors in b]
         prepared.ours = lambda k: gac_kernels.pair_moments(left[k], right[k])

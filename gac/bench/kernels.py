@@ -32,6 +32,9 @@ QUICK_SIZES = (1 << 10, 1 << 16, 1 << 22)
 _MEMORY_SHARE = 0.45
 """Of the free memory: what inputs may take. The reference and peers that make copies need some, too."""
 
+_MOST_ON_CPU = 5 << 30
+"""Bytes of inputs on a CPU, whatever is free: far beyond every cache, and more would only take longer."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -43,7 +46,7 @@ class Options:
     sizes: Sequence[int] = SIZES
     models: Sequence[str] = ("0.1B", "1B", "8B")
     peers: Sequence[str] = PEER_KINDS
-    seconds: float = 0.8
+    seconds: float = 0.5
     limit: float = float("inf")
 
 
@@ -52,15 +55,21 @@ def cases(options: Options) -> Iterator[Case | dict]:
     for name in options.models:
         for operation in options.operations:
             for dtype in options.dtypes if operation in LIST_OPERATIONS else ():
-                room = int(_MEMORY_SHARE * free_bytes(options.device))
+                room = _room(options.device)
                 yield model_case(operation, dtype, MODELS[name], room) or _no_room(operation, dtype, name, room)
     for operation in options.operations:
         for dtype in options.dtypes:
             for elements in options.sizes:
                 if applies(operation, dtype, elements):
                     case = Case(operation, dtype, elements)
-                    room = int(_MEMORY_SHARE * free_bytes(options.device))
+                    room = _room(options.device)
                     yield case if case.memory() <= room else _no_room(operation, dtype, case.label, room)
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that inputs may take now."""
+    free = int(_MEMORY_SHARE * free_bytes(device))
+    return free if device.type == "cuda" else min(free, _MOST_ON_CPU)
 
 
 def _no_room(operation: str, dtype: str, label: str, room: int) -> dict:

@@ -20,6 +20,10 @@ _SHORTEST = 100e-6
 """Seconds that one sample lasts at least, by repetition, where the clock is the host's."""
 
 
+_LONG = 0.05
+"""Seconds from which on one call is warm-up enough."""
+
+
 def quantile(values: list[float], q: float) -> float:
     """The ``q`` quantile, interpolated."""
     ordered = sorted(values)
@@ -54,8 +58,8 @@ class Samples:
 
 
 def ratio(slower: list[float], faster: list[float]) -> float:
-    """Median over rounds of ``slower / faster``."""
-    return quantile([s / f for s, f in zip(slower, faster, strict=True)], 0.5)
+    """Median over the rounds that both took part in of ``slower / faster``."""
+    return quantile([s / f for s, f in zip(slower, faster, strict=False)], 0.5)
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -87,16 +91,19 @@ class CpuTimer:
         """``seconds`` is what to spend; ``rounds`` the fewest and most."""
         estimates = {}
         for name, call in variants.items():
-            self._time(call, 1, sets)
-            estimates[name] = min(self._time(call, 1, sets), self._time(call, 1, sets))
+            estimates[name] = self._time(call, 1, sets)
+            if estimates[name] < _LONG:
+                estimates[name] = min(self._time(call, 1, sets), self._time(call, 1, sets))
         repeats = {name: max(1, min(256, round(_SHORTEST / t))) for name, t in estimates.items()}
         one_round = sum(repeats[name] * t for name, t in estimates.items())
         count = max(rounds[0], min(rounds[1], int(seconds / one_round)))
         samples = {name: Samples() for name in variants}
         order, draw = list(variants), random.Random(0)
-        for _ in range(count):
+        for k in range(count):
             draw.shuffle(order)
             for name in order:
+                if k and estimates[name] > seconds:  # one round of a slow one is enough
+                    continue
                 samples[name].time.append(self._time(variants[name], repeats[name], sets))
         return samples
 

@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--models", type=_names(_MODELS), metavar="LIST", help="parameter lists of these models (default: 0.1B,1B,8B)"
     )
     kernels.add_argument("--peers", type=_names(_PEERS), default=_PEERS, metavar="LIST", help="kinds of peers")
-    kernels.add_argument("--seconds", type=_seconds, metavar="S", help="spent on each case, about (default: 0.8)")
+    kernels.add_argument("--seconds", type=_seconds, metavar="S", help="spent on each case, about (default: 0.5)")
     step = parser.add_argument_group("whole steps")
     step.add_argument(
         "--model", type=_names(_STEP_MODELS), metavar="LIST", help="default: 10M on a CPU; 0.1B,1B on a GPU"
