@@ -32,7 +32,7 @@ class TrainConfig:
     estimator: str = "auto"
     interval: int = 1
     sft_loss: str = "nll"
-    steps: int = 300
+    steps: int = 400
     lr: float | None = None
     micro_batches: int = 4
     batch_size: int = 32

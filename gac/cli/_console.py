@@ -66,7 +66,7 @@ class Reporter:
 
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
         for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else "right")
+            table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
         for row in rows:
             table.add_row(*row)
         self.console.print(table)

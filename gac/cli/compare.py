@@ -26,7 +26,9 @@ examples:
   gac compare --laws "gac gac:half_life=50,cap=0.05 chord:decay=300" --seeds 5 --jobs 2 --out runs/half-life
   gac compare --laws gac,fixed:0.5 --task gcd:max_value=50 --steps 500"""
 DEFAULT_LAWS = "gac,fixed:0.1,fixed:0.5,fixed:0.9,chord"
-_COLUMNS = ("law", "warm start", "final", "last four evaluations", "lowest", "highest", "mean mu", "GAC share")
+_COLUMNS = ("law", "warm start", "final", "last four", "lowest", "highest", "mean mu", "GAC share")
+"""Accuracies are means over seeds; "last four" is the mean of a run's last four evaluations, of which the next two
+columns give the lowest and highest seed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
