@@ -60,10 +60,12 @@ struct gac_sketch_map {
   int64_t out_size;    // elements of out
   int64_t used;        // elements of out that the layout covers; the rest is zeroed when overwriting
   int32_t out_double;  // 0: float32, 1: float64
-  int32_t accumulate;
+  int32_t accumulate;  // 1: add to the buckets
+  int32_t per_tensor;  // moments: [2] or [n, 2]
+  int32_t add;         // 1: add to the moments
 };
 GAC_API int gac_sketch(const int64_t* table, const int64_t* pieces, int64_t n, int strided,
-                       const struct gac_sketch_map* map, int per_tensor, double* moments, int threads);
+                       const struct gac_sketch_map* map, double* moments, int threads);
 
 // One row of sums for each of `rows` sequences of `length` tokens, see reference.token_moments. Strides in elements.
 struct gac_tokens {
@@ -82,6 +84,7 @@ struct gac_tokens {
 };
 GAC_API int gac_token_moments(const struct gac_tokens* tokens, double* out, int threads);
 
-// delta = scale * (current - previous); total += delta; previous <- current. out: a sum of squares for each 1024.
-GAC_API int gac_absorb(const float* current, float* previous, float* total, int64_t m, double scale, double* out,
+// delta = scale * (current - previous); total += delta; previous <- current. out: a sum of squares for each 1024, set or,
+// with add, added to.
+GAC_API int gac_absorb(const float* current, float* previous, float* total, int64_t m, double scale, double* out, int add,
                        int threads);

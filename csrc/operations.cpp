@@ -437,8 +437,7 @@ void Sketch::fill_gaps() {
   write_zero(map.used, map.out_size);
 }
 
-int sketch(const Table& tensors, const int64_t* pieces, const gac_sketch_map& map, bool per_tensor, double* moments,
-           int threads) {
+int sketch(const Table& tensors, const int64_t* pieces, const gac_sketch_map& map, double* moments, int threads) {
   Sketch work{tensors, pieces, map};
   work.plan();
   bool wide = map.out_double != 0;
@@ -467,8 +466,11 @@ int sketch(const Table& tensors, const int64_t* pieces, const gac_sketch_map& ma
     sums[2 * work.segments[s].tensor] += work.squares[s];
     sums[2 * work.segments[s].tensor + 1] += work.nonfinite[s];
   }
-  std::fill(moments, moments + (per_tensor ? 2 * work.n : 2), 0.0);
-  for (int64_t i = 0; i < 2 * work.n; ++i) moments[per_tensor ? i : i % 2] += sums[i];
+  if (!map.per_tensor) {
+    for (int64_t i = 2; i < 2 * work.n; ++i) sums[i % 2] += sums[i];
+    sums.resize(2);  // an empty list has sums, too
+  }
+  for (size_t i = 0; i < sums.size(); ++i) moments[i] = (map.add ? moments[i] : 0.0) + sums[i];
   return GAC_OK;
 }
 
@@ -534,7 +536,7 @@ void token_row(const gac_tokens& t, int64_t row, double* sums) {
 
 using namespace gac;
 
-int gac_abi(void) { return 2; }
+int gac_abi(void) { return 3; }
 
 int gac_select(const char* isa) { return select(isa) ? 0 : 1; }
 
@@ -628,11 +630,11 @@ int gac_mix_one(void* a, const void* b, int64_t packed, double mu, double* out) 
 }
 
 int gac_sketch(const int64_t* table, const int64_t* pieces, int64_t n, int strided, const gac_sketch_map* map,
-               int per_tensor, double* moments, int threads) {
+               double* moments, int threads) {
   return guarded([&]() -> int {
     const Table tensors(table, n, strided != 0);
     if (!tensors.readable() || (!map->out && map->out_size)) return GAC_NULL_POINTER;
-    return gac::sketch(tensors, pieces, *map, per_tensor != 0, moments, threads);
+    return gac::sketch(tensors, pieces, *map, moments, threads);
   });
 }
 
@@ -648,14 +650,16 @@ int gac_token_moments(const gac_tokens* tokens, double* out, int threads) {
   return GAC_OK;
 }
 
-int gac_absorb(const float* current, float* previous, float* total, int64_t m, double scale, double* out, int threads) {
+int gac_absorb(const float* current, float* previous, float* total, int64_t m, double scale, double* out, int add,
+               int threads) {
   if (m && (!current || !total)) return GAC_NULL_POINTER;
   const auto kernel = kernels().absorb;
   const int64_t cells = ceil_div(m, kAbsorbCell);
   auto body = [&](int64_t task) {
     for (int64_t c = task * kAbsorbCells; c < std::min(cells, (task + 1) * kAbsorbCells); ++c) {
-      const int64_t at = c * kAbsorbCell;
-      out[c] = kernel(current + at, previous ? previous + at : nullptr, total + at, std::min(kAbsorbCell, m - at), scale);
+      const int64_t at = c * kAbsorbCell, count = std::min(kAbsorbCell, m - at);
+      const double squares = kernel(current + at, previous ? previous + at : nullptr, total + at, count, scale);
+      out[c] = add ? out[c] + squares : squares;
     }
   };
   parallel_for(threads, ceil_div(cells, kAbsorbCells), body);

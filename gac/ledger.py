@@ -6,10 +6,16 @@ Three ways to take a contribution ``x`` in, chosen by :class:`gac.observer.Obser
     ``p.grad`` holds the running sum ``R`` of what was accumulated. ``S R`` is written over ``current`` and the
     contribution's sketch is the difference from ``previous``. Nothing of the gradient's size is kept.
 ``incoming``
-    the gradient is seen before accumulation and sketched into a cleared ``current``.
+    the gradient is seen before accumulation and sketched over ``current``, region by region; regions of parameters
+    that got no gradient are cleared at the contribution's end.
 ``incoming``, lossless layout
     every element has its own bucket: ``x`` goes straight into the branch's total, and its norm is the one from the
     same read, so nothing is approximated.
+
+Launches of a contribution on a GPU: two for each call of ``read`` (one more for each further dtype among the gradients)
+and, except in the last way, one at the end. The second way makes one more where regions have to be cleared, and two
+more for a call with parameters that were read before. Sums are added up by the same kernels and become numbers in
+:meth:`Ledger.sums`, once a step.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ from torch import Tensor
 
 from gac_kernels import SketchLayout, absorb_, pair_moments, sketch
 from gac_kernels.arguments import accumulator_dtype
+from gac_kernels.layout import LANES
 
 SMALLEST_SKETCH = 65_536
 """Buckets of a small model's sketch: relative error of a norm about sqrt(2 / 65536) = 0.6%."""
@@ -63,9 +70,16 @@ class Ledger:
         self.totals: dict[Branch, Tensor] = {Branch.SFT: parts[0], Branch.RL: parts[1]}
         self.current = None if self.direct else parts[2]
         self.previous = parts[3] if running else None
-        self._sums = torch.zeros(3, dtype=accumulator_dtype(device), device=device)
-        self.power: dict[Branch, Tensor] = {Branch.SFT: self._sums[0], Branch.RL: self._sums[1]}
-        self.nonfinite = self._sums[2]
+        # A row for each branch: squares and non-finite elements as read, then the squares that absorb_ finds.
+        cells = 0 if self.direct else -(-m // LANES)
+        self._sums = torch.zeros(2, 2 + cells + cells % 2, dtype=accumulator_dtype(device), device=device)
+        self._moments = {branch: row[:2] for branch, row in zip(Branch, self._sums, strict=True)}
+        self._squares = {branch: row[2 : 2 + cells] for branch, row in zip(Branch, self._sums, strict=True)}
+        self._scales: dict[Branch, Tensor] = {}  # of the contributions that went straight into the totals
+        self._reduced: Tensor | None = None
+        self._filled: set[int] = set()  # regions of current that hold the open contribution ...
+        self._stale: set[int] = set()  # ... and those that hold an earlier one
+        self._nothing = torch.empty(0, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -74,40 +88,76 @@ class Ledger:
 
     def begin(self) -> None:
         """Before the first gradient of a contribution."""
-        if not self.running and not self.direct:
-            self.current.zero_()
+        self._stale |= self._filled
+        self._filled = set()
 
     def read(self, branch: Branch, indices: Sequence[int], gradients: Sequence[Tensor], scale: Tensor) -> None:
         """Takes in some parameters' gradients (or running sums) of the open contribution, each once."""
+        into = self._moments[branch]
         if self.direct:
-            out, factor, accumulate = self.totals[branch], scale, True
-        else:
-            out, factor, accumulate = self.current, None, not self.running
-        square, nonfinite = sketch(
-            gradients, out, layout=self.layout, regions=indices, scale=factor, accumulate=accumulate
-        ).unbind()
-        self.nonfinite += nonfinite
-        if self.direct:
-            self.power[branch] += square * scale.square()
+            self._scales[branch] = scale  # one for the whole step
+            sketch(
+                gradients,
+                self.totals[branch],
+                layout=self.layout,
+                regions=indices,
+                scale=scale,
+                accumulate=True,
+                into=into,
+            )
+            return
+        again = () if self.running else self._filled.intersection(indices)
+        if again:  # parameters whose gradient comes in parts
+            pairs = list(zip(indices, gradients, strict=True))
+            self._sketch([k for k in indices if k in again], [g for k, g in pairs if k in again], into, accumulate=True)
+            indices, gradients = [k for k in indices if k not in again], [g for k, g in pairs if k not in again]
+        if indices:
+            self._sketch(indices, gradients, into)
+        if not self.running:
+            self._filled.update(indices)
+
+    def _sketch(self, indices: Sequence[int], gradients: Sequence[Tensor], into: Tensor, *, accumulate=False) -> None:
+        sketch(gradients, self.current, layout=self.layout, regions=indices, accumulate=accumulate, into=into)
 
     def end(self, branch: Branch, scale: Tensor) -> None:
         """After the last gradient of a contribution."""
-        if not self.direct:
-            self.power[branch] += absorb_(self.current, self.previous, self.totals[branch], scale).sum()
+        if self.direct:
+            return
+        left = sorted(self._stale - self._filled)
+        if left:
+            self._sketch(left, [self._nothing] * len(left), self._moments[branch])  # writes zeros
+        self._stale.clear()
+        absorb_(self.current, self.previous, self.totals[branch], scale, into=self._squares[branch])
 
     def sums(self) -> Tensor:
         """``[6]``: ``sum_k |x_k|^2`` of SFT and RL, non-finite elements, ``|G_s|^2``, ``|G_r|^2``, ``<G_s, G_r>``."""
-        return torch.cat([self._sums, pair_moments(self.totals[Branch.SFT], self.totals[Branch.RL])])
+        own = self._own_sums() if self._reduced is None else self._reduced
+        return torch.cat([own, pair_moments(self.totals[Branch.SFT], self.totals[Branch.RL])])
+
+    def _own_sums(self) -> Tensor:
+        """``[3]``: ``sum_k |x_k|^2`` of SFT and RL, non-finite elements; of this rank."""
+        if self.direct:
+            powers = [self._moments[b][0] for b in Branch]
+            for k, b in enumerate(Branch):
+                if b in self._scales:
+                    powers[k] = powers[k] * self._scales[b].square()
+        else:
+            powers = [self._squares[b].sum() for b in Branch]
+        return torch.stack([*powers, self._sums[:, 1].sum()])
 
     def all_reduce(self, world: int, group: dist.ProcessGroup | None) -> None:
         """Sums the totals over ranks, as contributions to the mean gradient of ``world`` ranks."""
         totals = self._vectors[: 2 * self.layout.size]
+        self._reduced = self._own_sums()
         dist.all_reduce(totals, group=group)
-        dist.all_reduce(self._sums, group=group)
+        dist.all_reduce(self._reduced, group=group)
         totals /= world
-        self._sums[:2] /= world**2
+        self._reduced[:2] /= world**2
 
     def clear(self) -> None:
         """Forgets the step."""
         self._vectors.zero_()
         self._sums.zero_()
+        self._scales.clear()
+        self._reduced = None
+        self._filled, self._stale = set(), set()

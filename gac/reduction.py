@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gac.ledger import Branch
 from gac.observer import Observer
+from gac_kernels.arguments import accumulator_dtype
 
 
 def all_reduce(observer: Observer, group: dist.ProcessGroup | None) -> dict[Branch, Tensor]:
@@ -21,7 +22,8 @@ def all_reduce(observer: Observer, group: dist.ProcessGroup | None) -> dict[Bran
     """
     world = dist.get_world_size(group)
     first = observer.ledgers[0]
-    counts = torch.stack([torch.full_like(first.nonfinite, observer.counts[b]) for b in Branch])
+    dtype = accumulator_dtype(first.device)
+    counts = torch.stack([torch.full((), observer.counts[b], dtype=dtype, device=first.device) for b in Branch])
     dist.all_reduce(counts, group=group)
     for ledger in observer.ledgers:
         ledger.all_reduce(world, group)

@@ -80,6 +80,18 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
+def check_into(into: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """``into``, where results are added, without its graph."""
+    dtype = accumulator_dtype(device)
+    if not isinstance(into, Tensor) or into.dtype != dtype:
+        raise TypeError(f"into must be a {dtype} tensor, got {getattr(into, 'dtype', type(into).__name__)}")
+    if into.shape != shape or not into.is_contiguous():
+        raise ValueError(f"into must be contiguous with shape {shape}, got {tuple(into.shape)}, {into.stride()}")
+    if into.device != device:
+        raise ValueError(f"into is on {into.device}, the results on {device}: they must be on one device")
+    return into.detach()
+
+
 def check_sketch(
     tensors, out: Tensor, layout: SketchLayout | None, regions, starts, seed: int
 ) -> tuple[list[Tensor], SketchLayout, list[int], list[int]]:

@@ -69,7 +69,21 @@ def _fake_sketch(tensors, out, numels, rows_per_slab, lanes, regions, starts, se
     "int[]? starts, int seed, Tensor? scale, float factor, bool accumulate, bool per_tensor) -> Tensor",
     _fake_sketch,
 )
-def _sketch(tensors, out, numels, rows_per_slab, lanes, regions, starts, seed, scale, factor, accumulate, per_tensor):
+def _sketch(
+    tensors,
+    out,
+    numels,
+    rows_per_slab,
+    lanes,
+    regions,
+    starts,
+    seed,
+    scale,
+    factor,
+    accumulate,
+    per_tensor,
+    into=None,
+):
     layout = None if numels is None else SketchLayout(tuple(numels), rows_per_slab, seed, lanes)
     return _function("sketch", out)(
         tensors,
@@ -81,7 +95,17 @@ def _sketch(tensors, out, numels, rows_per_slab, lanes, regions, starts, seed, s
         scale=factor if scale is None else scale,
         accumulate=accumulate,
         per_tensor=per_tensor,
+        into=into,
     )
+
+
+@_operator(
+    "sketch_into_(Tensor[] tensors, Tensor(a!) out, Tensor(b!) into, int[]? numels, int rows_per_slab, int lanes, "
+    "int[]? regions, int[]? starts, int seed, Tensor? scale, float factor, bool accumulate, bool per_tensor) -> ()",
+    lambda *arguments: None,
+)
+def _sketch_into_(tensors, out, into, *arguments):
+    _sketch(tensors, out, *arguments, into=into)
 
 
 @_operator(
@@ -118,3 +142,12 @@ def _token_moments(logprobs, advantages, mask, is_expert):
 )
 def _absorb_(current, previous, total, scale, factor):
     return _function("absorb_", current)(current, previous, total, factor if scale is None else scale)
+
+
+@_operator(
+    "absorb_into_(Tensor current, Tensor(a!)? previous, Tensor(b!) total, Tensor(c!) into, Tensor? scale, "
+    "float factor) -> ()",
+    lambda *arguments: None,
+)
+def _absorb_into_(current, previous, total, into, scale, factor):
+    _function("absorb_", current)(current, previous, total, factor if scale is None else scale, into=into)

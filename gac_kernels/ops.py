@@ -128,6 +128,7 @@ def sketch(
     scale: Tensor | float | None = None,
     accumulate: bool = False,
     per_tensor: bool = False,
+    into: Tensor | None = None,
 ) -> Tensor:
     """A random projection into ``out``, and the moments of the same read; see :func:`gac_kernels.reference.sketch`."""
     tensors = _listed(tensors)
@@ -137,9 +138,11 @@ def sketch(
         seed = (seed if layout is None else layout.seed) & 0xFFFFFFFF
         regions = None if regions is None else list(regions)
         starts = None if starts is None else list(starts)
-        return torch.ops.gac_kernels.sketch(
-            tensors, out, numels, rows, lanes, regions, starts, seed, *_scalar_parts(scale), accumulate, per_tensor
-        )
+        rest = (numels, rows, lanes, regions, starts, seed, *_scalar_parts(scale), accumulate, per_tensor)
+        if into is None:
+            return torch.ops.gac_kernels.sketch(tensors, out, *rest)
+        torch.ops.gac_kernels.sketch_into_(tensors, out, into, *rest)
+        return into
     return _implementation("sketch", _device_type(out))(
         tensors,
         out,
@@ -150,6 +153,7 @@ def sketch(
         scale=scale,
         accumulate=accumulate,
         per_tensor=per_tensor,
+        into=into,
     )
 
 
@@ -177,11 +181,21 @@ def token_moments(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert:
     return _implementation("token_moments", _device_type(logprobs))(logprobs, advantages, mask, is_expert)
 
 
-def absorb_(current: Tensor, previous: Tensor | None, total: Tensor, scale: Tensor | float) -> Tensor:
+def absorb_(
+    current: Tensor,
+    previous: Tensor | None,
+    total: Tensor,
+    scale: Tensor | float,
+    *,
+    into: Tensor | None = None,
+) -> Tensor:
     """Takes the newest contribution out of a running sketch; see :func:`gac_kernels.reference.absorb_`."""
     if _traced():
-        return torch.ops.gac_kernels.absorb_(current, previous, total, *_scalar_parts(scale))
-    return _implementation("absorb_", _device_type(current))(current, previous, total, scale)
+        if into is None:
+            return torch.ops.gac_kernels.absorb_(current, previous, total, *_scalar_parts(scale))
+        torch.ops.gac_kernels.absorb_into_(current, previous, total, into, *_scalar_parts(scale))
+        return into
+    return _implementation("absorb_", _device_type(current))(current, previous, total, scale, into=into)
 
 
 def backend_status() -> dict[str, str]:

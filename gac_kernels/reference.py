@@ -13,6 +13,7 @@ from torch import Tensor
 from gac_kernels.arguments import (
     accumulator_dtype,
     check_absorb,
+    check_into,
     check_pair,
     check_scalar,
     check_sketch,
@@ -82,6 +83,7 @@ def sketch(
     scale: Tensor | float | None = None,
     accumulate: bool = False,
     per_tensor: bool = False,
+    into: Tensor | None = None,
 ) -> Tensor:
     """A random projection of the tensors into ``out``, and their moments from the same read.
 
@@ -99,15 +101,17 @@ def sketch(
         scale: multiplies what is written (a number, or a 0-dim tensor that is read on the device); default 1.
         accumulate: add to ``out``. Otherwise all buckets of the regions named are overwritten; others stay.
         per_tensor: moments as one row for each tensor.
+        into: what to add the moments to, of their shape, dtype and device, contiguous; None for a new tensor.
 
     Returns:
-        Moments of the unscaled tensors, as :func:`moments` gives them.
+        Moments of the unscaled tensors, as :func:`moments` gives them; ``into`` itself where it is given.
 
     Raises:
         TypeError, ValueError: with the argument's name, what it was and what is needed.
     """
     tensors, layout, regions, starts = check_sketch(tensors, out, layout, regions, starts, seed)
     factor = 1.0 if scale is None else check_scalar(scale, "scale", out.device)
+    sums = None if into is None else check_into(into, (len(tensors), 2) if per_tensor else (2,), out.device)
     dtype = accumulator_dtype(out.device)
     total = torch.zeros(layout.size, dtype=dtype, device=out.device)
     for tensor, region, start in zip(tensors, regions, starts, strict=True):
@@ -126,7 +130,11 @@ def sketch(
             out[begin:end] = (factor * total[begin:end]).to(out.dtype)
         out[layout.size :].zero_()
     rows = _moments(tensors, out.device)
-    return rows if per_tensor else rows.sum(0)
+    moments = rows if per_tensor else rows.sum(0)
+    if sums is None:
+        return moments
+    sums += moments
+    return into
 
 
 def pair_moments(a, b, *, per_tensor: bool = False) -> Tensor:
@@ -205,7 +213,14 @@ def token_moments(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert:
     return torch.stack([c.sum(1) for c in columns], dim=1)
 
 
-def absorb_(current: Tensor, previous: Tensor | None, total: Tensor, scale: Tensor | float) -> Tensor:
+def absorb_(
+    current: Tensor,
+    previous: Tensor | None,
+    total: Tensor,
+    scale: Tensor | float,
+    *,
+    into: Tensor | None = None,
+) -> Tensor:
     """Takes the newest contribution out of a running sketch: one pass over three vectors.
 
     With ``delta = scale * (current - previous)``: ``total += delta``, then ``previous <- current``.
@@ -216,21 +231,27 @@ def absorb_(current: Tensor, previous: Tensor | None, total: Tensor, scale: Tens
             nothing is written to it.
         total: ``[m]`` float32, contiguous. The three must not overlap.
         scale: a number, or a 0-dim tensor that is read on the device.
+        into: what to add the sums to, of their shape, dtype and device, contiguous; None for a new tensor.
 
     Returns:
         ``[ceil(m / 1024)]``: the sum of squares of ``delta`` over each 1024 consecutive elements (the last may be
-        shorter); float64 (float32 where the device has no float64).
+        shorter); float64 (float32 where the device has no float64). ``into`` itself where it is given.
 
     Raises:
         TypeError, ValueError: with the argument's name, what it was and what is needed.
     """
     factor = check_absorb(current, previous, total, scale)
+    cells = -(-current.numel() // LANES)
+    sums = None if into is None else check_into(into, (cells,), current.device)
     dtype = accumulator_dtype(current.device)
     delta = current.to(dtype) if previous is None else current.to(dtype) - previous.to(dtype)
     delta = (factor.to(dtype) if isinstance(factor, Tensor) else factor) * delta
     total.copy_(total.to(dtype) + delta)
     if previous is not None:
         previous.copy_(current)
-    cells = -(-delta.numel() // LANES)
     padded = torch.nn.functional.pad(delta.square(), (0, cells * LANES - delta.numel()))
-    return padded.view(cells, LANES).sum(1)
+    squares = padded.view(cells, LANES).sum(1)
+    if sums is None:
+        return squares
+    sums += squares
+    return into

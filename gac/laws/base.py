@@ -61,9 +61,14 @@ class Law(ABC):
 
     def record(self, name: str, value: float | Tensor) -> None:
         """Keeps a 0-dim number in the state, for the next step or for the metrics."""
-        if not isinstance(value, Tensor):
-            value = torch.full((), float(value), dtype=self.mu.dtype, device=self.mu.device)
-        self.state[name] = value
+        self.state[name] = value if isinstance(value, Tensor) else self.beside(value)
+
+    def beside(self, value: float | Tensor) -> Tensor:
+        """A number in the state's dtype and on its device; the host waits for nothing."""
+        mu = self.mu
+        if isinstance(value, Tensor):
+            return value.detach().to(device=mu.device, dtype=mu.dtype, non_blocking=True)
+        return torch.full((), float(value), dtype=mu.dtype, device=mu.device)
 
     def to(self, device: torch.device) -> None:
         """Moves the state; only the first update ever finds it elsewhere."""

@@ -18,7 +18,7 @@ class _Feedback(Law):
 
     def _move(self, signal: float | Tensor, change) -> Tensor:
         mu = self.mu
-        value = torch.as_tensor(signal, dtype=mu.dtype).to(mu.device, non_blocking=True)
+        value = self.beside(signal)
         moved = change(mu, value).clamp(self.mu_min, self.mu_max)
         self.record("mu", torch.where(torch.isfinite(value), moved, mu))
         return self.mu
@@ -77,6 +77,6 @@ class EntropyLaw(_Feedback):
 
     def update(self, statistics: Statistics | None, step: Step) -> Tensor:
         target = self.state["target"]
-        first = torch.as_tensor(step.entropy, dtype=target.dtype).to(target.device, non_blocking=True)
+        first = self.beside(step.entropy)
         self.record("target", torch.where(torch.isfinite(target), target, first))
         return self._move(step.entropy, lambda mu, entropy: mu + self.rate * (self.state["target"] - entropy))

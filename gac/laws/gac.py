@@ -111,7 +111,7 @@ class GacLaw(Law):
         if not self.follows_kl:
             return self.alpha
         kl, alpha = self.state["kl"], self.state["alpha"]
-        new = torch.as_tensor(step.kl, dtype=kl.dtype).to(kl.device, non_blocking=True)
+        new = self.beside(step.kl)
         smoothed = torch.where(torch.isfinite(kl), KL_DECAY * kl + (1 - KL_DECAY) * new, new)
         smoothed = torch.where(torch.isfinite(new), smoothed, kl)
         error = (smoothed / KL_TARGET - 1).clamp(-1.0, 1.0)

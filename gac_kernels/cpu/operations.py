@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from gac_kernels.arguments import check_absorb, check_pair, check_scalar, check_sketch, check_token_inputs, tensor_list
+from gac_kernels.arguments import (
+    check_absorb,
+    check_into,
+    check_pair,
+    check_scalar,
+    check_sketch,
+    check_token_inputs,
+    tensor_list,
+)
 from gac_kernels.cpu.library import check, require
 from gac_kernels.cpu.tables import (
     DTYPE_CODES,
@@ -262,7 +270,7 @@ def _known_pieces(layout: SketchLayout, numels: list[int], out: Tensor, regions,
     return pieces if all(map(le, numels, pieces.room)) else None
 
 
-_MAP = struct.Struct("@qqQdPqqii")
+_MAP = struct.Struct("@qqQdPqqiiii")
 
 
 def sketch(
@@ -276,6 +284,7 @@ def sketch(
     scale: Tensor | float | None = None,
     accumulate: bool = False,
     per_tensor: bool = False,
+    into: Tensor | None = None,
 ) -> Tensor:
     """A random projection into ``out``, and moments of the same read; see :func:`gac_kernels.reference.sketch`."""
     library = require()
@@ -293,7 +302,8 @@ def sketch(
         pieces = _Pieces(layout, regions, starts)
     factor = 1.0 if scale is None else _number(scale, "scale")
     count = len(table.numels)
-    result = _sums(count, 2, per_tensor)
+    shape = (count, 2) if per_tensor else (2,)
+    result = _sums(count, 2, per_tensor) if into is None else check_into(into, shape, _CPU)
     head = _MAP.pack(
         layout.lanes,
         layout.rows_per_slab,
@@ -304,13 +314,18 @@ def sketch(
         layout.size,
         out.dtype is _FLOAT64,
         accumulate,
+        per_tensor,
+        into is not None,
     )
     elements = sum(table.numels)
     call = library.quick.gac_sketch if elements <= _QUICK else library.call.gac_sketch
     threads = _threads(elements)
-    check(call(table.address, pieces.address, count, table.strided, head, per_tensor, result.data_ptr(), threads))
-    increment_version(out)
-    return result
+    check(call(table.address, pieces.address, count, table.strided, head, result.data_ptr(), threads))
+    if into is None:
+        increment_version(out)
+        return result
+    increment_version((out, into))
+    return into
 
 
 _TOKENS = struct.Struct("@qqPqqPqqPqqPqiiii")
@@ -349,16 +364,24 @@ def token_moments(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert:
     return out
 
 
-def absorb_(current: Tensor, previous: Tensor | None, total: Tensor, scale: Tensor | float) -> Tensor:
+def absorb_(
+    current: Tensor,
+    previous: Tensor | None,
+    total: Tensor,
+    scale: Tensor | float,
+    *,
+    into: Tensor | None = None,
+) -> Tensor:
     """One pass over three vectors of a running sketch; see :func:`gac_kernels.reference.absorb_`."""
     library = require()
     factor = check_absorb(current, previous, total, scale)
     require_cpu([current], "current, previous and total")
     numel = current.numel()
-    out = torch.empty(-(-numel // LANES), dtype=_FLOAT64)
+    cells = -(-numel // LANES)
+    out = torch.empty(cells, dtype=_FLOAT64) if into is None else check_into(into, (cells,), _CPU)
     last = None if previous is None else previous.data_ptr()
     call = library.quick.gac_absorb if numel <= _QUICK else library.call.gac_absorb
-    threads = _threads(numel)
-    check(call(current.data_ptr(), last, total.data_ptr(), numel, float(factor), out.data_ptr(), threads))
-    increment_version(total if previous is None else (total, previous))
-    return out
+    add, threads = into is not None, _threads(numel)
+    check(call(current.data_ptr(), last, total.data_ptr(), numel, float(factor), out.data_ptr(), add, threads))
+    increment_version([t for t in (total, previous, into) if t is not None])
+    return into if add else out

@@ -80,14 +80,17 @@ def _is_nonfinite(x):
 
 
 @triton.jit
-def _reduce_range(partials, total, begin, end, out, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """``out[c] = sum(partials[c, begin:end])`` in a fixed order."""
+def _reduce_range(partials, total, begin, end, out, COLUMNS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """``out[c] = sum(partials[c, begin:end])`` in a fixed order, or ``+=``."""
     for column in tl.static_range(COLUMNS):
         acc = tl.zeros([BLOCK], tl.float64)
         for first in range(begin, end, BLOCK):
             index = first + tl.arange(0, BLOCK)
             acc += tl.load(partials + column * total + index, mask=index < end, other=0.0)
-        tl.store(out + column, tl.sum(acc))
+        result = tl.sum(acc)
+        if ADD:
+            result += tl.load(out + column)
+        tl.store(out + column, result)
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -96,7 +99,7 @@ def reduce_kernel(partials, total, ranges, out, COLUMNS: tl.constexpr, BLOCK: tl
     row = tl.program_id(0)
     begin = tl.load(ranges + 2 * row)
     end = tl.load(ranges + 2 * row + 1)
-    _reduce_range(partials, total, begin, end, out + row * COLUMNS, COLUMNS, BLOCK)
+    _reduce_range(partials, total, begin, end, out + row * COLUMNS, COLUMNS, False, BLOCK)
 
 
 @triton.jit(do_not_specialize=["first_chunk", "total"])
@@ -416,17 +419,19 @@ def sketch_finish_kernel(
     WIDTH: tl.constexpr,
     SLOTS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Second stage of the sketch: the first programs add up moments, the others ``WIDTH`` buckets of a slab each.
 
     A row of ``slabs`` is: first bucket, number of buckets, and the range of slots (chunks) that belong to the slab.
+    ACCUMULATE adds to the buckets, ADD to the moments.
     """
     program = tl.program_id(0)
     if program < moment_rows:
         begin = tl.load(ranges + 2 * program)
         end = tl.load(ranges + 2 * program + 1)
-        _reduce_range(partials, total, begin, end, moments + program * 2, 2, BLOCK)
+        _reduce_range(partials, total, begin, end, moments + program * 2, 2, ADD, BLOCK)
     else:
         BLOCKS: tl.constexpr = (LANES + WIDTH - 1) // WIDTH
         slab = slabs + ((program - moment_rows) // BLOCKS).to(tl.int64) * 4
@@ -457,6 +462,7 @@ def absorb_kernel(
     scale_low,
     out,
     CELL: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     """One cell of ``absorb_``, in float64 throughout: sketches are small beside gradients."""
     cell = tl.program_id(0).to(tl.int64)
@@ -471,7 +477,10 @@ def absorb_kernel(
     delta = tl.where(mask, delta, 0.0)
     sum_so_far = tl.load(total + index, mask=mask, other=0.0).to(tl.float64)
     tl.store(total + index, (sum_so_far + delta).to(tl.float32), mask=mask)
-    tl.store(out + cell, tl.sum(delta * delta))
+    squares = tl.sum(delta * delta)
+    if ADD:
+        squares += tl.load(out + cell)
+    tl.store(out + cell, squares)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gac_kernels.arguments import (
     check_absorb,
+    check_into,
     check_pair,
     check_scalar,
     check_sketch,
@@ -166,6 +167,7 @@ def sketch(
     scale: Tensor | float | None = None,
     accumulate: bool = False,
     per_tensor: bool = False,
+    into: Tensor | None = None,
 ) -> Tensor:
     """See :func:`gac_kernels.reference.sketch`. Buckets and squares are added in float32 within a chunk.
 
@@ -175,6 +177,7 @@ def sketch(
     flat = layout is None
     tensors, layout, regions, starts = check_sketch(tensors, out, layout, regions, starts, seed)
     factor = 1.0 if scale is None else check_scalar(scale, "scale", out.device)
+    sums = None if into is None else check_into(into, (len(tensors), 2) if per_tensor else (2,), out.device)
     device = _indexed(out.device)
     check_device(device)
     tensors = [t if _is_plain(t) else _supported(t).contiguous() for t in tensors]
@@ -220,7 +223,7 @@ def sketch(
                 BITWISE_BF16=interpreted(),
             )
     ranges, moment_rows = _ranges(plan, order, blocks, per_tensor, device)
-    result = torch.empty(moment_rows, 2, dtype=torch.float64, device=device)
+    result = torch.empty(moment_rows, 2, dtype=torch.float64, device=device) if sums is None else sums
     launch(
         kernels.sketch_finish_kernel,
         (moment_rows + len(plan.slabs) * -(-lanes // setup.finish_width),),
@@ -238,8 +241,11 @@ def sketch(
         WIDTH=setup.finish_width,
         SLOTS=_FINISH_SLOTS,
         ACCUMULATE=accumulate,
+        ADD=sums is not None,
         BLOCK=_REDUCE_BLOCK,
     )
+    if into is not None:
+        return into
     return result if per_tensor else result[0]
 
 
@@ -344,13 +350,21 @@ def token_moments(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert:
     return out
 
 
-def absorb_(current: Tensor, previous: Tensor | None, total: Tensor, scale: Tensor | float) -> Tensor:
+def absorb_(
+    current: Tensor,
+    previous: Tensor | None,
+    total: Tensor,
+    scale: Tensor | float,
+    *,
+    into: Tensor | None = None,
+) -> Tensor:
     """See :func:`gac_kernels.reference.absorb_`. One launch, float64 arithmetic."""
     factor = check_absorb(current, previous, total, scale)
+    cells = -(-current.numel() // LANES)
+    sums = None if into is None else check_into(into, (cells,), current.device)
     device = _indexed(current.device)
     check_device(device)
-    cells = -(-current.numel() // LANES)
-    out = torch.empty(cells, dtype=torch.float64, device=device)
+    out = torch.empty(cells, dtype=torch.float64, device=device) if sums is None else sums
     launch(
         kernels.absorb_kernel,
         (cells,),
@@ -362,5 +376,6 @@ def absorb_(current: Tensor, previous: Tensor | None, total: Tensor, scale: Tens
         *scalar_arguments(factor),
         out,
         CELL=LANES,
+        ADD=sums is not None,
     )
-    return out
+    return out if into is None else into

@@ -76,12 +76,13 @@ def recorded_launches(capability: int) -> dict[str, tuple]:
         label = f"{name}/mix+moments"
         operations.mix_([a], [b], 0.25, moments=True)
         label = f"{name}/accumulate"
-        operations.sketch([a], out, layout=layout, scale=0.5, accumulate=True)
+        moments = torch.zeros(2, dtype=torch.float64)
+        operations.sketch([a], out, layout=layout, scale=0.5, accumulate=True, into=moments)
     m = torch.zeros(3000)
     label = ""
     operations.absorb_(m, m.clone(), m.clone(), mu)
     label = "/no_previous"
-    operations.absorb_(m, None, m.clone(), 0.5)
+    operations.absorb_(m, None, m.clone(), 0.5, into=torch.zeros(3, dtype=torch.float64))
     label = ""
     mask = torch.ones(3, 9, dtype=torch.bool)
     operations.token_moments(torch.zeros(3, 9), torch.zeros(3), mask, torch.zeros(3, dtype=torch.bool))

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -304,3 +306,58 @@ def moments_bound(tensors: list[Tensor], unit_roundoff: float, depth: int) -> fl
     (First order, with a factor 2 for the higher orders. Addends are non-negative, so the sum bounds their magnitudes.)
     """
     return 2.0 * depth * unit_roundoff * float(reference.moments(tensors)[0])
+
+
+def check_added_moments(backend, device: str) -> None:
+    """``into`` of ``sketch`` and ``absorb_``: several calls add to what was there what fresh results would hold."""
+    tensors = [values(1500, device=device), values(70, dtype=torch.bfloat16, device=device, seed=1)]
+    tensors.append(poisoned(values(33, device=device, seed=2), [3, 4], math.inf))
+    layout = SketchLayout(tuple(t.numel() for t in tensors), 2)
+    for per_tensor in (False, True):
+        out = torch.full((layout.size,), math.nan, device=device)
+        shape = (3, 2) if per_tensor else (2,)
+        into = values(*shape, device=device, dtype=torch.float64).abs()
+        expected = into.clone()
+        options = {"layout": layout, "per_tensor": per_tensor}
+        for count in (2, 3, 0, 1):
+            given = tensors[:count] + [t[:0] for t in tensors[count:]]
+            expected += backend.sketch(given, out.clone(), **options)
+            assert backend.sketch(given, out, into=into, **options) is into
+            torch.testing.assert_close(into, expected, rtol=8 * 2.0**-53, atol=0)
+    assert into[2, 1] == expected[2, 1]
+    for numel in (0, 1, 1025, 3000):
+        cells = -(-numel // 1024)
+        room = values(cells + 1, dtype=torch.float64, device=device).abs()
+        behind = room[cells].clone()
+        into, expected = room[:cells], room[:cells].clone()
+        for seed in range(3):
+            current = values(numel, device=device, seed=seed)
+            totals, previous = ([values(numel, device=device, seed=9) for _ in range(2)] for _ in range(2))
+            fresh = backend.absorb_(current, previous[0] if seed else None, totals[0], 0.3)
+            assert backend.absorb_(current, previous[1] if seed else None, totals[1], 0.3, into=into) is into
+            assert torch.equal(*totals)
+            assert torch.equal(*previous)
+            expected += fresh
+            torch.testing.assert_close(into, expected, rtol=4 * 2.0**-53, atol=0)
+        assert room[cells] == behind
+
+
+def check_wrong_into(backend, device: str) -> None:
+    """Whatever ``into`` must not be is refused by name before anything is written."""
+    x, out = values(5, device=device), torch.zeros(5, device=device)
+    wide = torch.zeros(2, 4, dtype=torch.float64, device=device)
+    for error, wrong in (
+        (TypeError, torch.zeros(2, device=device)),
+        (TypeError, [0.0, 0.0]),
+        (ValueError, torch.zeros(3, dtype=torch.float64, device=device)),
+        (ValueError, torch.zeros(1, 2, dtype=torch.float64, device=device)),
+        (ValueError, wide[0, ::2]),
+        (ValueError, torch.zeros(2, dtype=torch.float64, device="meta")),
+    ):
+        with pytest.raises(error, match="into"):
+            backend.sketch(x, out, into=wrong)
+        with pytest.raises(error, match="into"):
+            backend.absorb_(torch.ones(1025, device=device), None, torch.ones(1025, device=device), 1.0, into=wrong)
+    with pytest.raises(ValueError, match=r"into must be contiguous with shape \(1, 2\)"):
+        backend.sketch(x, out, per_tensor=True, into=wide[0, :2])
+    assert not out.any()

@@ -29,6 +29,8 @@ from tests.gac_kernels.cases import (
     UNIT_ROUNDOFF,
     SketchCase,
     bucket_mass,
+    check_added_moments,
+    check_wrong_into,
     misaligned,
     nonfinite_cases,
     pair_cases,
@@ -324,6 +326,15 @@ def test_instruction_sets_agree_bit_for_bit_on_sketches():
             call(case, cpu, tensors, outs[-1])
         assert all(same(outs[0], out) for out in outs[1:]), case
     LIBRARY.select(best)
+
+
+def test_results_can_be_added_up():
+    check_added_moments(cpu, "cpu")
+    check_wrong_into(cpu, "cpu")
+    out, into = torch.zeros(5), torch.zeros(2, dtype=torch.float64)
+    version = into._version
+    cpu.sketch(values(5), out, into=into)
+    assert into._version > version
 
 
 def test_sketch_with_nonfinite_elements(isa):

@@ -42,12 +42,21 @@ def operator_calls():
     parameters = [torch.nn.Parameter(t) for t in inputs()[0]]
     numbers = [list(LAYOUT.numels), 2, 1024, [2, 0, 1], [0, 0, 0], 7]
     c, p, t = (values(1500, seed=s) for s in (1, 2, 3))
+    two, rows, cells = (torch.ones(shape, dtype=torch.float64) for shape in (2, (3, 2), 2))
     return {
         "moments": (OPERATORS.moments, (a, True)),
         "moments_of_parameters": (OPERATORS.moments, (parameters, False)),
         "moments_of_nothing": (OPERATORS.moments, ([], False)),
         "sketch_flat": (OPERATORS.sketch, (a, torch.zeros(126), None, 0, 0, None, None, 3, MU, 1.0, False, True)),
         "sketch": (OPERATORS.sketch, ([a[2], a[0], a[1]], torch.zeros(126), *numbers, None, 2.0, True, False)),
+        "sketch_into_": (
+            OPERATORS.sketch_into_,
+            ([a[2], a[0], a[1]], torch.zeros(126), two, *numbers, MU, 1.0, False, False),
+        ),
+        "sketch_into_flat": (
+            OPERATORS.sketch_into_,
+            (a, torch.zeros(126), rows, None, 0, 0, None, None, 3, None, 2.0, True, True),
+        ),
         "pair_moments": (OPERATORS.pair_moments, (a, b, True)),
         "mix_": (OPERATORS.mix_, (a, b, MU, 1.0)),
         "mix_number": (OPERATORS.mix_, (a, b, None, 0.4)),
@@ -55,6 +64,8 @@ def operator_calls():
         "token_moments": (OPERATORS.token_moments, TOKENS),
         "absorb_": (OPERATORS.absorb_, (c, p, t, MU, 1.0)),
         "absorb_first": (OPERATORS.absorb_, (c, None, t, None, 0.5)),
+        "absorb_into_": (OPERATORS.absorb_into_, (c, p, t, cells, MU, 1.0)),
+        "absorb_into_first": (OPERATORS.absorb_into_, (c, None, t, cells, None, 0.5)),
     }
 
 
@@ -65,7 +76,7 @@ def test_opcheck(name):
     assert set(results.values()) == {"SUCCESS"}
 
 
-def everything(a, b, mu, out, flat, c, p, t):
+def everything(a, b, mu, out, flat, c, p, t, two, rows, cells):
     """One call of every operation, in every form the schemas have."""
     return (
         gac_kernels.moments(a, per_tensor=True),
@@ -73,12 +84,16 @@ def everything(a, b, mu, out, flat, c, p, t):
         gac_kernels.sketch(a, out, layout=LAYOUT, scale=mu),
         gac_kernels.sketch(a, out, layout=LAYOUT, regions=(0, 1, 2), starts=(0, 0, 0), scale=0.5, accumulate=True),
         gac_kernels.sketch(a, flat, seed=5, per_tensor=True),
+        gac_kernels.sketch(a, out, layout=LAYOUT, scale=mu, into=two),
+        gac_kernels.sketch(a, flat, seed=5, per_tensor=True, into=rows),
         gac_kernels.pair_moments(a, b),
         gac_kernels.mix_(a, b, mu, moments=True),
         gac_kernels.mix_(a, b, 0.5),
         gac_kernels.token_moments(*TOKENS),
         gac_kernels.absorb_(c, None, t, mu),
         gac_kernels.absorb_(c, p, t, 0.5),
+        gac_kernels.absorb_(c, p, t, mu, into=cells),
+        two + gac_kernels.sketch(a, out, layout=LAYOUT, into=two),  # after the write
     )
 
 
@@ -86,7 +101,8 @@ def test_compiled_calls_equal_eager_calls():
     def arguments():
         a, b = inputs()
         vectors = [values(1500, seed=s) for s in (1, 2, 3)]
-        return a, b, MU, torch.zeros(LAYOUT.size), torch.zeros(126), *vectors
+        sums = [torch.ones(shape, dtype=torch.float64) for shape in (2, (3, 2), 2)]
+        return a, b, MU, torch.zeros(LAYOUT.size), torch.zeros(126), *vectors, *sums
 
     eager, compiled = arguments(), arguments()
     expected = everything(*eager)
@@ -111,6 +127,9 @@ def test_fake_tensors_go_through_the_operators():
         assert gac_kernels.moments(x).shape == (2,)
         assert gac_kernels.sketch(x, torch.empty(13), per_tensor=True).shape == (2, 2)
         assert gac_kernels.absorb_(torch.empty(1025), None, torch.empty(1025), 1.0).shape == (2,)
+        into = torch.empty(2, dtype=torch.float64)
+        assert gac_kernels.sketch(x, torch.empty(13), into=into) is into
+        assert gac_kernels.absorb_(torch.empty(1025), None, torch.empty(1025), 1.0, into=into) is into
 
 
 def test_eager_calls_do_not_cross_the_operator_boundary():

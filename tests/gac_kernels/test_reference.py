@@ -7,7 +7,7 @@ import torch
 
 from gac_kernels import SketchLayout, reference
 from gac_kernels.arguments import check_scalar, overlaps_itself
-from tests.gac_kernels.cases import strided_tensors, values
+from tests.gac_kernels.cases import check_added_moments, check_wrong_into, strided_tensors, values
 
 
 def test_moments_and_pair_moments_in_exact_integers():
@@ -24,6 +24,11 @@ def test_mix_returns_the_moments_before_the_update():
     a, b = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
     assert reference.mix_(a, b, 0.25, moments=True).tolist() == [5.0, 25.0, 11.0]
     assert a.tolist() == [2.5, 3.5]
+
+
+def test_results_can_be_added_up():
+    check_added_moments(reference, "cpu")
+    check_wrong_into(reference, "cpu")
 
 
 def test_sketch_writes_only_the_regions_named():

@@ -32,6 +32,8 @@ from tests.gac_kernels.cases import (
     UNIT_ROUNDOFF,
     SketchCase,
     bucket_mass,
+    check_added_moments,
+    check_wrong_into,
     misaligned,
     nonfinite_cases,
     pair_cases,
@@ -303,6 +305,13 @@ def test_sketch_of_strided_tensors():
     ]
     layout = SketchLayout(tuple(t.numel() for t in tensors), 2)
     check_sketch(SketchCase("strided", lambda device: tensors, layout, layout.size))
+
+
+def test_results_can_be_added_up(launches):
+    check_added_moments(operations, DEVICE)
+    launches.clear()
+    check_wrong_into(operations, DEVICE)
+    assert launches == []
 
 
 def test_sketch_with_nonfinite_elements():

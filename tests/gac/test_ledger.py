@@ -1,0 +1,168 @@
+"""The ledger's books, and what they cost: launches of a contribution, on any backend."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gac_kernels
+from gac.ledger import Branch, Ledger
+
+NUMELS = (3000, 70, 0, 1025)
+ONE = torch.tensor(1.0)
+
+
+def gradients(seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, generator=generator) for n in NUMELS]
+
+
+@pytest.fixture
+def incoming(monkeypatch):
+    """A ledger in which elements share buckets and the gradient is seen before accumulation."""
+    monkeypatch.setattr("gac.ledger.SMALLEST_SKETCH", 2048)
+    ledger = Ledger(NUMELS, torch.device("cpu"), lossless=False, running=False)
+    assert ledger.current is not None
+    assert ledger.layout.size < sum(NUMELS)
+    return ledger
+
+
+def sketched(ledger: Ledger, tensors: list[torch.Tensor]) -> torch.Tensor:
+    out = torch.zeros(ledger.layout.size)
+    gac_kernels.sketch(tensors, out, layout=ledger.layout)
+    return out
+
+
+def contribute(ledger: Ledger, branch: Branch, calls, scale=ONE) -> None:
+    ledger.begin()
+    for indices, tensors in calls:
+        ledger.read(branch, indices, tensors, scale)
+    ledger.end(branch, scale)
+
+
+def test_parameters_without_a_gradient_count_as_zero(incoming):
+    """A region that an earlier contribution filled must not enter a later one."""
+    x, y, z = gradients(1), gradients(2), gradients(3)
+    scale = torch.tensor(0.7)
+    contribute(incoming, Branch.SFT, [([0, 1, 2, 3], x)], scale)
+    contribute(incoming, Branch.SFT, [([1], [y[1]])], scale)
+    contribute(incoming, Branch.SFT, [([3], [z[3]]), ([0], [z[0]])], scale)
+    zeros = [torch.zeros(n) for n in NUMELS]
+    parts = [x, [zeros[0], y[1], zeros[2], zeros[3]], [z[0], zeros[1], zeros[2], z[3]]]
+    sketches = [0.7 * sketched(incoming, part).double() for part in parts]
+    torch.testing.assert_close(incoming.totals[Branch.SFT].double(), sum(sketches), rtol=1e-6, atol=1e-6)
+    power = sum(s.square().sum() for s in sketches)
+    sums = incoming.sums()
+    torch.testing.assert_close(sums[0], power, rtol=1e-6, atol=0)
+    assert sums[1:3].tolist() == [0.0, 0.0]
+    incoming.clear()
+    assert not incoming.sums().any()
+    contribute(incoming, Branch.RL, [([0], [y[0]])])
+    torch.testing.assert_close(incoming.totals[Branch.RL], sketched(incoming, [y[0], *zeros[1:]]))
+
+
+def test_gradients_in_parts_add_up(incoming):
+    """Parameter 1 comes twice, once beside a parameter that is new."""
+    x, y = gradients(1), gradients(2)
+    contribute(incoming, Branch.RL, [([0, 1], x[:2]), ([1, 3], [y[1], x[3]])])
+    whole = sketched(incoming, [x[0], x[1] + y[1], x[2], x[3]])
+    torch.testing.assert_close(incoming.totals[Branch.RL], whole, rtol=1e-6, atol=1e-6)
+
+
+def test_an_abandoned_contribution_leaves_nothing(incoming):
+    x, y = gradients(1), gradients(2)
+    incoming.begin()
+    incoming.read(Branch.SFT, [0], [x[0]], ONE)  # and an exception
+    contribute(incoming, Branch.SFT, [([1], [y[1]])])
+    zeros = [torch.zeros(n) for n in NUMELS]
+    torch.testing.assert_close(incoming.totals[Branch.SFT], sketched(incoming, [zeros[0], y[1], *zeros[2:]]))
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_norms_of_a_lossless_ledger(running):
+    ledger = Ledger(NUMELS, torch.device("cpu"), lossless=True, running=running)
+    x, y = gradients(1), gradients(2)
+    y[1][5] = float("inf")
+    scales = {Branch.SFT: torch.tensor(0.5), Branch.RL: torch.tensor(3.0)}
+    contribute(ledger, Branch.SFT, [([0, 1, 2, 3], x)], scales[Branch.SFT])
+    sums = ledger.sums()
+    squares = 0.25 * sum(t.double().square().sum() for t in x)
+    torch.testing.assert_close(sums[[0, 3]], torch.stack([squares, squares]), rtol=1e-6, atol=0)
+    assert sums[[1, 2, 4, 5]].tolist() == [0.0] * 4
+    contribute(ledger, Branch.RL, [([0, 1, 2, 3], y)], scales[Branch.RL])
+    assert ledger.sums()[2] == 1
+    ledger.clear()
+    assert not ledger.sums().any()
+
+
+@pytest.mark.parametrize("kind", ["direct", "running", "incoming"])
+def test_a_contribution_is_nothing_but_the_operations(kind, monkeypatch):
+    """No sum, product or memset beside them: each would be a launch."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr("gac.ledger.SMALLEST_SKETCH", 2048)
+    ledger = Ledger(NUMELS, torch.device("cpu"), lossless=kind == "direct", running=kind == "running")
+    read, end = "gac_kernels::sketch_into_", "gac_kernels::absorb_into_"
+    x = gradients(1)
+    for branch in (*Branch, Branch.SFT):
+        names: list[str] = []
+        with Seen():
+            contribute(ledger, branch, [([2, 3], x[2:]), ([0, 1], x[:2])])
+        assert names == [read, read] + ([] if kind == "direct" else [end])
+
+
+LAUNCHES = """
+import math, sys
+import torch
+import gac.ledger, gac.observer
+from gac.ledger import Branch
+from gac_kernels.triton import operations
+
+count = 0
+launch = operations.launch
+def counted(*args, **constants):
+    global count
+    count += 1
+    launch(*args, **constants)
+operations.launch = counted
+
+BUCKET = gac.observer.BUCKET_BYTES = 8192
+gac.ledger.SMALLEST_SKETCH = 2048
+torch.manual_seed(0)
+model = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(6)))
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+for lossless, running in ((True, False), (False, True), (False, False)):
+    model.zero_grad(set_to_none=True)
+    observer = gac.observer.Observer(model.named_parameters(), lossless=lossless, running=running, seed=0)
+    observer.enter(Branch.SFT, torch.tensor(1.0))
+    for _ in range(3):
+        count = 0
+        model(torch.randn(4, 32)).square().sum().backward()
+        observer.finish()
+        print(count, 2 * math.ceil(size / BUCKET) + 1)
+    observer.leave(failed=False)
+    squares = observer.ledgers[0].sums()
+    assert squares[0] > 0 and squares[2] == 0
+    observer.remove()
+"""
+
+
+def test_launches_of_a_backward_pass():
+    """At most two for each bucket and one more: with 128 MiB buckets ceil(bytes / 64 MiB) + 2."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("GAC_", "PYTEST_"))}
+    environment |= {"TRITON_INTERPRET": "1", "GAC_BACKEND": "triton", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHES], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    counts = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(counts) == 9
+    assert all(4 < count <= most for count, most in counts), counts
