@@ -49,9 +49,12 @@ def draw(results: dict, path: str | Path) -> None:
         for axis, dtype in zip(axes[0], dtypes, strict=True):
             _panel(axis, [row for row in rows if row["dtype"] == dtype], dtype, results.get("nominal_gbps"))
         axes[0, 0].set_ylabel("GB/s")
-        handles = {
-            label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-        }
+        drawn = [bandwidth for row in rows for bandwidth in (row["gbps"], row["read_gbps"])]
+        axes[0, 0].set_ylim(min(drawn) * 0.7, max([*drawn, results.get("nominal_gbps", 0.0)]) * 1.5)
+        axes[0, 0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        handles = {}
+        for axis in axes[0]:
+            handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
         facts = results["facts"]
         figure.suptitle(f"Bandwidth against the read limit: {facts['device']}", x=0.01, ha="left", fontsize=11)
