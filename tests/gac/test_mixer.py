@@ -54,9 +54,12 @@ def same(a, b) -> bool:
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize(("family", "tied"), ARCHITECTURES)
-def test_gradients_and_parameters_are_bitwise_those_of_the_weighted_loss(family, tied, estimator):
-    patched, plain = tiny_model(family, tied=tied), tiny_model(family, tied=tied)
+@pytest.mark.parametrize(
+    ("family", "tied", "dtype"),
+    [(*a, torch.float32) for a in ARCHITECTURES] + [("qwen2", True, torch.bfloat16), ("llama", False, torch.float64)],
+)
+def test_gradients_and_parameters_are_bitwise_those_of_the_weighted_loss(family, tied, dtype, estimator):
+    patched, plain = (tiny_model(family, tied=tied, dtype=dtype) for _ in range(2))
     keys = list(patched.state_dict())
     with gac.patch(patched, estimator=estimator, cap=0.2) as mixer:
         gradients, weights = run(patched, mixer, steps=3)
