@@ -43,7 +43,7 @@ class TrainConfig:
     warm_start_steps: int | None = None
     warm_start_lr: float | None = None
     seed: int = 0
-    threads: int = 0
+    threads: int | None = None
     eval_every: int = 20
     save_every: int = 50
 
@@ -52,6 +52,7 @@ class TrainConfig:
         small = self.model is None
         fill = {"lr": 4e-4 if small else 1e-5, "warm_start_steps": 300 if small else 0}
         fill["warm_start_lr"] = 1e-3 if small else fill["lr"]
+        fill["threads"] = 1 if small else 0  # its operations are too small to share out
         return dataclasses.replace(self, **{k: v for k, v in fill.items() if getattr(self, k) is None})
 
     def law_and_options(self) -> tuple[str, dict[str, Any]]:
@@ -149,7 +150,11 @@ def add_training_options(parser: argparse.ArgumentParser, *, leave_out: tuple[st
         type=positive_float, metavar="X",
     )  # fmt: skip
     add(training, "--seed", "decides the problems, the model and every sample", type=natural, metavar="N")
-    add(training, "--threads", "CPU threads (default: as torch chooses)", type=natural, metavar="N")
+    add(
+        training, "--threads",
+        "CPU threads; 0 as torch chooses (default: 1 for the small model, whose operations are small, else 0)",
+        type=natural, metavar="N",
+    )  # fmt: skip
     add(training, "--eval-every", "steps between two evaluations", type=positive, metavar="N")
     add(training, "--save-every", "steps between two checkpoints", type=positive, metavar="N")
 
