@@ -4,9 +4,10 @@
 //   row 0  address of the first element
 //   row 1  number of elements
 //   row 2  dtype: 0 float32, 1 bfloat16, 2 float16, 3 float64
-//   row 3  elements of one contiguous run (only in a strided table)
-//   row 4  distance between the starts of two runs, in elements (only in a strided table)
-// Without rows 3 and 4 every tensor is contiguous.
+//   row 3  elements of one contiguous run
+//   row 4  distance between the starts of two runs, in elements
+// A table's form says which rows it has: 1 all; 0 rows 0 to 2, every tensor is contiguous; 2 + dtype rows 0 and 1, every
+// tensor is contiguous and of that dtype. Two tables come with form_a | form_b << 4.
 //
 // Every function returns 0, or one of the codes below. Sums are float64, taken over fixed chunks and combined in a
 // fixed order: results do not depend on the number of threads.
@@ -35,18 +36,18 @@ GAC_API const char* gac_threading(void);
 GAC_API void gac_prefer_pool(int pool);
 
 // out: [2] or, per_tensor, [n, 2]: sum of squares, count of non-finite elements.
-GAC_API int gac_moments(const int64_t* table, int64_t n, int strided, int per_tensor, double* out, int threads);
+GAC_API int gac_moments(const int64_t* table, int64_t n, int form, int per_tensor, double* out, int threads);
 // The same for one contiguous tensor. packed = numel << 16 | threads << 4 | dtype (fewer arguments: ctypes charges each).
 GAC_API int gac_moments_one(const void* x, int64_t packed, double* out);
 
 // out: [3] or, per_tensor, [n, 3]: |a|^2, |b|^2, <a, b>.
-GAC_API int gac_pair_moments(const int64_t* a, const int64_t* b, int64_t n, int strided, int per_tensor, double* out,
+GAC_API int gac_pair_moments(const int64_t* a, const int64_t* b, int64_t n, int form, int per_tensor, double* out,
                              int threads);
 // The same for two contiguous tensors of one dtype.
 GAC_API int gac_pair_moments_one(const void* a, const void* b, int64_t packed, double* out);
 
 // a <- mu*a + (1-mu)*b. out: [3] of the values before the update, or null.
-GAC_API int gac_mix(const int64_t* a, const int64_t* b, int64_t n, int strided, double mu, double* out, int threads);
+GAC_API int gac_mix(const int64_t* a, const int64_t* b, int64_t n, int form, double mu, double* out, int threads);
 GAC_API int gac_mix_one(void* a, const void* b, int64_t packed, double mu, double* out);
 
 // The linear map of gac_kernels/layout.py. pieces is a table of n columns: region's first bucket, region's first sign
@@ -64,7 +65,7 @@ struct gac_sketch_map {
   int32_t per_tensor;  // moments: [2] or [n, 2]
   int32_t add;         // 1: add to the moments
 };
-GAC_API int gac_sketch(const int64_t* table, const int64_t* pieces, int64_t n, int strided,
+GAC_API int gac_sketch(const int64_t* table, const int64_t* pieces, int64_t n, int form,
                        const struct gac_sketch_map* map, double* moments, int threads);
 
 // One row of sums for each of `rows` sequences of `length` tokens, see reference.token_moments. Strides in elements.

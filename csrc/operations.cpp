@@ -11,7 +11,7 @@
 namespace gac {
 namespace {
 
-constexpr int64_t kChunk = 1 << 16;       // elements of a reduction's chunk
+constexpr int64_t kChunk = 1 << 14;       // elements of a reduction's chunk
 constexpr int64_t kBlock = 1024;          // elements converted, or mixed after their sums are taken, at a time
 constexpr int64_t kTokensBlock = 512;     // tokens converted at a time
 constexpr int64_t kUnitRows = 64;         // rows of a sketch unit when slabs are short
@@ -30,11 +30,13 @@ struct Tensor {
 
 class Table {
  public:
-  Table(const int64_t* rows, int64_t n, bool strided) : rows_(rows), n_(n), strided_(strided) {}
+  Table(const int64_t* rows, int64_t n, int form) : rows_(rows), n_(n), form_(form) {}
   Tensor operator[](int64_t k) const {
     const int64_t numel = rows_[n_ + k];
-    return {reinterpret_cast<char*>(rows_[k]), numel, static_cast<int>(rows_[2 * n_ + k]),
-            strided_ ? rows_[3 * n_ + k] : numel, strided_ ? rows_[4 * n_ + k] : 0};
+    const int dtype = form_ >= 2 ? form_ - 2 : static_cast<int>(rows_[2 * n_ + k]);
+    const bool strided = form_ == 1;
+    return {reinterpret_cast<char*>(rows_[k]), numel, dtype, strided ? rows_[3 * n_ + k] : numel,
+            strided ? rows_[4 * n_ + k] : 0};
   }
   int64_t size() const { return n_; }
   // A tensor without memory of its own (a wrapper subclass) must not be read.
@@ -47,7 +49,7 @@ class Table {
  private:
   const int64_t* rows_;
   int64_t n_;
-  bool strided_;
+  int form_;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -546,9 +548,9 @@ const char* gac_threading(void) { return threading_name(); }
 
 void gac_prefer_pool(int pool) { prefer_pool(pool != 0); }
 
-int gac_moments(const int64_t* table, int64_t n, int strided, int per_tensor, double* out, int threads) {
+int gac_moments(const int64_t* table, int64_t n, int form, int per_tensor, double* out, int threads) {
   return guarded([&]() -> int {
-    const Table tensors(table, n, strided != 0);
+    const Table tensors(table, n, form);
     if (!tensors.readable()) return GAC_NULL_POINTER;
     reduce<2>(tensors, per_tensor != 0, out, threads, [&](int64_t k, int64_t begin, int64_t count, double* sums) {
       moments_chunk(tensors[k], begin, count, sums);
@@ -561,18 +563,18 @@ int gac_moments_one(const void* x, int64_t packed, double* out) {
   const int64_t numel = packed >> 16;
   const int dtype = static_cast<int>(packed & 15), threads = static_cast<int>(packed >> 4 & 0xfff);
   if (numel > kChunk) {
-    const int64_t table[] = {static_cast<int64_t>(reinterpret_cast<intptr_t>(x)), numel, dtype};
-    return gac_moments(table, 1, 0, 0, out, threads);
+    const int64_t table[] = {static_cast<int64_t>(reinterpret_cast<intptr_t>(x)), numel};
+    return gac_moments(table, 1, 2 + dtype, 0, out, threads);
   }
   if (!x && numel) return GAC_NULL_POINTER;
   moments_chunk({static_cast<char*>(const_cast<void*>(x)), numel, dtype, numel, 0}, 0, numel, out);
   return GAC_OK;
 }
 
-int gac_pair_moments(const int64_t* a, const int64_t* b, int64_t n, int strided, int per_tensor, double* out,
+int gac_pair_moments(const int64_t* a, const int64_t* b, int64_t n, int form, int per_tensor, double* out,
                      int threads) {
   return guarded([&]() -> int {
-    const Table left(a, n, strided != 0), right(b, n, strided != 0);
+    const Table left(a, n, form & 15), right(b, n, form >> 4);
     if (!left.readable() || !right.readable()) return GAC_NULL_POINTER;
     reduce<3>(left, per_tensor != 0, out, threads, [&](int64_t k, int64_t begin, int64_t count, double* sums) {
       const Tensor x = left[k], y = right[k];
@@ -590,18 +592,18 @@ int gac_pair_moments_one(const void* a, const void* b, int64_t packed, double* o
   const int64_t numel = packed >> 16;
   const int dtype = static_cast<int>(packed & 15), threads = static_cast<int>(packed >> 4 & 0xfff);
   if (numel > kChunk) {
-    const int64_t left[] = {static_cast<int64_t>(reinterpret_cast<intptr_t>(a)), numel, dtype};
-    const int64_t right[] = {static_cast<int64_t>(reinterpret_cast<intptr_t>(b)), numel, dtype};
-    return gac_pair_moments(left, right, 1, 0, 0, out, threads);
+    const int64_t left[] = {static_cast<int64_t>(reinterpret_cast<intptr_t>(a)), numel};
+    const int64_t right[] = {static_cast<int64_t>(reinterpret_cast<intptr_t>(b)), numel};
+    return gac_pair_moments(left, right, 1, 17 * (2 + dtype), 0, out, threads);
   }
   if ((!a || !b) && numel) return GAC_NULL_POINTER;
   pair_run(dtype, dtype, static_cast<const char*>(a), static_cast<const char*>(b), numel, out);
   return GAC_OK;
 }
 
-int gac_mix(const int64_t* a, const int64_t* b, int64_t n, int strided, double mu, double* out, int threads) {
+int gac_mix(const int64_t* a, const int64_t* b, int64_t n, int form, double mu, double* out, int threads) {
   return guarded([&]() -> int {
-    const Table left(a, n, strided != 0), right(b, n, strided != 0);
+    const Table left(a, n, form & 15), right(b, n, form >> 4);
     if (!left.readable() || !right.readable()) return GAC_NULL_POINTER;
     double ignored[3];
     reduce<3>(left, false, out ? out : ignored, threads, [&](int64_t k, int64_t begin, int64_t count, double* sums) {
@@ -620,19 +622,19 @@ int gac_mix_one(void* a, const void* b, int64_t packed, double mu, double* out) 
   const int64_t numel = packed >> 16;
   const int dtype = static_cast<int>(packed & 15), threads = static_cast<int>(packed >> 4 & 0xfff);
   if (numel > kChunk) {
-    const int64_t left[] = {static_cast<int64_t>(reinterpret_cast<intptr_t>(a)), numel, dtype};
-    const int64_t right[] = {static_cast<int64_t>(reinterpret_cast<intptr_t>(b)), numel, dtype};
-    return gac_mix(left, right, 1, 0, mu, out, threads);
+    const int64_t left[] = {static_cast<int64_t>(reinterpret_cast<intptr_t>(a)), numel};
+    const int64_t right[] = {static_cast<int64_t>(reinterpret_cast<intptr_t>(b)), numel};
+    return gac_mix(left, right, 1, 17 * (2 + dtype), mu, out, threads);
   }
   if ((!a || !b) && numel) return GAC_NULL_POINTER;
   mix_run(dtype, dtype, static_cast<char*>(a), static_cast<const char*>(b), numel, mu, out);
   return GAC_OK;
 }
 
-int gac_sketch(const int64_t* table, const int64_t* pieces, int64_t n, int strided, const gac_sketch_map* map,
+int gac_sketch(const int64_t* table, const int64_t* pieces, int64_t n, int form, const gac_sketch_map* map,
                double* moments, int threads) {
   return guarded([&]() -> int {
-    const Table tensors(table, n, strided != 0);
+    const Table tensors(table, n, form);
     if (!tensors.readable() || (!map->out && map->out_size)) return GAC_NULL_POINTER;
     return gac::sketch(tensors, pieces, *map, moments, threads);
   });

@@ -6,6 +6,7 @@
 // which starts afresh.
 #include "threads.h"
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -20,19 +21,37 @@
 namespace gac {
 namespace {
 
-struct Job {
-  std::atomic<int64_t> next{0};
-  int64_t tasks;
-  void (*body)(void*, int64_t);
-  void* context;
+constexpr int kSlices = 64;
+
+// A thread's share of the tasks: neighbours, so that calls on the same buffers find them in the same core's cache.
+struct alignas(64) Slice {
+  std::atomic<int64_t> next;
+  int64_t end;
 };
 
-void work(void* argument) {
-  Job* job = static_cast<Job*>(argument);
-  for (;;) {
-    const int64_t task = job->next.fetch_add(1, std::memory_order_relaxed);
-    if (task >= job->tasks) return;
-    job->body(job->context, task);
+struct Job {
+  Job(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context)
+      : slices(std::min(threads, kSlices)), body(body), context(context) {
+    for (int s = 0; s < slices; ++s) {
+      slice[s].next.store(tasks * s / slices, std::memory_order_relaxed);
+      slice[s].end = tasks * (s + 1) / slices;
+    }
+  }
+  int slices;
+  void (*body)(void*, int64_t);
+  void* context;
+  Slice slice[kSlices];
+};
+
+// Does the tasks of slice `own`, then what is left of the others: a thread that comes late or never holds nothing up.
+void work(Job* job, int own) {
+  for (int s = 0; s < job->slices; ++s) {
+    Slice& slice = job->slice[(own + s) % job->slices];
+    for (;;) {
+      const int64_t task = slice.next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= slice.end) break;
+      job->body(job->context, task);
+    }
   }
 }
 
@@ -51,7 +70,7 @@ class Pool {
       ++generation_;
     }
     start_.notify_all();
-    work(job);
+    work(job, 0);
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return running_ == 0; });
     return true;
@@ -66,7 +85,7 @@ class Pool {
       if (static_cast<int>(id) >= wanted_) continue;
       Job* job = job_;
       lock.unlock();
-      work(job);
+      work(job, static_cast<int>(id) + 1);
       lock.lock();
       if (--running_ == 0) done_.notify_one();
     }
@@ -115,7 +134,22 @@ Parallel openmp() {
 #endif
 }
 
-bool use_openmp() { return !pool_preferred.load(std::memory_order_relaxed) && openmp() && process_id() == loader; }
+using ThreadNumber = int (*)();
+
+ThreadNumber thread_number() {
+#if defined(_WIN32)
+  return nullptr;
+#else
+  static const ThreadNumber entry = reinterpret_cast<ThreadNumber>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+  return entry;
+#endif
+}
+
+void openmp_work(void* job) { work(static_cast<Job*>(job), thread_number()()); }
+
+bool use_openmp() {
+  return !pool_preferred.load(std::memory_order_relaxed) && openmp() && thread_number() && process_id() == loader;
+}
 
 }  // namespace
 
@@ -129,14 +163,11 @@ void parallel_for(int threads, int64_t tasks, void (*body)(void*, int64_t), void
     for (int64_t task = 0; task < tasks; ++task) body(context, task);
     return;
   }
-  Job job;
-  job.tasks = tasks;
-  job.body = body;
-  job.context = context;
+  Job job(threads, tasks, body, context);
   if (use_openmp())
-    openmp()(work, &job, static_cast<unsigned>(threads), 0);
+    openmp()(openmp_work, &job, static_cast<unsigned>(threads), 0);
   else if (!pool().run(threads, &job))
-    work(&job);
+    work(&job, 0);
 }
 
 }  // namespace gac

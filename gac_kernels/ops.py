@@ -87,21 +87,32 @@ def _implementation(name: str, device_type: str) -> Callable:
     return getattr(_select(device_type)[0], name, None) or getattr(reference, name)
 
 
+_is_compiling = torch.compiler.is_compiling
+_active_modes = torch._C._len_torch_dispatch_stack
+
+
 def _traced() -> bool:
     """True when a call must be visible to the dispatcher: while compiling, or under a dispatch mode."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return _is_compiling() or _active_modes() > 0
+
+
+def _readable(tensors):
+    """``tensors`` as something that can be read twice; what is no list at all is left for the checks to name."""
+    if isinstance(tensors, (Tensor, list)):
+        return tensors
+    return list(tensors) if hasattr(tensors, "__iter__") else tensors
 
 
 def _listed(tensors):
-    """``tensors`` as something that can be read twice; what is no list at all is left for the checks to name."""
-    if isinstance(tensors, Tensor):
-        return [tensors]
-    return list(tensors) if hasattr(tensors, "__iter__") else tensors
+    """The same in the form of a schema: a single tensor as a list of one."""
+    return [tensors] if isinstance(tensors, Tensor) else _readable(tensors)
 
 
 def _device_type(tensors) -> str:
     first = tensors[0] if isinstance(tensors, list) and tensors else tensors
-    return first.device.type if isinstance(first, Tensor) else "cpu"
+    if not isinstance(first, Tensor) or first.is_cpu:
+        return "cpu"
+    return first.device.type
 
 
 def _scalar_parts(value) -> tuple[Tensor | None, float]:
@@ -111,9 +122,11 @@ def _scalar_parts(value) -> tuple[Tensor | None, float]:
 
 def moments(tensors, *, per_tensor: bool = False) -> Tensor:
     """Sum of squares and number of non-finite elements; see :func:`gac_kernels.reference.moments`."""
-    tensors = _listed(tensors)
     if _traced():
-        return torch.ops.gac_kernels.moments(tensors, per_tensor)
+        return torch.ops.gac_kernels.moments(_listed(tensors), per_tensor)
+    if type(tensors) is Tensor and tensors.is_cpu:
+        return _implementation("moments", "cpu")(tensors, per_tensor=per_tensor)
+    tensors = _readable(tensors)
     return _implementation("moments", _device_type(tensors))(tensors, per_tensor=per_tensor)
 
 
@@ -131,8 +144,8 @@ def sketch(
     into: Tensor | None = None,
 ) -> Tensor:
     """A random projection into ``out``, and the moments of the same read; see :func:`gac_kernels.reference.sketch`."""
-    tensors = _listed(tensors)
     if _traced():
+        tensors = _listed(tensors)
         numels = None if layout is None else list(layout.numels)
         rows, lanes = (0, 0) if layout is None else (layout.rows_per_slab, layout.lanes)
         seed = (seed if layout is None else layout.seed) & 0xFFFFFFFF
@@ -144,7 +157,7 @@ def sketch(
         torch.ops.gac_kernels.sketch_into_(tensors, out, into, *rest)
         return into
     return _implementation("sketch", _device_type(out))(
-        tensors,
+        _readable(tensors),
         out,
         layout=layout,
         regions=regions,
@@ -159,18 +172,22 @@ def sketch(
 
 def pair_moments(a, b, *, per_tensor: bool = False) -> Tensor:
     """``|a|^2``, ``|b|^2`` and ``<a, b>``; see :func:`gac_kernels.reference.pair_moments`."""
-    a, b = _listed(a), _listed(b)
     if _traced():
-        return torch.ops.gac_kernels.pair_moments(a, b, per_tensor)
+        return torch.ops.gac_kernels.pair_moments(_listed(a), _listed(b), per_tensor)
+    if type(a) is Tensor and a.is_cpu and type(b) is Tensor:
+        return _implementation("pair_moments", "cpu")(a, b, per_tensor=per_tensor)
+    a, b = _readable(a), _readable(b)
     return _implementation("pair_moments", _device_type(a))(a, b, per_tensor=per_tensor)
 
 
 def mix_(a, b, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
     """``a <- mu * a + (1 - mu) * b`` in place; see :func:`gac_kernels.reference.mix_`."""
-    a, b = _listed(a), _listed(b)
     if _traced():
         operator = torch.ops.gac_kernels.mix_moments_ if moments else torch.ops.gac_kernels.mix_
-        return operator(a, b, *_scalar_parts(mu))
+        return operator(_listed(a), _listed(b), *_scalar_parts(mu))
+    if type(a) is Tensor and a.is_cpu and type(b) is Tensor:
+        return _implementation("mix_", "cpu")(a, b, mu, moments=moments)
+    a, b = _readable(a), _readable(b)
     return _implementation("mix_", _device_type(a))(a, b, mu, moments=moments)
 
 

@@ -44,8 +44,11 @@ __all__ = ["absorb_", "mix_", "moments", "pair_moments", "sketch", "token_moment
 
 _CPU = torch.device("cpu")
 _FLOAT64 = torch.float64
-_QUICK = 1 << 16  # elements up to which a call runs on the caller's thread with the interpreter lock held
+_QUICK = 40_960
+"""Elements up to which a call runs on the caller's thread, with the interpreter lock held: a second thread would save
+less than waking it takes (1.5 us where it waits actively)."""
 _TWO, _THREE = torch.empty(2, dtype=_FLOAT64), torch.empty(3, dtype=_FLOAT64)  # empty_like costs less than empty
+_empty_like = torch.empty_like
 _shape = Tensor.shape.__get__
 
 
@@ -64,28 +67,31 @@ def _packed(tensor) -> int:
 
     So goes a tensor of one element: a lazily negated view of that size counts as contiguous.
     """
-    if type(tensor) in PLAIN and tensor.is_cpu:
-        try:
-            if tensor.is_contiguous():
-                code = DTYPE_CODES.get(tensor.dtype)
-                numel = tensor.numel()
-                if code is not None and numel > 1:
-                    return numel << 16 | code
-        except RuntimeError:  # sparse layouts have no such thing
-            pass
+    try:
+        if type(tensor) in PLAIN and tensor.is_contiguous() and tensor.is_cpu:
+            numel = tensor.numel()
+            if numel > 1:
+                return numel << 16 | DTYPE_CODES[tensor.dtype]
+    except (KeyError, RuntimeError):  # an unusual dtype; sparse layouts cannot be contiguous
+        pass
     return 0
 
 
-def _single(tensors):
-    """The only tensor of a list of one, else what was given."""
-    return tensors[0] if type(tensors) is list and len(tensors) == 1 else tensors
+def _single(tensors: list):
+    """The only tensor of a list of one, else the list."""
+    return tensors[0] if len(tensors) == 1 else tensors
 
 
 def _packed_pair(a, b) -> int:
     """The same of two tensors that agree in it and in shape."""
-    packed = _packed(a)
-    if packed and packed == _packed(b) and (a.dim() == 1 == b.dim() or a.shape == b.shape):
-        return packed
+    try:
+        if type(a) in PLAIN and type(b) in PLAIN and a.is_contiguous() and b.is_contiguous() and a.is_cpu and b.is_cpu:
+            dtype, numel = a.dtype, a.numel()
+            alike = a.dim() == 1 == b.dim() or a.shape == b.shape  # comparing shapes costs more
+            if numel > 1 and b.dtype is dtype and b.numel() == numel and alike:
+                return numel << 16 | DTYPE_CODES[dtype]
+    except (KeyError, RuntimeError):
+        pass
     return 0
 
 
@@ -101,10 +107,10 @@ def moments(tensors, *, per_tensor: bool = False) -> Tensor:
     """Sum of squares and number of non-finite elements; see :func:`gac_kernels.reference.moments`."""
     library = require()
     if not per_tensor:
-        tensor = _single(tensors)
+        tensor = _single(tensors) if type(tensors) is list else tensors
         packed = _packed(tensor)
         if packed:
-            out = torch.empty_like(_TWO)
+            out = _empty_like(_TWO)
             if packed < _QUICK_PACKED:
                 failed = library.quick.gac_moments_one(tensor.data_ptr(), packed | _ONE_THREAD, out.data_ptr())
             else:
@@ -120,7 +126,7 @@ def moments(tensors, *, per_tensor: bool = False) -> Tensor:
     count = len(table.numels)
     out = _sums(count, 2, per_tensor)
     threads = _threads(sum(table.numels))
-    check(library.call.gac_moments(table.address, count, table.strided, per_tensor, out.data_ptr(), threads))
+    check(library.call.gac_moments(table.rows, count, table.form, per_tensor, out.data_ptr(), threads))
     return out
 
 
@@ -130,7 +136,10 @@ def _pair_tables(a, b) -> tuple[Table, Table] | None:
         return None
     first = plain_table(a)
     second = plain_table(b) if first is not None else None
-    if second is None or any(map(ne, map(_shape, a), map(_shape, b))):
+    if second is None or first.numels != second.numels:
+        return None
+    dims = list(map(Tensor.dim, a))
+    if dims != list(map(Tensor.dim, b)) or (max(dims, default=0) > 1 and any(map(ne, map(_shape, a), map(_shape, b)))):
         return None
     return first, second
 
@@ -156,10 +165,10 @@ def pair_moments(a, b, *, per_tensor: bool = False) -> Tensor:
     """``|a|^2``, ``|b|^2`` and ``<a, b>``; see :func:`gac_kernels.reference.pair_moments`."""
     library = require()
     if not per_tensor:
-        x, y = _single(a), _single(b)
+        x, y = (_single(a), _single(b)) if type(a) is list is type(b) else (a, b)
         packed = _packed_pair(x, y)
         if packed:
-            out = torch.empty_like(_THREE)
+            out = _empty_like(_THREE)
             if packed < _QUICK_PACKED:
                 call, packed = library.quick.gac_pair_moments_one, packed | _ONE_THREAD
             else:
@@ -179,13 +188,17 @@ def pair_moments(a, b, *, per_tensor: bool = False) -> Tensor:
     out = _sums(count, 3, per_tensor)
     threads = _threads(sum(left.numels))
     call = library.call.gac_pair_moments
-    check(call(left.address, right.address, count, left.strided, per_tensor, out.data_ptr(), threads))
+    check(call(left.rows, right.rows, count, left.form | right.form << 4, per_tensor, out.data_ptr(), threads))
     return out
 
 
 def _number(value, name: str) -> float:
     """A scale or weight as a float. Reading a CPU tensor waits for nothing."""
-    return value if type(value) is float else float(check_scalar(value, name, _CPU))
+    if type(value) is float:
+        return value
+    if type(value) is Tensor and value.is_cpu and value.numel() == 1 and value.is_floating_point():
+        return value.item()
+    return float(check_scalar(value, name, _CPU))
 
 
 def mix_(a, b, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
@@ -195,11 +208,11 @@ def mix_(a, b, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
     rounded too (to float32, or float64). Results of 16 bits see one rounding only.
     """
     library = require()
-    x, y = _single(a), _single(b)
+    x, y = (_single(a), _single(b)) if type(a) is list is type(b) else (a, b)
     packed = _packed_pair(x, y)
     if packed:
-        weight = _number(mu, "mu")
-        out = torch.empty_like(_THREE) if moments else None
+        weight = mu if type(mu) is float else _number(mu, "mu")
+        out = _empty_like(_THREE) if moments else None
         sums = None if out is None else out.data_ptr()
         if packed < _QUICK_PACKED:
             call, packed = library.quick.gac_mix_one, packed | _ONE_THREAD
@@ -228,7 +241,8 @@ def mix_(a, b, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
     out = torch.empty(3, dtype=_FLOAT64) if moments else None
     threads = _threads(sum(left.numels))
     sums = None if out is None else out.data_ptr()
-    check(library.call.gac_mix(left.address, right.address, len(left.numels), left.strided, weight, sums, threads))
+    form = left.form | right.form << 4
+    check(library.call.gac_mix(left.rows, right.rows, len(left.numels), form, weight, sums, threads))
     increment_version(written)
     for target, mixed in copies:
         target.detach().copy_(mixed)
@@ -320,7 +334,7 @@ def sketch(
     elements = sum(table.numels)
     call = library.quick.gac_sketch if elements <= _QUICK else library.call.gac_sketch
     threads = _threads(elements)
-    check(call(table.address, pieces.address, count, table.strided, head, result.data_ptr(), threads))
+    check(call(table.rows, pieces.address, count, table.form, head, result.data_ptr(), threads))
     if into is None:
         increment_version(out)
         return result

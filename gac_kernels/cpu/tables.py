@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from array import array
+import struct
 
 import torch
 from torch import Tensor
@@ -20,20 +20,19 @@ class Table:
     """Addresses, sizes and dtypes of a list of tensors.
 
     Attributes:
-        address: of the int64 numbers.
+        rows: the int64 numbers.
         numels: elements of each tensor.
-        strided: whether the table tells runs from tensors.
-        kept: what has to stay alive while C reads: the numbers and the copies of tensors that needed one.
+        form: which rows there are: 0, 1, or 2 + dtype code.
+        kept: what has to stay alive while C reads: the copies of tensors that needed one.
     """
 
-    __slots__ = ("address", "kept", "numels", "strided")
+    __slots__ = ("form", "kept", "numels", "rows")
 
-    def __init__(self, rows: list[int], numels: list[int], strided: bool, copies: list[Tensor] | None) -> None:
-        numbers = array("q", rows)
-        self.address = numbers.buffer_info()[0]
+    def __init__(self, rows: list[int], numels: list[int], form: int, kept: list[Tensor] | None) -> None:
+        self.rows = struct.pack(f"{len(rows)}q", *rows)
         self.numels = numels
-        self.strided = strided
-        self.kept = (numbers, copies)
+        self.form = form
+        self.kept = kept
 
 
 _dtype, _is_cpu = Tensor.dtype.__get__, Tensor.is_cpu.__get__  # mapped over a list, half the cost of a loop
@@ -46,11 +45,14 @@ def plain_table(tensors: list[Tensor]) -> Table | None:
             return None
         if not all(map(Tensor.is_contiguous, tensors)):
             return None
-        codes = [DTYPE_CODES[d] for d in map(_dtype, tensors)]
+        codes = [DTYPE_CODES[d] for d in set(map(_dtype, tensors))]
         numels = list(map(Tensor.numel, tensors))
         if 1 in numels and any(map(Tensor.is_neg, tensors)):  # a lazily negated view that counts as contiguous
             return None
-        return Table([*map(Tensor.data_ptr, tensors), *numels, *codes], numels, False, None)
+        rows = [*map(Tensor.data_ptr, tensors), *numels]
+        if len(codes) == 1:
+            return Table(rows, numels, 2 + codes[0], None)
+        return Table(rows + [DTYPE_CODES[d] for d in map(_dtype, tensors)], numels, 0, None)
     except (KeyError, RuntimeError, TypeError):  # an unusual dtype or layout, or no sequence of tensors at all
         return None
 
@@ -113,7 +115,7 @@ def strided_table(tensors: list[Tensor], any_order: bool = False) -> Table:
         strides.append(found[1])
     numels = [t.numel() for t in kept]
     rows = [t.data_ptr() for t in kept] + numels + [DTYPE_CODES[t.dtype] for t in kept] + columns + strides
-    return Table(rows, numels, True, kept)
+    return Table(rows, numels, 1, kept)
 
 
 def require_cpu(tensors: list[Tensor], name: str) -> None:
