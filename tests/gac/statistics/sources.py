@@ -62,9 +62,9 @@ class Source:
 def family(name: str, numels: Sequence[int], row: int, seed: int) -> Source:
     """A source over tensors of the given sizes, in float64.
 
-    ``isotropic``: every element alike. ``rows``: rows of ``row`` elements with log-normal scales exp(2z). ``layer``: the
-    second tensor is 30 times as loud as the others. ``direction``: a random direction common to all elements carries
-    half of the noise. Means follow the scales and are about as large as the noise of four micro-batches.
+    ``isotropic``: every element alike. ``rows``: rows of ``row`` elements with log-normal scales exp(2z). ``layer``:
+    the second tensor is 30 times as loud as the others. ``direction``: a random direction common to all elements
+    carries half of the noise. Means follow the scales and are about as large as the noise of four micro-batches.
     """
     generator = torch.Generator().manual_seed(seed)
     size = sum(numels)
@@ -103,9 +103,10 @@ def truth(s: Source, n_s: int, r: Source, n_r: int) -> dict[str, float]:
 def variance(s: Source, n_s: int, r: Source, n_r: int) -> dict[str, float]:
     """Variances of the estimators on Gaussian contributions.
 
-    ``sigma2`` is a sample variance: ``2 tr(C^2) / (n^2 (n-1))`` with C the covariance of a micro-batch. ``distance2`` is
-    the square of a Gaussian vector of mean ``d`` and covariance ``Q = C_s/n_s + C_r/n_r``: ``2 tr(Q^2) + 4 d^T Q d``.
-    Sample variances are independent of sample means, so the variance of ``delta_g2`` is the sum of the three.
+    ``sigma2`` is a sample variance: ``2 tr(C^2) / (n^2 (n-1))`` with C the covariance of a micro-batch. ``distance2``
+    is the square of a Gaussian vector of mean ``d`` and covariance ``Q = C_s/n_s + C_r/n_r``: its variance is
+    ``2 tr(Q^2) + 4 d^T Q d``. Sample variances are independent of sample means, so the variance of ``delta_g2`` is the
+    sum of the three.
     """
     sigma_s2 = 2 * s.product_trace(s) / (n_s**2 * (n_s - 1))
     sigma_r2 = 2 * r.product_trace(r) / (n_r**2 * (n_r - 1))

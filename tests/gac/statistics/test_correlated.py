@@ -110,8 +110,8 @@ def test_a_baseline_shared_by_micro_batches():
     With scores ``s ~ N(0, 1)`` and rewards ``r = <a, s> + e``, a contribution ``(r_k - rbar) s_k`` has the mean
     ``(1-1/K) a``. Of ``E (r_i - rbar)(r_j - rbar) s_i s_j^T`` the terms ``r_i r_j``, ``-r_i rbar``, ``-r_j rbar`` and
     ``rbar^2`` leave ``(1 - 1/K - 1/K + 2/K^2) a a^T`` (odd moments vanish), so any two contributions have the
-    covariance ``a a^T / K^2``, and the estimate misses ``K^2`` times its trace. 100 times the usual draws, since that is
-    little beside the noise.
+    covariance ``a a^T / K^2``, and the estimate misses ``K^2`` times its trace. 100 times the usual draws, since that
+    is little beside the noise.
     """
     k, size = 4, 4
     generator = torch.Generator().manual_seed(5)

@@ -58,7 +58,7 @@ def test_scaling_all_gradients(kind, contributions):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_order_of_micro_batches(kind, contributions):
-    """Every order of the three and some of the four; float32 totals of 4 and running sums of 7 terms may round apart."""
+    """Every order of the three, some of the four; float32 totals of 4 and running sums of 7 terms may round apart."""
     x_s, x_r = contributions
     before = statistics(kind, x_s, x_r)
     scale = before["norm_s2"] + before["norm_r2"]

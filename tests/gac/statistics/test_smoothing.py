@@ -72,11 +72,12 @@ def predicted_errors(r: float) -> tuple[float, float]:
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0, 2.0])
 def test_mean_squared_error(ratio):
-    """Smoothing first wins where it matters: while the truth is below about 0.8 deviations of one estimate.
+    """Smoothing first wins where it matters: while the truth is below about 0.75 deviations of one estimate.
 
     Above, few values are negative: clamping first removes a little variance and adds a little bias, and is ahead by at
-    most 12%. Measured factors agree with Gaussian ones within 15%: the estimates' skewness is about 0.4, which moves the
-    mean of clamped values by 0.4/6 * r * density(r) (first Edgeworth term), up to 7% of the bias and 14% of its square.
+    most 12%. Measured factors agree with Gaussian ones within 15%: the estimates' skewness is about 0.4, which moves
+    the mean of clamped values by 0.4/6 * r * density(r) (first Edgeworth term), up to 7% of the bias and 14% of its
+    square.
     """
     values, truth = disagreements(ratio)
     late, early = average(values).clamp(min=0.0), average(values.clamp(min=0.0))

@@ -63,10 +63,10 @@ def test_drift_counts_as_noise():
         lag = 1 / (1 - DECAY) - t * DECAY**t / (1 - DECAY**t)
         share = 1 + variance_of_mean(t)
         excess = float(drift @ drift) * lag**2 / share
-        error = math.sqrt((2 * source.product_trace(source) + 4 * lag**2 * source.variance_along(drift) / share) / DRAWS)
-        print(f"t={t}: {value:.5g}, noise {source.trace:.5g} + {excess:.4g}, "
-              f"{(value - source.trace - excess) / error:+.2f} errors")  # fmt: skip
-        assert abs(value - source.trace - excess) < 4 * error, t
+        variance = 2 * source.product_trace(source) + 4 * lag**2 * source.variance_along(drift) / share
+        away = (value - source.trace - excess) / math.sqrt(variance / DRAWS)
+        print(f"t={t}: {value:.5g}, noise {source.trace:.5g} + {excess:.4g}, {away:+.2f} errors")
+        assert abs(away) < 4, t
 
 
 def test_long_run_factors():
