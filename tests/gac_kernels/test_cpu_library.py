@@ -131,7 +131,7 @@ def test_pair_moments(first, second, isa):
 @pytest.mark.parametrize("dtype", list(UNIT_ROUNDOFF), ids=str)
 def test_edges_of_chunks_and_of_what_one_thread_does(dtype, isa, threads):
     threads(1)
-    for numel in [n + d for n in (CHUNK, 2 * CHUNK, 40_960) for d in (-1, 0, 1)]:
+    for numel in [n + d for n in (CHUNK, 2 * CHUNK, 49_152) for d in (-1, 0, 1)]:
         x, y = values(numel, dtype=dtype, seed=1), values(numel, dtype=dtype, seed=2)
         expected = reference.pair_moments(x, y)
         magnitudes = torch.stack([expected[0], expected[1], (expected[0] + expected[1]) / 2])
