@@ -63,7 +63,7 @@ def step(name: str, tokens: int, micro_batches: int = 4) -> dict:
     buckets = math.ceil(_BF16 * total / BUCKET_BYTES)
     read = operations(name)[1]["bytes"] / READ
     absorb = 5 * 4 * layout.size / READ
-    launches = 3 * buckets + 3  # two kernels and one sum a bucket; absorb_, its sum and the total
+    launches = 2 * buckets + 1  # two kernels a bucket, then absorb_
     contribution = read + absorb + GAP * launches
     model = 6 * total * tokens / COMPUTE
     return {
