@@ -54,7 +54,8 @@ def patch(
         law: how mu follows from the statistics; a name of :func:`gac.laws.available`.
         estimator: ``"sketch"`` (random projection, no buffer of the gradient's size), ``"exact"`` (two fp32 buffers of
             the trainable parameters' size) or ``"auto"`` (exact where the buffers are small).
-        interval: measure in every ``interval``-th optimizer step.
+        interval: measure in every ``interval``-th optimizer step; the others run without hooks, and a backward pass
+            outside a branch goes unnoticed in them.
         optimizer: call :meth:`Mixer.step` after each of its steps.
         process_group: the ranks that train replicas of the model (as in DDP); the default group when several processes
             run.
@@ -230,7 +231,7 @@ class Mixer:
             self._take(mu)
             self._publish(start)
         observer.clear()
-        observer.measuring = self.controller.steps % self.interval == 0
+        observer.measure(self.controller.steps % self.interval == 0)
         return self._mu
 
     def _measure(self) -> Statistics:
@@ -338,7 +339,7 @@ class Mixer:
                 means.state = {k: v.to(means.device, copy=True) for k, v in saved.items()}
         self._take(self.controller.mu)
         self._observer.clear()
-        self._observer.measuring = self.controller.steps % self.interval == 0
+        self._observer.measure(self.controller.steps % self.interval == 0)
 
     def unpatch(self) -> None:
         """Takes every hook off the model and the optimizer. The mixer cannot be used afterwards."""

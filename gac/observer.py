@@ -46,8 +46,7 @@ class Observer:
         ]
         self.counts = dict.fromkeys(Branch, 0)
         self.branch: Branch | None = None
-        self.measuring = True
-        self.fired = False  # whether any hook ran since the last clear()
+        self.fired = False  # whether any hook ran since the last clear(); entering a branch counts without hooks
         self.broken = False  # a backward pass raised: this step's sums are incomplete
         self.seconds = 0.0  # host time spent here since the last clear()
         self._scales: list[Tensor] = []
@@ -58,8 +57,11 @@ class Observer:
         self._graph_task = -1
         self._incoming: dict[int, Tensor] = {}
         self._handles = []
+        self._attach()
+
+    def _attach(self) -> None:
         for index, parameter in enumerate(self.parameters):
-            if not running:
+            if not self.running:
                 self._handles.append(parameter.register_hook(functools.partial(self._on_gradient, index)))
             self._handles.append(
                 parameter.register_post_accumulate_grad_hook(functools.partial(self._on_accumulated, index))
@@ -71,11 +73,24 @@ class Observer:
             handle.remove()
         self._handles = []
 
+    def measure(self, measuring: bool) -> None:
+        """Whether the step to come is measured. One that is not has no hooks: they would cost time and tell nothing."""
+        if measuring and not self._handles:
+            self._attach()
+        elif not measuring:
+            self.remove()
+
+    @property
+    def measuring(self) -> bool:
+        """Whether this step is measured."""
+        return bool(self._handles)
+
     # -- branches -------------------------------------------------------------------------------------------------
 
     def enter(self, branch: Branch, scale: Tensor) -> None:
         """Contributions from now on belong to ``branch``; ``scale`` undoes the weight of its loss."""
         self.branch = branch
+        self.fired |= not self.measuring
         self._scales = [
             scale if scale.device == ledger.device else scale.to(ledger.device, non_blocking=True)
             for ledger in self.ledgers
@@ -93,7 +108,7 @@ class Observer:
 
     def _on_gradient(self, index: int, gradient: Tensor) -> None:
         # Runs for torch.autograd.grad too, where nothing is accumulated and _on_accumulated never follows.
-        if self.branch is not None and self.measuring:
+        if self.branch is not None:
             self._incoming[index] = gradient  # the tensor itself: an alias would let p.grad take its memory over
 
     def _on_accumulated(self, index: int, parameter: nn.Parameter) -> None:
@@ -108,8 +123,6 @@ class Observer:
                 "`with mixer.sft():` or `with mixer.rl():`, or call mixer.unpatch() first"
             )
         self.fired = True
-        if not self.measuring:
-            return
         task = torch._C._current_graph_task_id()
         if task != self._graph_task:
             self._graph_task = task

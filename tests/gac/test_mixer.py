@@ -279,9 +279,10 @@ def test_auto_chooses_by_size(monkeypatch):
 def test_interval_measures_every_kth_step_and_the_law_goes_on():
     model = tiny_model()
     with gac.patch(model, interval=3, law="gac", prior=0.1, cap=0.01) as mixer:
-        measured, mus = [], [float(mixer.mu)]
+        measured, hooked, mus = [], [], [float(mixer.mu)]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         for step in range(7):
+            hooked.append(any(p._post_accumulate_grad_hooks for p in model.parameters()))
             with mixer.sft():
                 for b in tokens(2, step):
                     mixer.backward(sft_loss(model, b))
@@ -294,6 +295,7 @@ def test_interval_measures_every_kth_step_and_the_law_goes_on():
             measured.append(mixer.statistics is not None)
             mus.append(float(mixer.mu))
         assert measured == [True, False, False, True, False, False, True]
+        assert hooked == measured, "a step that is not measured has no hooks"
         assert all(a != b for a, b in itertools.pairwise(mus)), "the prior moves mu in every step"
 
 
