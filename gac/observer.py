@@ -14,6 +14,7 @@ from gac.ledger import Branch, Ledger
 BUCKET_BYTES = 128 * 2**20
 """Gradients are handed over once this much is pending: a launch for each bucket, none for each parameter."""
 
+_graph_task_id = torch._C._current_graph_task_id
 _queue_callback = torch.autograd.Variable._execution_engine.queue_callback
 
 
@@ -113,7 +114,13 @@ class Observer:
 
     def _on_accumulated(self, index: int, parameter: nn.Parameter) -> None:
         start = perf_counter()
-        self._notice(index, parameter.grad if self.running else self._incoming.pop(index, None))
+        if self.running and _graph_task_id() == self._graph_task:  # not the first of its pass: nothing to check
+            self._pending[index] = parameter.grad  # of a parameter that came before, the sum so far replaces it
+            self._pending_bytes += self._bytes[index]
+            if self._pending_bytes >= BUCKET_BYTES:
+                self._flush()
+        else:
+            self._notice(index, parameter.grad if self.running else self._incoming.pop(index, None))
         self.seconds += perf_counter() - start
 
     def _notice(self, index: int, gradient: Tensor | None) -> None:
@@ -123,7 +130,7 @@ class Observer:
                 "`with mixer.sft():` or `with mixer.rl():`, or call mixer.unpatch() first"
             )
         self.fired = True
-        task = torch._C._current_graph_task_id()
+        task = _graph_task_id()
         if task != self._graph_task:
             self._graph_task = task
             _queue_callback(self._end_of_backward)
@@ -131,9 +138,10 @@ class Observer:
             self._open = True
             for ledger in self.ledgers:
                 ledger.begin()
-        if index in self._seen:
-            gradient = self._merge(index, gradient)
-        self._seen.add(index)
+        if not self.running:
+            if index in self._seen:
+                gradient = self._merge(index, gradient)
+            self._seen.add(index)
         self._pending[index] = gradient
         self._pending_bytes += self._bytes[index]
         if self._pending_bytes >= BUCKET_BYTES:
@@ -141,8 +149,6 @@ class Observer:
 
     def _merge(self, index: int, gradient: Tensor) -> Tensor:
         """A parameter came twice in one backward pass (re-entrant checkpointing of a tied weight)."""
-        if self.running:
-            return gradient  # the sum so far replaces the earlier one
         if index in self._pending:
             return self._pending.pop(index).detach() + gradient.detach()
         if self.ledgers[self._place[index][0]].direct:
