@@ -185,7 +185,11 @@ class Mixer:
             raise TypeError(f"loss must be a tensor, got {type(loss).__name__}")
         if self._observer.branch is None:
             raise RuntimeError("backward outside a branch: call it inside `with mixer.sft():` or `with mixer.rl():`")
-        (self.weight * loss).backward()
+        try:
+            (self.weight * loss).backward()
+        except BaseException:
+            self._observer.fail()
+            raise
         self._observer.finish()
 
     # -- the step -------------------------------------------------------------------------------------------------

@@ -99,11 +99,16 @@ class Observer:
 
     def leave(self, *, failed: bool) -> None:
         """The branch ends; ``failed`` after an exception, which leaves its contribution incomplete."""
-        if failed and self._open:
-            self._drop()
-            self.broken = True
+        if failed:
+            self.fail()
         self.finish()
         self.branch = None
+
+    def fail(self) -> None:
+        """A backward pass raised: what it left of its contribution is dropped, and the step counts as broken."""
+        if self._open:
+            self._drop()
+            self.broken = True
 
     # -- hooks ----------------------------------------------------------------------------------------------------
 

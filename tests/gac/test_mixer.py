@@ -355,8 +355,9 @@ def test_nonfinite_gradients_are_counted_and_change_nothing(estimator, value):
         assert mixer.metrics()["skipped"] == 1
 
 
+@pytest.mark.parametrize("caught", ["outside the branch", "inside the branch"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_an_exception_in_backward_spoils_only_its_step(estimator):
+def test_an_exception_in_backward_spoils_only_its_step(estimator, caught):
     class Break(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -369,8 +370,16 @@ def test_an_exception_in_backward_spoils_only_its_step(estimator):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     with gac.patch(model, estimator=estimator) as mixer:
-        with pytest.raises(ArithmeticError), mixer.sft():
-            mixer.backward(model[1](Break.apply(model[0](torch.randn(2, 4)))).sum())
+        broken = lambda: model[1](Break.apply(model[0](torch.randn(2, 4)))).sum()
+        if caught == "outside the branch":
+            with pytest.raises(ArithmeticError), mixer.sft():
+                mixer.backward(broken())
+        else:
+            with mixer.sft():
+                with pytest.raises(ArithmeticError):
+                    mixer.backward(broken())
+                mixer.backward(model(torch.randn(2, 4)).sum())
+            assert mixer._observer.counts["sft"] == 1, "the two passes are not taken for one"
         mixer.step()
         assert float(mixer.statistics.nonfinite) > 0
         model.zero_grad()
