@@ -5,9 +5,10 @@ losses and the command line are modules of their own.
 """
 
 from gac import laws, schedules
+from gac.coefficient import coefficient_statistics
 from gac.controller import Controller
 from gac.mixer import Mixer, patch
-from gac.statistics import Statistics, coefficient_statistics
+from gac.statistics import Statistics
 
 __version__ = "0.1.0"
 
