@@ -5,18 +5,26 @@ from gac.laws.feedback import EntropyLaw, KlLaw
 from gac.laws.fixed import FixedLaw
 from gac.laws.gac import GacLaw
 from gac.laws.paper import PaperLaw
+from gac.laws.rules import ChordPhiLaw, HptLaw, LuffyLaw, ReliftLaw, RuleLaw, SrftLaw, SuperRlLaw
 from gac.laws.scheduled import ChordMuLaw, SequentialLaw
 
 __all__ = [
     "ChordMuLaw",
+    "ChordPhiLaw",
     "EntropyLaw",
     "FixedLaw",
     "GacLaw",
+    "HptLaw",
     "KlLaw",
     "Law",
+    "LuffyLaw",
     "PaperLaw",
+    "ReliftLaw",
+    "RuleLaw",
     "SequentialLaw",
+    "SrftLaw",
     "Step",
+    "SuperRlLaw",
     "available",
     "create",
     "register",
