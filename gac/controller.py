@@ -81,8 +81,13 @@ class Controller:
                 f"the state is of law {state_dict['law']!r}, this controller has {self.law.name!r}: "
                 "build it with the same law"
             )
-        if set(state_dict["state"]) != set(self.law.state):
-            raise ValueError(f"the state has {sorted(state_dict['state'])}, the law needs {sorted(self.law.state)}")
-        device = self.law.mu.device
-        self.law.state = {k: v.to(device, copy=True) for k, v in state_dict["state"].items()}
+        state, mine = state_dict["state"], self.law.state
+        shapes, wanted = ({name: tuple(value.shape) for name, value in x.items()} for x in (state, mine))
+        if shapes != wanted:
+            names = sorted(name for name in {*state, *mine} if shapes.get(name) != wanted.get(name))
+            raise ValueError(
+                f"the saved state of law {self.law.name!r} does not fit this controller in {', '.join(names)}: it "
+                "comes from another version of gac or from other options (such as alpha='kl'). Use those, or start anew"
+            )
+        self.law.state = {k: v.to(mine[k].device, mine[k].dtype, copy=True) for k, v in state.items()}
         self.steps = int(state_dict["steps"])

@@ -16,7 +16,7 @@ def warmup_cosine(step: int, warmup: int, decay: int, peak: float, valley: float
 
     Raises ValueError when ``warmup`` or ``decay`` is negative.
     """
-    if warmup < 0 or decay < 0:
+    if not (warmup >= 0 and decay >= 0):
         raise ValueError(f"warmup and decay must not be negative, got {warmup} and {decay}")
     if step < warmup:
         return peak * step / warmup
@@ -28,10 +28,13 @@ def warmup_cosine(step: int, warmup: int, decay: int, peak: float, valley: float
 def as_schedule(prior: Schedule | Mapping | float | None) -> Schedule | None:
     """A function of the step from what users write: a number, the arguments of :func:`warmup_cosine`, or a function.
 
-    Raises TypeError for anything else and for missing or unknown arguments.
+    Raises TypeError for anything else and for missing or unknown arguments, ValueError for a number outside [0, 1]; a
+    function is checked when it is called. It may return a 0-dim tensor, which is not read.
     """
-    if prior is None or callable(prior):
-        return prior
+    if prior is None:
+        return None
+    if callable(prior):
+        return _checked(prior)
     if isinstance(prior, Real) and not isinstance(prior, bool):
         if not 0.0 <= prior <= 1.0:
             raise ValueError(f"prior must be in [0, 1], got {prior}")
@@ -40,8 +43,23 @@ def as_schedule(prior: Schedule | Mapping | float | None) -> Schedule | None:
         wanted = {"warmup", "decay", "peak", "valley"}
         if set(prior) != wanted:
             raise TypeError(f"prior must have the keys {sorted(wanted)}, got {sorted(prior)}")
+        for name in ("peak", "valley"):
+            if not 0.0 <= prior[name] <= 1.0:
+                raise ValueError(f"{name} of the prior must be in [0, 1], got {prior[name]}")
         warmup_cosine(0, **prior)
         return lambda step: warmup_cosine(step, **prior)
     raise TypeError(
         f"prior must be a number, a function of the step or a dict(warmup, decay, peak, valley), got {prior!r}"
     )
+
+
+def _checked(schedule: Schedule) -> Schedule:
+    """``schedule`` with an error where it returns a number outside [0, 1]."""
+
+    def checked(step: int) -> float:
+        value = schedule(step)
+        if isinstance(value, Real) and not 0.0 <= value <= 1.0:
+            raise ValueError(f"the prior must be in [0, 1], but its function returned {value} at step {step}")
+        return value
+
+    return checked

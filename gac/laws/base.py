@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gac.schedules import Schedule
 from gac.statistics import Statistics
 
 _LAWS: dict[str, type[Law]] = {}
@@ -40,6 +41,9 @@ class Step:
 class Law(ABC):
     """A rule for mu. Its state is a dictionary of float64 tensors on the statistics' device.
 
+    Every law's state has ``mu``, the estimate ``raw`` before prior and guardrails, its standard error ``mu_se`` and the
+    ``prior``; NaN where the law has none.
+
     A law sees the statistics of a step (or None where none were measured) and returns the mu of the next step. It
     never reads a device value on the host: what depends on the statistics is decided by ``torch.where``.
     """
@@ -51,8 +55,8 @@ class Law(ABC):
     def __init__(self, start: float) -> None:
         self.start = unit_interval("start", start)
         self.state: dict[str, Tensor] = {"mu": torch.tensor(self.start, dtype=torch.float64)}
-        self.record("raw", float("nan"))
-        self.record("prior", float("nan"))
+        for name in ("raw", "mu_se", "prior"):
+            self.record(name, float("nan"))
 
     @property
     def mu(self) -> Tensor:
@@ -69,6 +73,23 @@ class Law(ABC):
         if isinstance(value, Tensor):
             return value.detach().to(device=mu.device, dtype=mu.dtype, non_blocking=True)
         return torch.full((), float(value), dtype=mu.dtype, device=mu.device)
+
+    def leaning(self, step: Step, schedule: Schedule | None, number: int) -> Tensor | None:
+        """The prior of this update, 0-dim and recorded: that of ``step``, else ``schedule(number)``, else None.
+
+        A tensor is clipped to [0, 1], and counts as the present mu where it is not finite.
+        """
+        prior = step.prior
+        if prior is None and schedule is not None:
+            prior = schedule(number)
+        if prior is None:
+            self.record("prior", float("nan"))
+            return None
+        if isinstance(prior, Tensor):
+            prior = self.beside(prior)
+            prior = torch.where(torch.isfinite(prior), prior.clamp(0.0, 1.0), self.mu)
+        self.record("prior", prior)
+        return self.state["prior"]
 
     def to(self, device: torch.device) -> None:
         """Moves the state; only the first update ever finds it elsewhere."""
@@ -129,11 +150,21 @@ def unit_interval(name: str, value: float) -> float:
     return number(name, value, 0.0, 1.0)
 
 
-def bounds(mu_min: float, mu_max: float) -> tuple[float, float]:
-    """The checked bounds of mu."""
+def whole(name: str, value: float, low: int, high: int = 10**9) -> int:
+    """``value`` as an int in ``[low, high]``, or an error with the argument's name."""
+    if number(name, value, low, high) != int(value):
+        raise ValueError(f"{name} must be a whole number, got {value}")
+    return int(value)
+
+
+def bounds(mu_min: float, mu_max: float, **start: float) -> tuple[float, float]:
+    """The checked bounds of mu. ``start`` is the first mu, under the name of its option: it must lie between them."""
     low, high = unit_interval("mu_min", mu_min), unit_interval("mu_max", mu_max)
     if low > high:
         raise ValueError(f"mu_min must not exceed mu_max, got {mu_min} > {mu_max}")
+    for name, value in start.items():
+        if not low <= unit_interval(name, value) <= high:
+            raise ValueError(f"{name} must be in [mu_min, mu_max] = [{mu_min}, {mu_max}], got {value}")
     return low, high
 
 

@@ -14,7 +14,7 @@ class _Feedback(Law):
 
     def __init__(self, start: float, mu_min: float, mu_max: float) -> None:
         super().__init__(start)
-        self.mu_min, self.mu_max = bounds(mu_min, mu_max)
+        self.mu_min, self.mu_max = bounds(mu_min, mu_max, start=start)
 
     def _move(self, signal: float | Tensor, change) -> Tensor:
         mu = self.mu

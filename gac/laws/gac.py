@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -15,6 +16,9 @@ KL_TARGET, KL_DECAY, HYSTERESIS = 0.02, 0.90, 0.10
 ETA_UP, ETA_DOWN = 0.20, 0.30
 ALPHA_MIN, ALPHA_MAX = 0.10, 0.95
 
+UNKNOWN_WEIGHT = 0.5
+"""Of the prior while ``prior_weight="se"`` has no standard error to go by: the authors' blend."""
+
 
 @register("gac")
 class GacLaw(Law):
@@ -25,18 +29,33 @@ class GacLaw(Law):
     the prior, limits the step and clips. A number that was not measured (NaN) leaves its average as it was; a step
     with non-finite gradients changes nothing.
 
+    **How sure the estimate is.** An average with weights ``w_k`` (which sum to 1) of independent steps has the variance
+    ``V = sum w_k^2 SE_k^2``; a step of unknown standard error counts with the average of the known ones. The closed
+    form is ``alpha + ((1-alpha)*sigma_r2 - alpha*sigma_s2)/D`` with ``D = delta_g2 + sigma_s2 + sigma_r2``, the average
+    of ``distance2``. Under Gaussian noise the three averages are independent, so to first order
+
+        mu_se^2 = ((1-alpha)^2 V_r + alpha^2 V_s + (mu-alpha)^2 V_D) / D^2
+
+    with ``delta_g2`` clamped in ``mu`` and ``D``. Where it is clamped, ``mu`` itself no longer moves with ``D``, yet
+    the true ``delta_g2`` may be as large as its error: dropping the last term there would understate the error.
+    ``mu_se`` measures sampling error alone: neither staleness of an average nor bias of the estimators is in it.
+
     ``alpha="kl"`` lets the target follow the policy's drift. The constants are the authors'; their update rule is not
     public, so this one is ours: with ``e = clip(KL/target - 1, -1, 1)`` of the smoothed KL (decay .9, target .02 nats a
     token), nothing moves while ``|e| <= .10``; above, ``alpha += .20*(e - .10)*(.95 - alpha)``, so that a drifting
     policy is pulled to the demonstrations; below, ``alpha -= .30*(-e - .10)*(alpha - .10)``. It is continuous, stays
-    within [.10, .95] by construction and has the dead band as hysteresis.
+    within [.10, .95] by construction and has the dead band as hysteresis: within it ``alpha`` keeps the value with
+    which it came.
 
     Args:
         half_life: optimizer steps after which a measurement's weight has halved.
         alpha: weight of the SFT gradient in the target ``alpha*g_s + (1-alpha)*g_r``: a number in [0, 1], or ``"kl"``,
             which needs ``kl`` in every step and starts at .5.
         prior: what mu leans on: a number, a function of the step, ``dict(warmup, decay, peak, valley)``, or None.
-        prior_weight: share of the prior in the blend; 0 without a prior.
+        prior_weight: share of the prior in the blend: a number in [0, 1], or ``"se"`` for
+            ``mu_se^2 / (mu_se^2 + prior_sd^2)``, which has the least expected error if the prior misses the best mu by
+            ``prior_sd`` (root mean square); .5 while no standard error is known. Nothing without a prior.
+        prior_sd: how far the prior may be off, for ``"se"``.
         cap: largest change of mu in one step.
         mu_min, mu_max: bounds of mu.
         start: the first mu.
@@ -47,7 +66,8 @@ class GacLaw(Law):
         half_life: float = 7.0,
         alpha: float | str = 0.5,
         prior: Schedule | Mapping | float | None = None,
-        prior_weight: float = 0.5,
+        prior_weight: float | str = "se",
+        prior_sd: float = 0.2,
         cap: float = 0.02,
         mu_min: float = 0.05,
         mu_max: float = 0.95,
@@ -55,54 +75,67 @@ class GacLaw(Law):
     ) -> None:
         super().__init__(start)
         self.half_life = number("half_life", half_life, 1e-3, 1e9)
-        self.follows_kl = alpha == "kl"
+        self.follows_kl = _is_word("alpha", alpha, "kl")
         self.alpha = 0.5 if self.follows_kl else unit_interval("alpha", alpha)
         if self.follows_kl:
             self.needs = ("kl",)
             self.record("alpha", self.alpha)
             self.record("kl", float("nan"))
         self.prior = as_schedule(prior)
-        self.prior_weight = unit_interval("prior_weight", prior_weight)
+        follows_se = _is_word("prior_weight", prior_weight, "se")
+        self.prior_weight = None if follows_se else unit_interval("prior_weight", prior_weight)
+        self.prior_sd = number("prior_sd", prior_sd, 1e-6, 1e6)
         self.cap = unit_interval("cap", cap)
-        self.mu_min, self.mu_max = bounds(mu_min, mu_max)
-        if not self.mu_min <= self.start <= self.mu_max:
-            raise ValueError(f"start must be in [mu_min, mu_max] = [{mu_min}, {mu_max}], got {start}")
-        self.state["average"] = torch.zeros(3, dtype=torch.float64)  # of sigma_s2, sigma_r2, delta_g2
-        self.state["weight"] = torch.zeros(3, dtype=torch.float64)  # how much was averaged: corrects the bias
-        self.state["waiting"] = torch.zeros((), dtype=torch.float64)  # updates since statistics were measured
+        self.mu_min, self.mu_max = bounds(mu_min, mu_max, start=start)
+        # columns: sigma_s2, sigma_r2, delta_g2; in "squares" the third is distance2, measured when delta_g2 is
+        self.state["sums"] = torch.zeros(2, 3, dtype=torch.float64)  # of w*value and of w, with a step's weight w
+        self.state["squares"] = torch.zeros(3, 3, dtype=torch.float64)  # of w^2 SE^2; of w^2 where SE is known; of w^2
+        self.state["waiting"] = torch.zeros(3, dtype=torch.float64)  # updates since it was measured
 
     def smoothed(self) -> Tensor:
         """``[3]``: sigma_s2, sigma_r2, delta_g2, averaged and then clamped at 0; NaN before the first measurement."""
-        return (self.state["average"] / self.state["weight"]).clamp(min=0.0)
+        total, weight = self.state["sums"].unbind()
+        return (total / weight).clamp(min=0.0)
+
+    def standard_errors(self) -> Tensor:
+        """``[3]``: of the averages of sigma_s2, sigma_r2 and distance2; NaN where unknown."""
+        known, weights, all_weights = self.state["squares"].unbind()
+        return (known * all_weights / weights).sqrt() / self.state["sums"][1]
 
     def update(self, statistics: Statistics | None, step: Step) -> Tensor:
         mu = self.mu
-        healthy = torch.ones((), dtype=torch.bool, device=mu.device)
-        waiting = self.state["waiting"] + 1
+        healthy = None
+        self.state["waiting"] = self.state["waiting"] + 1
         if statistics is not None:
             healthy = statistics.nonfinite == 0
-            self._smooth(statistics, healthy, waiting)
-            waiting = torch.where(healthy, 0.0, waiting)
-        self.state["waiting"] = waiting
+            self._smooth(statistics, healthy)
 
-        alpha = self._alpha(step)
-        sigma_s2, sigma_r2, delta_g2 = self.smoothed().unbind()
-        raw = closed_form(sigma_s2, sigma_r2, delta_g2, alpha)
+        raw, error = self._estimate(self.beside(self._alpha(step)))
         known = torch.isfinite(raw)
-        self.record("raw", raw)
-
-        prior = step.prior
-        if prior is None and self.prior is not None:
-            prior = self.prior(step.number + 1)  # of the step to come
+        prior = self.leaning(step, self.prior, step.number + 1)  # of the step to come
         if prior is None:
             target = torch.where(known, raw, mu)
         else:
-            blend = (1 - self.prior_weight) * raw + self.prior_weight * prior
-            target = torch.where(known, blend, prior)
-        self.record("prior", float("nan") if prior is None else prior)
+            target = torch.where(known, torch.lerp(raw, prior, self._weight_of_prior(error)), prior)
         moved = (mu + (target - mu).clamp(-self.cap, self.cap)).clamp(self.mu_min, self.mu_max)
-        self.record("mu", torch.where(healthy, moved, mu))
+        self.record("mu", moved if healthy is None else torch.where(healthy, moved, mu))
         return self.mu
+
+    def _estimate(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """The closed form of the averages and its standard error, recorded; NaN where unknown."""
+        smoothed = self.smoothed()
+        raw = closed_form(*smoothed.unbind(), alpha)
+        levers = torch.stack([alpha, 1 - alpha, raw - alpha])  # of the three averages on mu, times D
+        error = torch.linalg.vector_norm(levers * (self.standard_errors() / smoothed.sum()))
+        self.record("raw", raw)
+        self.record("mu_se", error)
+        return raw, error
+
+    def _weight_of_prior(self, error: Tensor) -> Tensor:
+        if self.prior_weight is not None:
+            return self.beside(self.prior_weight)
+        weight = 1 / (1 + (self.prior_sd / error).square())  # 0 at error 0, 1 at an infinite one
+        return torch.where(torch.isnan(weight), UNKNOWN_WEIGHT, weight)
 
     def _alpha(self, step: Step) -> float | Tensor:
         """The target's weight in this step."""
@@ -121,10 +154,24 @@ class GacLaw(Law):
         self.record("alpha", torch.where(torch.isfinite(smoothed), alpha + up - down, alpha))
         return self.state["alpha"]
 
-    def _smooth(self, statistics: Statistics, healthy: Tensor, waiting: Tensor) -> None:
+    def _smooth(self, statistics: Statistics, healthy: Tensor) -> None:
         value = torch.stack([statistics.sigma_s2, statistics.sigma_r2, statistics.delta_g2])
+        error = torch.stack([statistics.sigma_s2_se, statistics.sigma_r2_se, statistics.distance2_se])
         use = torch.isfinite(value) & healthy
-        keep = torch.exp2(-waiting / self.half_life)  # a measurement after k steps counts for k
-        average, weight = self.state["average"], self.state["weight"]
-        self.state["average"] = torch.where(use, keep * average + (1 - keep) * value, average)
-        self.state["weight"] = torch.where(use, keep * weight + (1 - keep), weight)
+        sure = torch.isfinite(error)
+        one = torch.ones_like(value)
+        rate = self.state["waiting"] * (math.log(2) / self.half_life)  # a measurement after k steps counts for k
+        keep, new = torch.exp(-rate), -torch.expm1(-rate)
+        sums = keep * self.state["sums"] + new * torch.stack([value, one])
+        variance = torch.where(sure, error.square(), 0.0)
+        squares = keep.square() * self.state["squares"] + new.square() * torch.stack([variance, sure.to(one), one])
+        self.state["sums"] = torch.where(use, sums, self.state["sums"])
+        self.state["squares"] = torch.where(use, squares, self.state["squares"])
+        self.state["waiting"] = torch.where(use, 0.0, self.state["waiting"])
+
+
+def _is_word(name: str, value: float | str, word: str) -> bool:
+    """Whether an option that is a number or one word is that word."""
+    if isinstance(value, str) and value != word:
+        raise ValueError(f"{name} must be a number in [0, 1] or {word!r}, got {value!r}")
+    return value == word

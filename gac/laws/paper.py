@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gac.laws.base import Law, Step, bounds, closed_form, number, register, unit_interval
+from gac.laws.base import Law, Step, bounds, closed_form, number, register, unit_interval, whole
 from gac.schedules import Schedule, as_schedule
 from gac.statistics import Statistics
 
@@ -24,6 +24,10 @@ class PaperLaw(Law):
     ``ada = clip(beta*mu + (1-beta)*raw)``, ``mu <- clip(mu + cap((1-blend)*prior + blend*ada - mu))``. Statistics are
     taken over when ``mu_update_freq`` steps have passed, mu moves at every update. With the defaults, ``raw`` carries a
     weight of ``blend*(1-beta)/(1-blend*beta)``: in steady state the statistics move mu by at most 0.0099.
+
+    Two departures, where the authors' code has no statistic: it takes a branch that a batch lacks for noise-free
+    (``sigma2 = 0``) and ``sigma_s2 = sigma_r2 = 1`` before the first batch; here what was not measured changes nothing.
+    Averages are clamped at 0, which their proxies never fall below and gradient statistics may.
 
     Args:
         ema_beta: decay of the averages of the statistics and of mu.
@@ -50,10 +54,10 @@ class PaperLaw(Law):
         blend: float = 0.5,
         prior: Schedule | Mapping | float | None = DEFAULT_PRIOR,
     ) -> None:
-        super().__init__(start=unit_interval("init_mu", init_mu))
+        super().__init__(start=unit_interval("init_mu", init_mu))  # by its own name in errors
         self.ema_beta = unit_interval("ema_beta", ema_beta)
-        self.mu_min, self.mu_max = bounds(mu_min, mu_max)
-        self.mu_update_freq = int(number("mu_update_freq", mu_update_freq, 1, 1e9))
+        self.mu_min, self.mu_max = bounds(mu_min, mu_max, init_mu=init_mu)
+        self.mu_update_freq = whole("mu_update_freq", mu_update_freq, 1)
         self.alpha = unit_interval("alpha_static", alpha_static)
         self.cap = unit_interval("mu_change_cap", mu_change_cap)
         self.delta_g2_cap_ratio = number("delta_g2_cap_ratio", delta_g2_cap_ratio, 0.0, 1e30)
@@ -68,21 +72,18 @@ class PaperLaw(Law):
         if statistics is not None:
             healthy = statistics.nonfinite == 0
             self._refresh(statistics, healthy, step.number)
-        sigma_s2, sigma_r2, delta_g2 = self.state["average"].unbind()
+        sigma_s2, sigma_r2, delta_g2 = self.state["average"].clamp(min=0.0).unbind()
         if self.delta_g2_cap_ratio > 0:
-            delta_g2 = torch.minimum(delta_g2, self.delta_g2_cap_ratio * (sigma_s2 + sigma_r2))
+            delta_g2 = torch.minimum(delta_g2, self.delta_g2_cap_ratio * (sigma_s2 + sigma_r2 + EPSILON))
         raw = closed_form(
             sigma_s2, sigma_r2, delta_g2, self.alpha if step.alpha is None else step.alpha, epsilon=EPSILON
         )
         self.record("raw", raw)
         adaptive = self.ema_beta * mu + (1 - self.ema_beta) * torch.where(torch.isfinite(raw), raw, mu)
         target = adaptive.clamp(self.mu_min, self.mu_max)
-        prior = step.prior
-        if prior is None and self.prior is not None and self.blend < 1:
-            prior = self.prior(step.number)
+        prior = self.leaning(step, self.prior if self.blend < 1 else None, step.number)
         if prior is not None:
             target = (1 - self.blend) * prior + self.blend * target
-        self.record("prior", float("nan") if prior is None else prior)
         moved = (mu + (target - mu).clamp(-self.cap, self.cap)).clamp(self.mu_min, self.mu_max)
         self.record("mu", torch.where(healthy, moved, mu))
         return self.mu

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gac.laws.base import Law, Step, number, register, unit_interval
+from gac.laws.base import Law, Step, number, register, unit_interval, whole
 from gac.schedules import warmup_cosine
 from gac.statistics import Statistics
 
@@ -19,7 +19,12 @@ class ChordMuLaw(Law):
     """
 
     def __init__(self, warmup: int = 0, decay: int = 200, peak: float = 0.9, valley: float = 0.05) -> None:
-        self.arguments = (warmup, decay, unit_interval("peak", peak), unit_interval("valley", valley))
+        self.arguments = (
+            number("warmup", warmup, 0, 1e9),
+            number("decay", decay, 0, 1e9),
+            unit_interval("peak", peak),
+            unit_interval("valley", valley),
+        )
         super().__init__(start=warmup_cosine(0, *self.arguments))
 
     def update(self, statistics: Statistics | None, step: Step) -> Tensor:
@@ -36,7 +41,7 @@ class SequentialLaw(Law):
     """
 
     def __init__(self, split: int = 100) -> None:
-        self.split = int(number("split", split, 0, 1e9))
+        self.split = whole("split", split, 0)
         super().__init__(start=1.0 if self.split > 0 else 0.0)
 
     def update(self, statistics: Statistics | None, step: Step) -> Tensor:
