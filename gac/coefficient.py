@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -47,18 +49,44 @@ def coefficient_statistics(
     Raises:
         TypeError, ValueError: wrong shapes or dtypes; ``trim`` outside [0, 0.5).
     """
-    if not 0.0 <= trim < 0.5:
-        raise ValueError(f"trim must be in [0, 0.5), got {trim}")
+    options = CoefficientOptions(z_normalize, phi, trim)
+    return statistics_from_rows(sequence_rows(logprobs, advantages, mask, is_expert), options)
+
+
+@dataclass(frozen=True)
+class CoefficientOptions:
+    """Which form of the proxies; see :func:`coefficient_statistics`. Raises ValueError where ``trim`` is wrong."""
+
+    z_normalize: bool = True
+    phi: bool = True
+    trim: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.trim < 0.5:
+            raise ValueError(f"trim must be in [0, 0.5), got {self.trim}")
+
+
+def sequence_rows(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor) -> Tensor:
+    """``[B, 8]``: what the proxies need of each sequence, 1 in the last column for demonstrations.
+
+    Rows of several micro-batches and ranks may be put together in any order.
+    """
     sums = token_moments(logprobs, advantages, mask, is_expert)
+    return torch.cat([sums, is_expert[:, None].to(sums.dtype)], dim=1)
+
+
+def statistics_from_rows(rows: Tensor, options: CoefficientOptions) -> Statistics:
+    """The proxies from the rows of :func:`sequence_rows`."""
+    sums, is_expert = rows[:, :-1], rows[:, -1] > 0
     count, logp, a, aa, f, ff, fa = sums.unbind(1)
-    if not phi:
+    if not options.phi:
         f, ff, fa = count, count, a
-    expert = is_expert.bool() & (count > 0)
-    rollout = ~is_expert.bool() & (count > 0)
+    expert = is_expert & (count > 0)
+    rollout = ~is_expert & (count > 0)
     safe = count.clamp(min=1.0)
     n_s, n_r = expert.sum().to(sums.dtype), rollout.sum().to(sums.dtype)
     compared = expert | rollout
-    if z_normalize:
+    if options.z_normalize:
         compared = rollout
         total = torch.where(rollout, count, 0.0).sum()
         mean_f, scale_f = _mean_and_scale(f, ff, rollout, total)
@@ -73,7 +101,7 @@ def coefficient_statistics(
     n_compared = compared.sum().to(sums.dtype)
     delta = torch.where(compared, difference.clamp(min=0.0) / safe, 0.0).sum() / n_compared
     return Statistics(
-        sigma_s2=_trimmed_variance(-logp / safe, expert, trim),
+        sigma_s2=_trimmed_variance(-logp / safe, expert, options.trim),
         sigma_r2=_trimmed_variance(a / safe, rollout, 0.0),
         delta_g2=delta,
         n_s=n_s,

@@ -14,17 +14,18 @@ Three ways to take a contribution ``x`` in, chosen by :class:`gac.observer.Obser
 
 Launches of a contribution on a GPU: two for each call of ``read`` (one more for each further dtype among the gradients)
 and, except in the last way, one at the end. The second way makes one more where regions have to be cleared, and two
-more for a call with parameters that were read before. Sums are added up by the same kernels and become numbers in
-:meth:`Ledger.sums`, once a step.
+more for a call with parameters that were read before. Every contribution has a row of sums of its own, which the same
+kernels add up and which become numbers once a step. In a step that is also taken apart by module, every call is cut
+into one for each module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from functools import cached_property
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gac_kernels import SketchLayout, absorb_, pair_moments, sketch
@@ -54,9 +55,21 @@ class Ledger:
         lossless: give every element its own bucket.
         running: contributions are differences of running sums.
         seed: selects the sketch's signs.
+        modules: index of each parameter's module; None: all in one.
+        module_count: modules of the whole model.
     """
 
-    def __init__(self, numels: Sequence[int], device: torch.device, *, lossless: bool, running: bool, seed: int = 0):
+    def __init__(
+        self,
+        numels: Sequence[int],
+        device: torch.device,
+        *,
+        lossless: bool,
+        running: bool,
+        seed: int = 0,
+        modules: Sequence[int] | None = None,
+        module_count: int = 1,
+    ):
         total = sum(numels)
         size = None if lossless else max(SMALLEST_SKETCH, total // ELEMENTS_PER_BUCKET)
         self.layout = SketchLayout.per_tensor(numels, size=size, seed=seed)
@@ -70,94 +83,181 @@ class Ledger:
         self.totals: dict[Branch, Tensor] = {Branch.SFT: parts[0], Branch.RL: parts[1]}
         self.current = None if self.direct else parts[2]
         self.previous = parts[3] if running else None
-        # A row for each branch: squares and non-finite elements as read, then the squares that absorb_ finds.
+        self.modules = list(modules) if modules is not None else [0] * len(numels)
+        self.module_count = module_count
+        self.by_module = False
+        """Whether the contributions of this step are taken apart by module; set it between steps."""
+        # A row for each contribution: squares and non-finite elements as read, then the squares that absorb_ finds.
         cells = 0 if self.direct else -(-m // LANES)
-        self._sums = torch.zeros(2, 2 + cells + cells % 2, dtype=accumulator_dtype(device), device=device)
-        self._moments = {branch: row[:2] for branch, row in zip(Branch, self._sums, strict=True)}
-        self._squares = {branch: row[2 : 2 + cells] for branch, row in zip(Branch, self._sums, strict=True)}
-        self._scales: dict[Branch, Tensor] = {}  # of the contributions that went straight into the totals
-        self._reduced: Tensor | None = None
+        self._cells = slice(2, 2 + cells)
+        self._set_rows(torch.zeros(8, 2 + cells + cells % 2, dtype=accumulator_dtype(device), device=device))
+        self._module_rows: list[Tensor] = []  # [modules, 2] for each contribution of a step taken apart
+        self._scales: list[Tensor] = []  # of each contribution
         self._filled: set[int] = set()  # regions of current that hold the open contribution ...
         self._stale: set[int] = set()  # ... and those that hold an earlier one
         self._nothing = torch.empty(0, device=device)
 
+    def _set_rows(self, rows: Tensor) -> None:
+        self._rows = rows
+        self._views = [(row[:2], row[self._cells]) for row in rows]  # made once: a view costs as much as a small sum
+
     @property
     def nbytes(self) -> int:
-        """Device memory of the sketches."""
-        return self._vectors.nbytes + self._sums.nbytes
+        """Device memory of the sketches and sums."""
+        return self._vectors.nbytes + self._rows.nbytes
+
+    @property
+    def reduced(self) -> Tensor:
+        """``[2m]``: both branches' totals as one vector, for a sum over ranks in place."""
+        return self._vectors[: 2 * self.layout.size]
+
+    @cached_property
+    def _segments(self) -> list[tuple[int, slice]]:
+        """Stretches of buckets that belong to one module."""
+        segments: list[tuple[int, slice]] = []
+        for region, module in enumerate(self.modules):
+            start = self.layout.bucket_offsets[region]
+            stop = start + self.layout.region_size(self.layout.numels[region])
+            if segments and segments[-1][0] == module and segments[-1][1].stop == start:
+                segments[-1] = (module, slice(segments[-1][1].start, stop))
+            elif stop > start:
+                segments.append((module, slice(start, stop)))
+        return segments
+
+    @cached_property
+    def _membership(self) -> Tensor:
+        """``[modules, segments]``: 1 where the segment is the module's."""
+        matrix = torch.zeros(self.module_count, len(self._segments), dtype=self._rows.dtype)
+        for column, (module, _) in enumerate(self._segments):
+            matrix[module, column] = 1.0
+        return matrix.to(self.device)
+
+    # -- contributions --------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Before the first gradient of a contribution."""
         self._stale |= self._filled
         self._filled = set()
+        if len(self._scales) == len(self._rows):
+            self._set_rows(torch.cat([self._rows, torch.zeros_like(self._rows)]))
+        if self.by_module:
+            del self._module_rows[len(self._scales) :]  # of a contribution that was given up
+            self._module_rows.append(torch.zeros(self.module_count, 2, dtype=self._rows.dtype, device=self.device))
 
-    def read(self, branch: Branch, indices: Sequence[int], gradients: Sequence[Tensor], scale: Tensor) -> None:
-        """Takes in some parameters' gradients (or running sums) of the open contribution, each once."""
-        into = self._moments[branch]
+    def read(
+        self,
+        branch: Branch,
+        indices: Sequence[int],
+        gradients: Sequence[Tensor],
+        scale: Tensor,
+        second_moments: Sequence[Tensor] | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        """Takes in some parameters' gradients (or running sums) of the open contribution, each once.
+
+        ``second_moments``, one for each gradient, make it a measurement in the optimizer's space: each element is
+        divided by ``sqrt(v) + eps`` on the way.
+        """
+        if not self.by_module or not self.direct:
+            into = self._views[len(self._scales)][0]
+            self._read(branch, indices, gradients, scale, second_moments, eps, into)
+            return
+        for module in dict.fromkeys(self.modules[k] for k in indices):
+            at = [j for j, k in enumerate(indices) if self.modules[k] == module]
+            moments = None if second_moments is None else [second_moments[j] for j in at]
+            into = self._module_rows[-1][module]
+            self._read(branch, [indices[j] for j in at], [gradients[j] for j in at], scale, moments, eps, into)
+
+    def _read(self, branch, indices, gradients, scale, second_moments, eps, into) -> None:
         if self.direct:
-            self._scales[branch] = scale  # one for the whole step
-            sketch(
-                gradients,
-                self.totals[branch],
-                layout=self.layout,
-                regions=indices,
-                scale=scale,
-                accumulate=True,
-                into=into,
+            self._sketch(
+                indices, gradients, into, second_moments, eps, out=self.totals[branch], scale=scale, accumulate=True
             )
             return
         again = () if self.running else self._filled.intersection(indices)
         if again:  # parameters whose gradient comes in parts
-            pairs = list(zip(indices, gradients, strict=True))
-            self._sketch([k for k in indices if k in again], [g for k, g in pairs if k in again], into, accumulate=True)
-            indices, gradients = [k for k in indices if k not in again], [g for k, g in pairs if k not in again]
-        if indices:
-            self._sketch(indices, gradients, into)
+            for repeated in (True, False):
+                at = [j for j, k in enumerate(indices) if (k in again) is repeated]
+                moments = None if second_moments is None else [second_moments[j] for j in at]
+                some, theirs = [indices[j] for j in at], [gradients[j] for j in at]
+                if some:
+                    self._sketch(some, theirs, into, moments, eps, accumulate=repeated)
+        else:
+            self._sketch(indices, gradients, into, second_moments, eps)
         if not self.running:
             self._filled.update(indices)
 
-    def _sketch(self, indices: Sequence[int], gradients: Sequence[Tensor], into: Tensor, *, accumulate=False) -> None:
-        sketch(gradients, self.current, layout=self.layout, regions=indices, accumulate=accumulate, into=into)
+    def _sketch(self, indices, gradients, into, second_moments=None, eps=0.0, *, out=None, **options) -> None:
+        if second_moments is not None:
+            options |= {"second_moments": second_moments, "eps": eps}
+        sketch(
+            gradients,
+            self.current if out is None else out,
+            layout=self.layout,
+            regions=indices,
+            into=into,
+            **options,
+        )
 
     def end(self, branch: Branch, scale: Tensor) -> None:
         """After the last gradient of a contribution."""
+        moments, squares = self._views[len(self._scales)]
+        self._scales.append(scale)
         if self.direct:
             return
         left = sorted(self._stale - self._filled)
         if left:
-            self._sketch(left, [self._nothing] * len(left), self._moments[branch])  # writes zeros
+            self._sketch(left, [self._nothing] * len(left), moments)  # writes zeros
         self._stale.clear()
-        absorb_(self.current, self.previous, self.totals[branch], scale, into=self._squares[branch])
+        total = self.totals[branch]
+        if not self.by_module:
+            absorb_(self.current, self.previous, total, scale, into=squares)
+            return
+        for module, part in self._segments:
+            previous = None if self.previous is None else self.previous[part]
+            self._module_rows[-1][module, 0] += absorb_(self.current[part], previous, total[part], scale).sum()
 
-    def sums(self) -> Tensor:
-        """``[6]``: ``sum_k |x_k|^2`` of SFT and RL, non-finite elements, ``|G_s|^2``, ``|G_r|^2``, ``<G_s, G_r>``."""
-        own = self._own_sums() if self._reduced is None else self._reduced
-        return torch.cat([own, pair_moments(self.totals[Branch.SFT], self.totals[Branch.RL])])
+    # -- sums -----------------------------------------------------------------------------------------------------
 
-    def _own_sums(self) -> Tensor:
-        """``[3]``: ``sum_k |x_k|^2`` of SFT and RL, non-finite elements; of this rank."""
+    def powers(self) -> Tensor:
+        """``[K]``: ``|x_k|^2`` of each contribution of this step."""
+        k = len(self._scales)
+        if self.by_module and k:
+            return self.module_powers().sum(1)
+        return self._scaled(self._rows[:k, 0]) if self.direct else self._rows[:k, self._cells].sum(1)
+
+    def module_powers(self) -> Tensor:
+        """``[K, modules]``: the part of ``|x_k|^2`` in each module; in a step that is taken apart."""
+        return self._scaled(torch.stack(self._module_rows[: len(self._scales)])[..., 0])
+
+    def _scaled(self, squares: Tensor) -> Tensor:
+        """Squares of what was read as those of the contributions."""
+        if not self.direct or not self._scales:
+            return squares
+        factors = torch.stack(self._scales).to(squares.dtype).square()
+        return squares * factors.view(-1, *[1] * (squares.dim() - 1))
+
+    def nonfinite(self) -> Tensor:
+        """Non-finite elements read in this step, 0-dim."""
+        found = self._rows[:, 1].sum()
         if self.direct:
-            powers = [self._moments[b][0] for b in Branch]
-            for k, b in enumerate(Branch):
-                if b in self._scales:
-                    powers[k] = powers[k] * self._scales[b].square()
-        else:
-            powers = [self._squares[b].sum() for b in Branch]
-        return torch.stack([*powers, self._sums[:, 1].sum()])
+            for rows in self._module_rows:
+                found = found + rows[:, 1].sum()
+        return found
 
-    def all_reduce(self, world: int, group: dist.ProcessGroup | None) -> None:
-        """Sums the totals over ranks, as contributions to the mean gradient of ``world`` ranks."""
-        totals = self._vectors[: 2 * self.layout.size]
-        self._reduced = self._own_sums()
-        dist.all_reduce(totals, group=group)
-        dist.all_reduce(self._reduced, group=group)
-        totals /= world
-        self._reduced[:2] /= world**2
+    def inner(self) -> Tensor:
+        """``[3]``: ``|G_s|^2``, ``|G_r|^2``, ``<G_s, G_r>``."""
+        return pair_moments(self.totals[Branch.SFT], self.totals[Branch.RL])
+
+    def module_inner(self) -> Tensor:
+        """``[modules, 3]``: the part of each module in :meth:`inner`."""
+        parts = [[self.totals[branch][part] for _, part in self._segments] for branch in Branch]
+        return self._membership @ pair_moments(*parts, per_tensor=True)
 
     def clear(self) -> None:
         """Forgets the step."""
         self._vectors.zero_()
-        self._sums.zero_()
+        self._rows.zero_()
+        self._module_rows.clear()
         self._scales.clear()
-        self._reduced = None
         self._filled, self._stale = set(), set()

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from dataclasses import dataclass
 from time import perf_counter
 
 import torch
 from torch import Tensor, nn
 
 from gac.ledger import Branch, Ledger
+from gac.modules import group_parameters
+from gac.optimizer_space import SecondMoments
 
 BUCKET_BYTES = 128 * 2**20
 """Gradients are handed over once this much is pending: a launch for each bucket, none for each parameter."""
 
+Tokens = float | Tensor | None
+"""What a contribution counts for; see :meth:`gac.Mixer.backward`."""
+
 _graph_task_id = torch._C._current_graph_task_id
 _queue_callback = torch.autograd.Variable._execution_engine.queue_callback
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one backward pass added to the gradients: its branch, and the tokens that it counts for (None: untold)."""
+
+    branch: Branch
+    tokens: Tokens
 
 
 class Observer:
@@ -26,10 +40,20 @@ class Observer:
         lossless: the exact estimator's layout.
         running: read ``p.grad`` after accumulation (and take differences) instead of the incoming gradient.
         seed: of the sketch.
+        second_moments: measure in the space of the optimizer that has these; None: in that of the gradients.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], *, lossless: bool, running: bool, seed: int):
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        *,
+        lossless: bool,
+        running: bool,
+        seed: int,
+        second_moments: SecondMoments | None = None,
+    ):
         self.running = running
+        self.second_moments = second_moments
         self.names: list[str] = []
         self.parameters: list[nn.Parameter] = []
         self._place: list[tuple[int, int]] = []  # parameter -> (ledger, region)
@@ -41,12 +65,23 @@ class Observer:
             self._place.append((list(groups).index(parameter.device), len(group)))
             group.append(index)
         self._bytes = [p.numel() * p.element_size() for p in self.parameters]
+        self.module_labels, modules = group_parameters(self.names)
         self.ledgers = [
-            Ledger([self.parameters[k].numel() for k in group], device, lossless=lossless, running=running, seed=seed)
-            for device, group in groups.items()
+            Ledger(
+                [self.parameters[k].numel() for k in group],
+                device,
+                lossless=lossless,
+                running=running,
+                seed=seed + number,
+                modules=[modules[k] for k in group],
+                module_count=len(self.module_labels),
+            )
+            for number, (device, group) in enumerate(groups.items())
         ]
-        self.counts = dict.fromkeys(Branch, 0)
+        self.contributions: list[Contribution] = []  # of this step, in order
         self.branch: Branch | None = None
+        self.tokens: Tokens = None  # of the contributions to come
+        self.outside = False  # whether backward passes outside a branch are expected in this step
         self.fired = False  # whether any hook ran since the last clear(); entering a branch counts without hooks
         self.broken = False  # a backward pass raised: this step's sums are incomplete
         self.seconds = 0.0  # host time spent here since the last clear()
@@ -74,23 +109,34 @@ class Observer:
             handle.remove()
         self._handles = []
 
-    def measure(self, measuring: bool) -> None:
-        """Whether the step to come is measured. One that is not has no hooks: they would cost time and tell nothing."""
+    def measure(self, measuring: bool, *, by_module: bool = False) -> None:
+        """Whether the step to come is measured, and also module by module.
+
+        A step that is not measured has no hooks: they would cost time and tell nothing.
+        """
         if measuring and not self._handles:
             self._attach()
         elif not measuring:
             self.remove()
+        for ledger in self.ledgers:
+            ledger.by_module = by_module
 
     @property
     def measuring(self) -> bool:
         """Whether this step is measured."""
         return bool(self._handles)
 
+    @property
+    def counts(self) -> dict[Branch, int]:
+        """Contributions of each branch in this step."""
+        return {branch: sum(c.branch is branch for c in self.contributions) for branch in Branch}
+
     # -- branches -------------------------------------------------------------------------------------------------
 
-    def enter(self, branch: Branch, scale: Tensor) -> None:
+    def enter(self, branch: Branch, scale: Tensor, tokens: Tokens = None) -> None:
         """Contributions from now on belong to ``branch``; ``scale`` undoes the weight of its loss."""
         self.branch = branch
+        self.tokens = tokens
         self.fired |= not self.measuring
         self._scales = [
             scale if scale.device == ledger.device else scale.to(ledger.device, non_blocking=True)
@@ -103,6 +149,7 @@ class Observer:
             self.fail()
         self.finish()
         self.branch = None
+        self.tokens = None
 
     def fail(self) -> None:
         """A backward pass raised: what it left of its contribution is dropped, and the step counts as broken."""
@@ -129,6 +176,8 @@ class Observer:
         self.seconds += perf_counter() - start
 
     def _notice(self, index: int, gradient: Tensor | None) -> None:
+        if self.branch is None and self.outside:
+            return
         if self.branch is None:
             raise RuntimeError(
                 f"a backward pass reached parameter {self.names[index]!r} outside a branch: run it inside "
@@ -180,23 +229,31 @@ class Observer:
         self._flush()
         for ledger, scale in zip(self.ledgers, self._scales, strict=True):
             ledger.end(self.branch, scale)
-        self.counts[self.branch] += 1
+        self.contributions.append(Contribution(self.branch, self.tokens))
         self._open = False
         self._seen.clear()
         self.seconds += perf_counter() - start
 
     @torch.no_grad()
     def _flush(self) -> None:
-        batches: list[tuple[list[int], list[Tensor]]] = [([], []) for _ in self.ledgers]
+        batches: list[tuple[list[int], list[Tensor], list[Tensor]]] = [([], [], []) for _ in self.ledgers]
         for index, gradient in self._pending.items():
             which, region = self._place[index]
-            batches[which][0].append(region)
-            batches[which][1].append(gradient.to_dense() if gradient.layout is torch.sparse_coo else gradient)
+            regions, gradients, moments = batches[which]
+            if self.second_moments is not None:
+                v = self.second_moments.of(self.parameters[index])
+                if v is None:
+                    continue  # the optimizer has not met this parameter: its scale there is unknown
+                moments.append(v)
+            regions.append(region)
+            gradients.append(gradient.to_dense() if gradient.layout is torch.sparse_coo else gradient)
         self._pending.clear()
         self._pending_bytes = 0
-        for ledger, scale, (regions, gradients) in zip(self.ledgers, self._scales, batches, strict=True):
-            if regions:
+        for ledger, scale, (regions, gradients, moments) in zip(self.ledgers, self._scales, batches, strict=True):
+            if regions and self.second_moments is None:
                 ledger.read(self.branch, regions, gradients, scale)
+            elif regions:
+                ledger.read(self.branch, regions, gradients, scale, moments, self.second_moments.eps)
 
     def _drop(self) -> None:
         self._pending.clear()
@@ -208,9 +265,9 @@ class Observer:
     def clear(self) -> None:
         """Forgets the step: sums, counts and host time."""
         self._drop()
-        if any(self.counts.values()) or self.broken:
+        if self.contributions or self.broken:
             for ledger in self.ledgers:
                 ledger.clear()
-        self.counts = dict.fromkeys(Branch, 0)
-        self.fired = self.broken = False
+        self.contributions = []
+        self.fired = self.broken = self.outside = False
         self.seconds = 0.0

@@ -90,8 +90,23 @@ def noise_from_contributions(power: Tensor, norm2: Tensor, n: Tensor) -> Tensor:
     Args:
         power: ``sum_k |x_k|^2``. norm2: ``|sum_k x_k|^2``. n: number of contributions; below 2 the result is NaN.
     """
-    spread = (power - norm2 / n).clamp(min=0.0)  # Cauchy-Schwarz: negative only by rounding
-    return torch.where(n >= 2, spread * n / (n - 1), NAN)
+    return noise_from_weighted(power * n, norm2, n)
+
+
+def noise_from_weighted(weighted_power: Tensor, norm2: Tensor, n: Tensor) -> Tensor:
+    """Noise of a sum of ``n`` independent contributions of known weights: ``(sum_k |x_k|^2/w_k - |G|^2) / (n-1)``.
+
+    Contribution ``k`` has the mean ``w_k g`` and the covariance ``w_k Sigma``, ``sum w_k = 1``: what a loss gives that
+    is summed over a micro-batch's ``t_k`` tokens and divided by all tokens of the step, ``w_k = t_k / sum t``. Then
+    ``E sum |x_k|^2/w_k = |g|^2 + n tr Sigma`` and ``E|G|^2 = |g|^2 + tr Sigma``, so the estimate of ``tr Sigma`` has
+    no bias. With equal weights it is :func:`noise_from_contributions`.
+
+    Args:
+        weighted_power: ``sum_k |x_k|^2 / w_k``. norm2: ``|G|^2``. n: contributions of positive weight; below 2 the
+            result is NaN.
+    """
+    spread = (weighted_power - norm2).clamp(min=0.0)  # Cauchy-Schwarz: negative only by rounding
+    return torch.where(n >= 2, spread / (n - 1), NAN)
 
 
 def contribution_statistics(

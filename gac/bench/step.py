@@ -206,7 +206,7 @@ def _overhead(samples: dict[str, list[dict]], interval: int) -> dict:
 
 def _sketch_bytes(trainer: Trainer) -> dict:
     with trainer.patch(interval=1) as mixer:
-        sketches = sum(ledger.nbytes for ledger in mixer._observer.ledgers)
+        sketches = mixer.nbytes
         estimator = mixer.estimator
     gradients = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
     return {"estimator": estimator, "sketch_bytes": sketches, "gradient_bytes": gradients}

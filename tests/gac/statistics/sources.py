@@ -171,7 +171,9 @@ def feed(ledger: Ledger, x_s: Tensor, x_r: Tensor, *, weights: tuple[float, floa
                 ledger.read(branch, bucket, tensors, scale)
             ledger.end(branch, scale)
         counts[branch] = torch.tensor(float(len(contributions)), dtype=torch.float64)
-    power_s, power_r, nonfinite, norm_s2, norm_r2, dot = ledger.sums().unbind()
+    powers, nonfinite = ledger.powers(), ledger.nonfinite()
+    power_s, power_r = powers[: len(x_s)].sum(), powers[len(x_s) :].sum()
+    norm_s2, norm_r2, dot = ledger.inner().unbind()
     n_s, n_r = counts[Branch.SFT], counts[Branch.RL]
     ledger.clear()
     return contribution_statistics(
