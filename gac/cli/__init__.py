@@ -1,7 +1,7 @@
 """The command ``gac``. Every module of this package without a leading underscore is a sub-command.
 
 Such a module is cheap to import and defines ``HELP`` (one line), ``add_arguments(parser)`` and ``run(args) -> int``;
-``EPILOG`` (examples) is optional. It may raise `UsageError` for what the user got wrong.
+``EPILOG`` (examples) and ``USAGE`` are optional. It may raise `UsageError` for what the user got wrong.
 """
 
 import argparse
@@ -20,6 +20,7 @@ examples:
   gac train                                   a small model that learns to spell backwards, minutes on a CPU
   gac train --task gcd:max_value=50 --law chord --out runs/gcd
   gac train --out runs/gcd --resume           go on after an interruption
+  gac report runs/gcd                         what its gradients say, module by module
   gac compare --laws gac,fixed:0.5,chord --seeds 3
   gac env                                     versions and devices, for a bug report
 
@@ -61,7 +62,7 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
             module = importlib.import_module(f"{__name__}.{name}")
             command = commands.add_parser(
                 name,
-                usage=f"gac {name} [options]",
+                usage=getattr(module, "USAGE", f"gac {name} [options]"),
                 help=module.HELP,
                 description=module.__doc__,
                 epilog=getattr(module, "EPILOG", None),

@@ -1,0 +1,80 @@
+"""Prints what the gradients of a run say: signal-to-noise ratio and noise scale of both branches and their cosine, for
+the whole model and module by module. docs/report.md explains the numbers."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from gac.cli import UsageError
+from gac.cli._config import positive
+
+HELP = "what a run's gradients say, module by module"
+USAGE = "gac report RUN [options]"
+EPILOG = """\
+examples:
+  gac report runs/default
+  gac report runs/default --last 10 --plot modules.png
+  gac report runs/default --json > report.json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``gac report``."""
+    parser.add_argument("directory", type=Path, metavar="RUN", help="run directory, or a history file from one")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw a heat map of modules over steps (PNG, PDF, SVG)"
+    )
+    parser.add_argument(
+        "--last", type=positive, metavar="K", help="use the last K steps measured by module (default: all of them)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``gac report``."""
+    from gac.report import Report
+
+    try:
+        report = Report.from_run(args.directory, last=args.last, **_sizes(args.directory))
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    if args.json:
+        print(json.dumps(report.as_json(), indent=2, allow_nan=False))
+    else:
+        _show(report)
+    if args.plot:
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            report.plot(args.plot, title=str(args.directory))
+        except ImportError as error:
+            raise UsageError(f"--plot needs matplotlib, which cannot be imported: {error}") from error
+        except ValueError as error:  # an unknown suffix, or nothing that could be drawn
+            raise UsageError(f"--plot {args.plot}: {error}") from error
+        print(f"heat map: {args.plot}", file=sys.stderr if args.json else sys.stdout)
+    return 0
+
+
+def _sizes(directory: Path) -> dict[str, Any]:
+    """Sequences in a contribution, where ``gac train`` has left them."""
+    from gac.cli._rundir import CONFIG, read_json
+
+    try:
+        options = read_json(directory / CONFIG)["options"]
+        sizes = {"sft": float(options["sft_batch_size"]), "rl": float(options["batch_size"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {"sizes": sizes, "unit": "sequences"}
+
+
+def _show(report: Any) -> None:
+    """Tables of rich on a terminal, plain text elsewhere."""
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+        except ImportError:
+            pass
+        else:
+            Console(highlight=False).print(report)
+            return
+    print(report)

@@ -1,0 +1,100 @@
+"""A report's numbers in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gac.report import BranchSignal, Report
+
+TITLES = {"sft": "SFT", "rl": "RL"}
+
+
+OPPOSED = 3.0
+"""Standard errors below zero from which a cosine is called negative: among dozens of modules two are chance."""
+
+_PAYS, _LITTLE = 1.5, 1.1
+"""What twice the batch multiplies a step's progress by (at most 2) where it pays, and where it brings little."""
+
+
+def sentences(report: Report) -> list[str]:
+    """What a reader should take away, a sentence or two for each branch and for their disagreement."""
+    found = []
+    for name, title in TITLES.items():
+        branch: BranchSignal = getattr(report.whole, name)
+        if not branch.norm.known:
+            found.append(f"{title}: no gradient was measured.")
+        elif branch.norm.value == 0:
+            found.append(f"{title}: the gradient is zero.")
+        elif not branch.noise.known:
+            found.append(f"{title}: the noise is not known; it takes two contributions of the branch in a step.")
+        else:
+            found.append(_batch(report, name, title, branch) + _loudest(report, name))
+    if any("noiseless" in sentence for sentence in found):
+        found.append(
+            "Progress is that of a quadratic model with the best step size for each batch (McCandlish et al. 2018): "
+            "a guide to the batch size, not a forecast."
+        )
+    if report.whole.sft.norm.known and report.whole.rl.norm.known:
+        found += _disagreement(report)
+    return found
+
+
+def _batch(report: Report, name: str, title: str, branch: BranchSignal) -> str:
+    """What a larger batch would bring: progress at B is 1/(1 + B_simple/B) of a noiseless step's."""
+    batch = f" of {report.batch[name]:.4g} {report.unit}" if report.counted else ""
+    if branch.noise.value <= 0:
+        return f"{title}: no noise was seen; a larger batch would change nothing."
+    if not branch.snr.known:
+        return f"{title}: the signal does not stand out from the noise in what was measured; measure more steps."
+    now, gain = branch.snr.value / (1 + branch.snr.value), _gain(branch.snr.value)
+    if branch.snr.bound:
+        return (
+            f"{title}: the signal cannot be told from the noise. With the present batch{batch} a step makes less than "
+            f"{now:.0%} of the progress of a noiseless one; twice the batch would make it at least {gain:.2f} times "
+            "as much."
+        )
+    pays = "would pay" if gain > _PAYS else "would bring little" if gain < _LITTLE else "would pay in part"
+    return (
+        f"{title}: with the present batch{batch} a step makes about {now:.0%} of the progress of a noiseless one; "
+        f"twice the batch would make it {gain:.2f} times as much: a larger batch {pays}."
+    )
+
+
+def _gain(snr: float) -> float:
+    """Progress of a step with twice the batch over that of one with the present, which has this ratio."""
+    return 2 * (1 + snr) / (1 + 2 * snr)
+
+
+def _loudest(report: Report, name: str) -> str:
+    """The module with the most noise, where it has more than twice an even part of it."""
+    rows = [(getattr(row, name).noise_share, row.label) for row in report.modules]
+    share, label = max((row for row in rows if row[0].known), key=lambda row: row[0].value, default=(None, ""))
+    if share is None or share.value * len(rows) < 2:
+        return ""
+    return f" The noisiest module is {label}, with {share.text(percent=True)} of the noise."
+
+
+def _disagreement(report: Report) -> list[str]:
+    whole = report.whole
+    if not whole.disagreement.known:
+        return ["The disagreement of the branches was not measured: it needs the noise of both in the same step."]
+    if not whole.disagreement.measurable:
+        return ["The branches' gradients cannot be told apart: what lies between them is within the noise."]
+    found = []
+    ranked = [row for row in report.modules if row.disagreement_share.measurable]
+    ranked.sort(key=lambda row: row.disagreement_share.value, reverse=True)
+    if len(report.modules) > 1 and ranked:
+        first = f"The branches disagree most in {ranked[0].label} ({ranked[0].disagreement_share.text(percent=True)}"
+        first += " of the disagreement)"
+        if len(ranked) > 1:
+            first += f", then in {ranked[1].label} ({ranked[1].disagreement_share.text(percent=True)})"
+        found.append(first + ".")
+    opposed = [row for row in report.modules if row.cosine.known and row.cosine.value < -OPPOSED * row.cosine.se]
+    if opposed:
+        lowest = min(opposed, key=lambda row: row.cosine.value)
+        found.append(
+            f"Their gradients oppose each other in {len(opposed)} of {len(report.modules)} modules, most in "
+            f"{lowest.label} (cosine {lowest.cosine.text()})."
+        )
+    return found

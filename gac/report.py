@@ -1,0 +1,515 @@
+"""What the gradients say: signal-to-noise ratio, noise scale and agreement of both branches, overall and by module.
+
+From the statistics of single steps to numbers that can be read. With ``<.>`` for an average over steps, of the whole
+model or of one module:
+
+    |g_b|^2      = <norm_b2> - <sigma_b2>                    squared norm of the true gradient, unbiased
+    SNR_b        = |g_b|^2 / <sigma_b2>                      signal over noise of the gradient of one step
+    B_simple     = <n_b * sigma_b2> / |g_b|^2                noise scale, in contributions
+    cosine       = <dot> / sqrt(|g_s|^2 |g_r|^2)             between the true gradients
+    disagreement = <delta_g2>                                a module's share of it adds up to 1 over modules
+
+Averages come first, ratios and clamping last: ratios of noisy numbers are biased, and so are clamped ones. The noise
+scale is that of McCandlish, Kaplan, Amodei and the OpenAI Dota team 2018 (*An Empirical Model of Large-Batch
+Training*): a batch of B makes ``1 / (1 + B_simple / B)`` of the progress of a noiseless step, hence half at
+``B = B_simple``. docs/report.md has derivations, assumptions and limits.
+
+Standard errors come from the spread over steps (:func:`gac.estimates.estimate`). They hold where steps are
+independent; a mean that drifts within the average widens them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gac.estimates import FEWEST, MEASURABLE, Estimate, digits, estimate
+from gac.modules import COLUMNS, ModuleStatistics
+from gac.reading import TITLES, sentences
+
+HISTORY = "gac_modules.jsonl"
+"""The file of a run directory that holds one line for each step measured by module."""
+
+WHOLE = "whole model"
+_BRANCHES = {"s": "sft", "r": "rl"}
+_SPREADS = ("spread_s", "spread_r")
+_OF_WHOLE = ("delta_g2", "sigma_s2", "sigma_r2")
+_SERIES = (*COLUMNS, *_SPREADS, *(f"whole_{name}" for name in _OF_WHOLE))
+"""Columns of the series: those of a step, ``n_b * sigma_b2``, and the whole model's numbers beside each module's."""
+
+
+# -- the history of a run -------------------------------------------------------------------------------------------
+
+
+def append_record(path: str | Path, statistics: ModuleStatistics) -> None:
+    """Adds a step to a history. It has left the process when this returns.
+
+    Args:
+        path: the file, or the run directory, in which it is called :data:`HISTORY`.
+    """
+    path = _history_file(Path(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = (json.dumps(statistics.to_record(), allow_nan=False, separators=(",", ":")) + "\n").encode()
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # what a kill left of the last line must not swallow this one
+                line = b"\n" + line
+        file.write(line)
+
+
+def read_history(path: str | Path) -> list[ModuleStatistics]:
+    """The steps of a history in order.
+
+    Lines cut short by a kill are left out. Where steps go back, as after a resume from a checkpoint, the later lines
+    count.
+
+    Args:
+        path: a run directory, or the file.
+
+    Raises:
+        FileNotFoundError: no such run, or no history in it; the message says what to do.
+        ValueError: the file holds something else.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such run: {path} does not exist")
+    path = _history_file(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path.parent} holds no {HISTORY}: the run was not measured by module; train with report_interval=10 "
+            "(every tenth step) or another positive number"
+        )
+    history: list[ModuleStatistics] = []
+    unread = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            unread += 1
+            continue
+        if not isinstance(record, dict):
+            raise ValueError(f"{path} is not a history of module statistics: one of its lines is {line[:40]!r}")
+        statistics = ModuleStatistics.from_record(record)
+        while history and history[-1].step >= statistics.step:
+            history.pop()
+        history.append(statistics)
+    if not history:
+        holds = f"{unread} line(s) that are not JSON" if unread else "nothing"
+        raise ValueError(f"{path} holds no measured step but {holds}: train on, with report_interval above 0")
+    return history
+
+
+def _history_file(path: Path) -> Path:
+    return path if path.suffix == ".jsonl" else path / HISTORY
+
+
+# -- the report -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BranchSignal:
+    """Signal and noise of one branch's gradient, of the whole model or of one module.
+
+    Attributes:
+        norm: ``|G|^2`` as observed, signal and noise together.
+        signal: ``|g|^2``, unbiased; may be negative where it drowns.
+        noise: ``sigma2``, noise of the gradient of one step.
+        snr: ``|g|^2 / sigma2``; an upper bound where the signal is not measurable.
+        noise_scale: ``B_simple`` in the report's unit; a lower bound where the signal is not measurable.
+        noise_share: this module's part of the whole model's noise.
+    """
+
+    norm: Estimate
+    signal: Estimate
+    noise: Estimate
+    snr: Estimate
+    noise_scale: Estimate
+    noise_share: Estimate
+
+
+@dataclass(frozen=True)
+class ModuleSummary:
+    """One row of a report: the whole model or a module.
+
+    ``cosine`` is NaN where either signal is not measurable, ``disagreement_share`` where the whole model's
+    disagreement is not.
+    """
+
+    label: str
+    sft: BranchSignal
+    rl: BranchSignal
+    cosine: Estimate
+    disagreement: Estimate
+    disagreement_share: Estimate
+
+
+class Report:
+    """Signal, noise and agreement of a run's gradients.
+
+    Attributes:
+        history: the steps it was made from, oldest first.
+        whole: the :class:`ModuleSummary` of the whole model.
+        modules: those of the modules, in model order.
+        unit: what noise scales are counted in.
+        counted: whether the steps tell how many contributions they had.
+        batch: for ``"sft"`` and ``"rl"`` the batch of a step in that unit, averaged as everything else; NaN where
+            the branch was absent.
+    """
+
+    def __init__(
+        self,
+        history: Sequence[ModuleStatistics],
+        *,
+        half_life: float = 20.0,
+        sizes: Mapping[str, float] | None = None,
+        unit: str | None = None,
+    ) -> None:
+        """
+        Args:
+            history: statistics by module of measured steps, oldest first; all of one model.
+            half_life: a measured step that lies so many back counts half; ``math.inf`` counts all alike.
+            sizes: for ``"sft"`` and ``"rl"`` how many of ``unit`` a contribution holds (sequences or tokens of a
+                micro-batch of one rank). Without it noise scales are in contributions.
+            unit: the name of what ``sizes`` counts, in the plural.
+
+        Raises:
+            ValueError: no steps, steps of different models, or an impossible option.
+        """
+        if not half_life > 0:
+            raise ValueError(f"half_life must be a positive number of measured steps, got {half_life!r}")
+        if sizes is not None and (set(sizes) != {"sft", "rl"} or not all(0 < v < math.inf for v in sizes.values())):
+            raise ValueError(f"sizes must hold positive numbers for 'sft' and 'rl', got {dict(sizes)!r}")
+        if (sizes is None) != (unit is None):
+            raise ValueError("sizes and unit belong together: how many of what a contribution holds")
+        self.history = [s for s in history if s.whole is None or not float(s.whole.nonfinite) > 0]
+        if not self.history:
+            what = "all of its steps have non-finite gradients" if history else "it is empty"
+            raise ValueError(f"no measured step in the history: {what}; train with report_interval above 0")
+        labels = self.history[-1].labels
+        for statistics in self.history:
+            if statistics.labels != labels:
+                raise ValueError(
+                    f"steps {statistics.step} and {self.history[-1].step} have different modules: "
+                    "make a report of the steps of one model"
+                )
+        self.half_life = float(half_life)
+        self.sizes = dict(sizes) if sizes else None
+        self._counts = _counts(self.history)
+        self.counted = self._counts is not None
+        self.unit = (unit or "contributions") if self.counted else "batches of a step"
+        self._series = _series(self.history, self._counts, self.sizes)
+        age = torch.arange(len(self.history) - 1, -1, -1, dtype=torch.float64)
+        weights = torch.exp2(-age / self.half_life)
+        self.batch = self._batch(weights)
+        self.whole, *self.modules = _summaries((WHOLE, *labels), self._series, weights)
+
+    @classmethod
+    def from_run(cls, path: str | Path, *, last: int | None = None, **options: Any) -> Report:
+        """The report of a run directory (or history file), of its last ``last`` measured steps.
+
+        Raises what :func:`read_history` raises.
+        """
+        if last is not None and last < 1:
+            raise ValueError(f"last must be a number of measured steps from 1 on, got {last!r}")
+        history = read_history(path)
+        return cls(history[-last:] if last else history, **options)
+
+    def _batch(self, weights: Tensor) -> dict[str, float]:
+        batch = {}
+        for k, branch in enumerate(_BRANCHES.values()):
+            if not self.counted:
+                batch[branch] = 1.0
+                continue
+            present = self._counts[:, k] > 0
+            w = weights * present
+            size = self.sizes[branch] if self.sizes else 1.0
+            batch[branch] = float((w * self._counts[:, k].nan_to_num()).sum() / w.sum()) * size
+        return batch
+
+    def module(self, label: str) -> ModuleSummary:
+        """The row of one module."""
+        for row in self.modules:
+            if row.label == label:
+                return row
+        raise KeyError(f"no module {label!r}; known: {', '.join(row.label for row in self.modules)}")
+
+    # -- over time ----------------------------------------------------------------------------------------------
+
+    def maps(self, *, columns: int = 120, half_life: float = 1.5) -> dict[str, Any]:
+        """Numbers by module and time, for a picture.
+
+        Neighbouring steps are averaged into at most ``columns`` columns, and each column with its neighbours, weighted
+        ``2^-(distance/half_life)``.
+
+        Returns:
+            ``steps``, the ``C`` columns' middle steps; ``labels``; and for each of ``disagreement`` (share of the
+            whole model's), ``cosine``, ``noise_sft`` and ``noise_rl`` (``sigma2 / norm2``: 1 is noise alone) a pair of
+            lists, ``[M][C]`` for modules and ``[C]`` for the whole model (for the disagreement: its part of the
+            squared distance). NaN where not measurable.
+        """
+        total = len(self.history)
+        edges = torch.linspace(0, total, min(columns, total) + 1, dtype=torch.float64).round().long()
+        chunks = [slice(a, b) for a, b in pairwise(edges.tolist())]
+        x = {name: torch.stack([c[chunk].nanmean(0) for chunk in chunks]) for name, c in self._series.items()}
+        steps = torch.tensor([float(s.step) for s in self.history], dtype=torch.float64)
+        at = torch.arange(len(chunks), dtype=torch.float64)
+        parts: dict[str, list[Tensor]] = {"disagreement": [], "cosine": [], "noise_sft": [], "noise_rl": []}
+        for column in at:
+            weights = torch.exp2(-(at - column).abs() / half_life)
+            for name, values in _map_column(x, weights).items():
+                parts[name].append(values)
+        grids = {name: torch.stack(values, -1) for name, values in parts.items()}
+        return {
+            "steps": [float(steps[chunk].mean()) for chunk in chunks],
+            "labels": [row.label for row in self.modules],
+            **{name: (grid[1:].tolist(), grid[0].tolist()) for name, grid in grids.items()},
+        }
+
+    def plot(self, path: str | Path, *, title: str = "") -> None:
+        """A heat map of modules over steps, as a PNG (or what the suffix says). Needs matplotlib."""
+        from gac.plots import draw_modules
+
+        draw_modules(self.maps(), path, title=title)
+
+    # -- as text ------------------------------------------------------------------------------------------------
+
+    def headline(self) -> str:
+        """Which steps, and how they are weighted."""
+        first, last, count = self.history[0].step, self.history[-1].step, len(self.history)
+        if count == 1:
+            return f"Gradients of step {last}, measured once: no standard errors"
+        text = f"Gradients of {count} measured steps from {first} to {last}"
+        if math.isfinite(self.half_life):
+            text += f", one that lies {self.half_life:g} back counting half"
+        return text + ("" if count >= FEWEST else "; too few for standard errors")
+
+    def tables(self) -> list[tuple[list[str], list[list[str]]]]:
+        """Columns and rows of the two tables: both branches of the whole model, and the modules."""
+        present = [name for name in _BRANCHES.values() if getattr(self.whole, name).norm.known]
+        both = len(present) == 2
+        overall = [
+            [
+                TITLES[name],
+                *(getattr(getattr(self.whole, name), key).text() for key in ("signal", "noise", "snr")),
+                f"{self.batch[name]:.4g}",
+                getattr(self.whole, name).noise_scale.text(),
+            ]
+            for name in present
+        ]
+        columns = ["module"]
+        for name in present:
+            columns += [f"{TITLES[name]} SNR", f"{TITLES[name]} scale", f"{TITLES[name]} noise"]
+        columns += ["cosine", "disagreement"] if both else []
+        rows = []
+        for row in (self.whole, *self.modules):
+            cells = [row.label]
+            for branch in (getattr(row, name) for name in present):
+                cells += [branch.snr.text(), branch.noise_scale.text(), _share(branch.noise_share)]
+            rows.append(cells + ([row.cosine.text(), row.disagreement_share.text(percent=True)] if both else []))
+        head = ["branch", "signal |g|^2", "noise sigma^2", "SNR", f"batch ({self.unit})", "noise scale"]
+        return [(head, overall), (columns, rows)]
+
+    def reading(self) -> list[str]:
+        """What the numbers mean, a sentence or two each."""
+        return sentences(self)
+
+    def __str__(self) -> str:
+        text = (textwrap.fill(sentence, 110) for sentence in self.reading())
+        return "\n".join([self.headline(), *(_text_table(*table) for table in self.tables()), *text])
+
+    def __rich__(self):
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        parts: list[Any] = [Text(self.headline())]
+        for columns, rows in self.tables():
+            table = Table(box=SIMPLE_HEAD)
+            for index, column in enumerate(columns):
+                table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+            for row in rows:
+                table.add_row(*row)
+            parts.append(table)
+        return Group(*parts, *(Text(sentence) for sentence in self.reading()))
+
+    # -- as JSON ------------------------------------------------------------------------------------------------
+
+    def as_json(self) -> dict[str, Any]:
+        """All numbers, as :mod:`json` takes them; what is not known is None."""
+        branch = lambda b: {key: getattr(b, key).as_json() for key in BranchSignal.__dataclass_fields__}
+        row = lambda r: {
+            "sft": branch(r.sft),
+            "rl": branch(r.rl),
+            "cosine": r.cosine.as_json(),
+            "disagreement": r.disagreement.as_json(),
+            "disagreement_share": r.disagreement_share.as_json(),
+        }
+        return {
+            "steps": [self.history[0].step, self.history[-1].step],
+            "measured": len(self.history),
+            "half_life": self.half_life if math.isfinite(self.half_life) else None,
+            "unit": self.unit,
+            "batch": {name: value if math.isfinite(value) else None for name, value in self.batch.items()},
+            "whole": row(self.whole),
+            "modules": {r.label: row(r) for r in self.modules},
+            "reading": self.reading(),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Writes the report and its history as one JSON file, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "report": self.as_json(),
+            "options": {
+                "half_life": self.half_life if math.isfinite(self.half_life) else None,
+                "sizes": self.sizes,
+                "unit": self.unit if self.sizes else None,
+            },
+            "history": [statistics.to_record() for statistics in self.history],
+        }
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Reads what :meth:`save` wrote. Raises ValueError for another file."""
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not {"options", "history"} <= set(content):
+            raise ValueError(f"{path} is not a saved report: pass a file that Report.save wrote")
+        options = dict(content["options"])
+        options["half_life"] = math.inf if options["half_life"] is None else options["half_life"]
+        return cls([ModuleStatistics.from_record(record) for record in content["history"]], **options)
+
+
+# -- from series to rows --------------------------------------------------------------------------------------------
+
+
+def _counts(history: Sequence[ModuleStatistics]) -> Tensor | None:
+    """``[T, 2]``: contributions of both branches in every step; None where some step does not tell."""
+    if any(s.whole is None for s in history):
+        return None
+    counts = torch.tensor([[float(s.whole.n_s), float(s.whole.n_r)] for s in history], dtype=torch.float64)
+    return counts if bool((counts > 0).any()) else None
+
+
+def _series(
+    history: Sequence[ModuleStatistics], counts: Tensor | None, sizes: Mapping[str, float] | None
+) -> dict[str, Tensor]:
+    """The columns :data:`_SERIES`, each ``[T, 1 + M]`` in float64 on the CPU, the whole model first."""
+    modules = torch.stack([s.values.to("cpu", torch.float64) for s in history])
+    whole = modules.sum(1)
+    for index, statistics in enumerate(history):
+        if statistics.whole is not None:
+            whole[index] = torch.stack([getattr(statistics.whole, name) for name in COLUMNS]).to("cpu", torch.float64)
+    together = torch.cat([whole[:, None], modules], 1)
+    series = dict(zip(COLUMNS, together.unbind(-1), strict=True))
+    for k, (letter, branch) in enumerate(_BRANCHES.items()):
+        n = torch.ones(len(history), dtype=torch.float64) if counts is None else counts[:, k]
+        size = sizes[branch] if sizes and counts is not None else 1.0
+        series[f"spread_{letter}"] = n[:, None] * size * series[f"sigma_{letter}2"]
+    for name in _OF_WHOLE:
+        series[f"whole_{name}"] = series[name][:, :1].expand_as(series[name])
+    return series
+
+
+def _summaries(labels: Sequence[str], series: Mapping[str, Tensor], weights: Tensor) -> list[ModuleSummary]:
+    def over(function: Callable[..., Tensor], *names: str) -> list[Estimate]:
+        value, se = estimate(function, [series[name] for name in names], weights)
+        return [Estimate(v, e) for v, e in zip(value.tolist(), se.tolist(), strict=True)]
+
+    identity, ratio = (lambda x: x), (lambda x, y: x / y)
+    branches = {}
+    for letter, name in _BRANCHES.items():
+        norm, sigma, spread = f"norm_{letter}2", f"sigma_{letter}2", f"spread_{letter}"
+        branches[name] = [
+            _branch(*row)
+            for row in zip(
+                over(identity, norm),
+                over(lambda n, s: n - s, norm, sigma),
+                over(identity, sigma),
+                over(lambda n, s: (n - s) / s, norm, sigma),
+                over(lambda n, s, k: k / (n - s), norm, sigma, spread),
+                over(identity, spread),
+                over(ratio, sigma, f"whole_{sigma}"),
+                strict=True,
+            )
+        ]
+    cosines = over(_cosine, "dot", "norm_s2", "sigma_s2", "norm_r2", "sigma_r2")
+    disagreements = over(identity, "delta_g2")
+    shares = over(ratio, "delta_g2", "whole_delta_g2")
+    rows = []
+    for label, sft, rl, cosine, disagreement, share in zip(
+        labels, branches["sft"], branches["rl"], cosines, disagreements, shares, strict=True
+    ):
+        clear = sft.signal.measurable and rl.signal.measurable
+        cosine = Estimate(min(max(cosine.value, -1.0), 1.0), cosine.se) if clear and cosine.known else Estimate()
+        share = share if disagreements[0].measurable else Estimate()
+        rows.append(ModuleSummary(label, sft, rl, cosine, disagreement, share))
+    return rows
+
+
+def _cosine(dot: Tensor, norm_s: Tensor, sigma_s: Tensor, norm_r: Tensor, sigma_r: Tensor) -> Tensor:
+    return dot / ((norm_s - sigma_s) * (norm_r - sigma_r)).sqrt()
+
+
+def _branch(
+    norm: Estimate, signal: Estimate, noise: Estimate, snr: Estimate, scale: Estimate, spread: Estimate, share: Estimate
+) -> BranchSignal:
+    """Ratios over a signal that may be zero say nothing; what its upper end leaves possible is a bound."""
+    if not signal.measurable:
+        snr, scale = Estimate(), Estimate()
+        if signal.upper > 0 and noise.value > 0:  # False where an error is not known
+            snr = Estimate(signal.upper / noise.value, bound="<")
+            scale = Estimate(spread.value / signal.upper, bound=">")
+    return BranchSignal(norm, signal, noise, snr, scale, share)
+
+
+def _map_column(series: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
+    """The numbers of :meth:`Report.maps` at one time, each ``[1 + M]``."""
+    over = lambda function, *names: estimate(function, [series[name] for name in names], weights)
+    difference, ratio = (lambda x, y: x - y), (lambda x, y: x / y)
+    clear = {}
+    for letter in _BRANCHES:
+        value, se = over(difference, f"norm_{letter}2", f"sigma_{letter}2")
+        clear[letter] = value > MEASURABLE * se.nan_to_num()
+    cosine = over(_cosine, "dot", "norm_s2", "sigma_s2", "norm_r2", "sigma_r2")[0].clamp(-1, 1)
+    delta, error = over(lambda x: x, "delta_g2")
+    share = torch.where(
+        delta[0] > MEASURABLE * error[0].nan_to_num(), over(ratio, "delta_g2", "whole_delta_g2")[0], math.nan
+    )
+    share[0] = over(ratio, "delta_g2", "distance2")[0][0]
+    return {
+        "disagreement": share,
+        "cosine": torch.where(clear["s"] & clear["r"], cosine, math.nan),
+        "noise_sft": over(ratio, "sigma_s2", "norm_s2")[0],
+        "noise_rl": over(ratio, "sigma_r2", "norm_r2")[0],
+    }
+
+
+def _share(share: Estimate) -> str:
+    """Without its error: noise is the number that is known best."""
+    return f"{digits(100 * share.value, 2)}%" if share.known else "-"
+
+
+def _text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns under each other: the first to the left, numbers to the right."""
+    widths = [max(len(row[k]) for row in (columns, *rows)) for k in range(len(columns))]
+    line = lambda row: "  ".join(
+        cell.ljust(width) if k == 0 else cell.rjust(width)
+        for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ).rstrip()
+    return "\n".join(["", line(columns), "  ".join("-" * width for width in widths), *map(line, rows), ""])
