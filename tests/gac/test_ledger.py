@@ -44,7 +44,7 @@ def contribute(ledger: Ledger, branch: Branch, calls, scale=ONE) -> None:
 
 
 def sums(ledger: Ledger, *branches: Branch) -> torch.Tensor:
-    """``[6]``: squares of each branch's contributions (whose branches are given), non-finite elements, inner products."""
+    """``[6]``: squares of each branch's contributions (branches are given), non-finite elements, inner products."""
     powers = ledger.powers()
     assert len(powers) == len(branches)
     own = [
