@@ -82,6 +82,8 @@ MODELS = {
         LlamaShape("0.1B", 49152, 576, 1536, 30, 9, 3, 64, tied=True),  # the sizes of SmolLM-135M
         LlamaShape("1B", 128256, 2048, 8192, 16, 32, 8, 64, tied=True),  # of Llama 3.2 1B
         LlamaShape("8B", 128256, 4096, 14336, 32, 32, 8, 128, tied=False),  # of Llama 3.1 8B
+        LlamaShape("70B", 128256, 8192, 28672, 80, 64, 8, 128, tied=False),  # of Llama 3.1 70B
+        LlamaShape("405B", 128256, 16384, 53248, 126, 128, 8, 128, tied=False),  # of Llama 3.1 405B
     )
 }
 """Models by name."""
