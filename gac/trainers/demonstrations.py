@@ -115,16 +115,7 @@ class DemonstrationCollator:
 
     def __call__(self, indices: Sequence[int]) -> DemonstrationBatch:
         """The batch of the rows at `indices`, padded to its longest row."""
-        rows = [self._encode(index) for index in indices]
-        length = max(len(ids) for ids, _ in rows)
-        input_ids = torch.full((len(rows), length), self._pad, dtype=torch.int64)
-        labels = torch.full_like(input_ids, IGNORE_INDEX)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, (ids, row_labels) in enumerate(rows):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            labels[row, : len(ids)] = torch.tensor(row_labels)
-            attention_mask[row, : len(ids)] = 1
-        return DemonstrationBatch(input_ids, attention_mask, labels)
+        return pad_demonstrations([self._encode(index) for index in indices], self._pad)
 
     def _encode(self, index: int) -> tuple[list[int], list[int]]:
         row = self.demonstrations[index]
@@ -133,36 +124,68 @@ class DemonstrationCollator:
             if len(ids) != len(labels):
                 raise ValueError(f"sft_dataset row {index}: {len(ids)} input_ids but {len(labels)} labels")
         else:
-            prompt, completion = self._encode_pair(row["prompt"], row["completion"], index)
+            prompt, completion = encode_pair(
+                self.tokenizer, row["prompt"], row["completion"], f"sft_dataset row {index}"
+            )
             ids = prompt + completion
             labels = ([IGNORE_INDEX] * len(prompt) if self.completion_only else prompt) + completion
         if not ids:
             raise ValueError(f"sft_dataset row {index} has no tokens")
         return ids[: self.max_length], labels[: self.max_length]
 
-    def _encode_pair(self, prompt: Any, completion: Any, index: int) -> tuple[list[int], list[int]]:
-        if isinstance(prompt, str) and isinstance(completion, str):
-            if self.tokenizer.eos_token_id is None:
-                raise ValueError("the tokenizer has no EOS token, so a plain-text completion would have no end")
-            text = completion.removesuffix(self.tokenizer.eos_token)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            return list(self.tokenizer(prompt)["input_ids"]), [*ids, self.tokenizer.eos_token_id]
-        if isinstance(prompt, str) or isinstance(completion, str):
-            raise ValueError(
-                f"sft_dataset row {index}: prompt is {type(prompt).__name__} and completion "
-                f"{type(completion).__name__}; both must be text, or both message lists"
-            )
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise ValueError(
-                "sft_dataset holds message lists but the tokenizer has no chat template; set "
-                "tokenizer.chat_template or pass plain text"
-            )
-        head = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-        whole = self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
-        if not whole.startswith(head):
-            raise ValueError(
-                f"sft_dataset row {index}: the chat template does not keep the prompt as a prefix of the conversation, "
-                "so the completion cannot be located; pass 'input_ids' and 'labels' instead"
-            )
-        encode = lambda text: list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return encode(head), encode(whole[len(head) :])
+
+def encode_pair(tokenizer: Any, prompt: Any, completion: Any, where: str) -> tuple[list[int], list[int]]:
+    """Tokens of a prompt and of its completion, as :class:`DemonstrationCollator` describes.
+
+    Args:
+        tokenizer: of the model.
+        prompt, completion: both text, or both message lists.
+        where: names the row in errors.
+
+    Raises:
+        ValueError: mixed formats, no EOS token, no chat template, or one that rewrites the prompt.
+    """
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no EOS token, so a plain-text completion would have no end")
+        text = completion.removesuffix(tokenizer.eos_token)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(tokenizer(prompt)["input_ids"]), [*ids, tokenizer.eos_token_id]
+    if isinstance(prompt, str) or isinstance(completion, str):
+        raise ValueError(
+            f"{where}: prompt is {type(prompt).__name__} and completion {type(completion).__name__}; both must be "
+            "text, or both message lists"
+        )
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{where} holds message lists but the tokenizer has no chat template; set tokenizer.chat_template or pass "
+            "plain text"
+        )
+    head = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+    if not whole.startswith(head):
+        raise ValueError(
+            f"{where}: the chat template does not keep the prompt as a prefix of the conversation, so the completion "
+            "cannot be located; pass 'input_ids' and 'labels' instead"
+        )
+    encode = lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return encode(head), encode(whole[len(head) :])
+
+
+def pad_demonstrations(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int) -> DemonstrationBatch:
+    """One batch from rows of token ids and labels, padded on the right to the longest row.
+
+    Without rows, or with empty ones, it still has a row and a token: a forward and backward of it costs next to
+    nothing and gives a loss of 0, so that every rank runs as many backward passes whatever its data.
+    """
+    rows = rows or [((), ())]
+    length = max(1, *(len(ids) for ids, _ in rows))
+    input_ids = torch.full((len(rows), length), pad, dtype=torch.int64)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    attention_mask = torch.zeros_like(input_ids)
+    attention_mask[:, 0] = 1  # a row that attends to nothing has no finite attention
+    for row, (ids, row_labels) in enumerate(rows):
+        input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        labels[row, : len(ids)] = torch.tensor(row_labels, dtype=torch.int64)
+        attention_mask[row, : len(ids)] = 1
+    return DemonstrationBatch(input_ids, attention_mask, labels)

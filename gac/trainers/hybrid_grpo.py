@@ -1,20 +1,26 @@
 """TRL's GRPO with a supervised branch whose weight is set from measured gradient statistics.
 
-`HybridGRPOTrainer` leaves TRL's reinforcement side as it is and adds one supervised forward and backward to every
-micro-step. What each branch's gradient is divided by, so that `mu` means the same at any accumulation, batch size and
-sequence length:
+`HybridGRPOTrainer` keeps groups of rollouts together, leaves TRL's reinforcement side as it is otherwise and adds one
+supervised forward and backward to every micro-step. What each branch's gradient is divided by, so that `mu` means the
+same at any accumulation, batch size and sequence length:
 
 - RL: TRL's own normalisation. TRL divides inside its loss and switches the trainer's accumulation scaling off
   (``loss_is_scaled_for_ga``), which is why the supervised loss must bring its own divisor.
 - SFT: the token sum of a micro-batch over the loss tokens of the *whole* accumulation window on all ranks. The window's
   micro-batches are drawn together at its first micro-step, so the count is known before the first backward.
 
-Under DDP the reinforcement backward never synchronises; the supervised one that follows it does, in the last
-micro-step. Every rank runs both backwards in every micro-step, whatever its data.
+Under DDP the last backward of a micro-step is the one that may synchronise: the supervised one, in steps that have it.
+Every rank runs the same backwards in every micro-step, whatever its data.
+
+Laws that act per prompt or token (`gac.laws.rules`) are carried out by a rule (`gac.trainers.rules`): it chooses
+prompts, rollouts and demonstrations between rewards and losses.
 """
 
 import contextlib
+import itertools
+import logging
 import os
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,13 +28,20 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 import gac
 from gac.controller import Controller
-from gac.losses import count_label_tokens, sft_token_loss
+from gac.laws.rules import carried_out
+from gac.losses import count_label_tokens
 from gac.mixer import ESTIMATORS
-from gac.trainers.demonstrations import DemonstrationBatch, DemonstrationCollator, EpochSampler
+from gac.trainers.demonstrations import DemonstrationBatch, DemonstrationCollator, EpochSampler, pad_demonstrations
+from gac.trainers.grouped_grpo import TOKEN_SUM_LOSSES, GroupedGRPOTrainer, loss_mask
+from gac.trainers.prompts import TOKENS, demonstrations_of, require_column
+from gac.trainers.rules import LossTerms, rule_of
+from gac.trainers.token_stats import label_logprobs
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "gac_state.pt"
 """The last file written into a checkpoint: a checkpoint without it is incomplete."""
@@ -53,7 +66,13 @@ class HybridGRPOConfig(GRPOConfig):
     law_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Options of the law, such as {'half_life': 7.0, 'cap': 0.02}."}
     )
-    estimator: str = field(default="auto", metadata={"help": "'auto', 'sketch' or 'exact'; see gac.patch."})
+    estimator: str = field(
+        default="auto", metadata={"help": "'auto', 'sketch', 'exact' or 'coefficient'; see gac.patch."}
+    )
+    observe_tokens: bool = field(
+        default=False,
+        metadata={"help": "Feed the coefficient estimator too; estimator='coefficient' does so by itself."},
+    )
     gac_interval: int = field(default=1, metadata={"help": "Measure in every so many optimizer steps."})
     sft_batch_size: int | None = field(
         default=None,
@@ -104,12 +123,13 @@ class HybridGRPOConfig(GRPOConfig):
         """A fresh controller of the law; raises ValueError for what the law does not know."""
         law, options = self.law_and_options()
         try:
-            return Controller(law, **options)
+            with carried_out():
+                return Controller(law, **options)
         except TypeError as error:
             raise ValueError(str(error)) from error
 
 
-class HybridGRPOTrainer(GRPOTrainer):
+class HybridGRPOTrainer(GroupedGRPOTrainer):
     """`trl.GRPOTrainer` with a supervised branch.
 
     Each optimizer step follows ``mu * SFT gradient + (1 - mu) * RL gradient``; the logged loss is the same weighted
@@ -126,15 +146,17 @@ class HybridGRPOTrainer(GRPOTrainer):
     version of TRL not call `compute_loss`, the first step raises instead of training unweighted.
 
     Args:
-        model, reward_funcs, train_dataset: as for `GRPOTrainer`; `train_dataset` holds the prompts.
+        model, reward_funcs, train_dataset: as for `GRPOTrainer`; `train_dataset` holds the prompts. For laws whose
+            demonstrations belong to prompts, a column ``demonstration`` holds them; None leaves a prompt to RL alone.
         args: a `HybridGRPOConfig`.
         sft_dataset: demonstrations, a map-style data set or a list of dicts with ``prompt`` and ``completion`` (text
-            or messages) or ``input_ids`` and ``labels``; see `DemonstrationCollator`.
+            or messages) or ``input_ids`` and ``labels``; see `DemonstrationCollator`. Not used by laws whose
+            demonstrations belong to prompts.
         **kwargs: everything else that `GRPOTrainer` takes.
 
     Raises:
-        ValueError: empty `sft_dataset` or missing columns; a law that follows KL with ``beta=0``; DeepSpeed, FSDP or
-            fp16 (the message says why).
+        ValueError: empty `sft_dataset` or missing columns; a law that follows KL with ``beta=0``, or whose options do
+            not fit ``num_generations``; DeepSpeed, FSDP or fp16 (the message says why).
         TypeError: `args` is not a `HybridGRPOConfig`.
     """
 
@@ -151,34 +173,45 @@ class HybridGRPOTrainer(GRPOTrainer):
     ):
         if args is not None and not isinstance(args, HybridGRPOConfig):
             raise TypeError(f"args must be a HybridGRPOConfig, got {type(args).__name__}")
-        if sft_dataset is None:
-            raise ValueError("sft_dataset is missing; pass demonstrations, or use trl.GRPOTrainer for RL alone")
         if args is None:
             args = HybridGRPOConfig("hybrid-grpo")
+        law = args.build_controller().law
+        rule = rule_of(law)
+        rule.check(args.num_generations)
+        rule.phi |= args.sft_loss == "phi"
+        if rule.from_prompts:
+            require_column(train_dataset, law.name)
+            if sft_dataset is not None:
+                logger.warning("law %r takes demonstrations from the prompts: sft_dataset is not used", law.name)
+        elif sft_dataset is None:
+            raise ValueError("sft_dataset is missing; pass demonstrations, or use trl.GRPOTrainer for RL alone")
         if args.fp16:
             raise ValueError(
                 "fp16=True scales the loss by a factor that changes during training, which the statistics would see; "
                 "use bf16=True"
             )
-        if "kl" in args.build_controller().law.needs and args.beta == 0:
+        if "kl" in law.needs and args.beta == 0:
             raise ValueError(
                 f"law={args.law!r} follows the KL divergence from the reference model, which TRL measures only with "
                 "beta > 0; set beta (1e-6 measures it and hardly pulls)"
             )
-        super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
+        super().__init__(model, reward_funcs, args, rule, train_dataset, **kwargs)
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED or self.is_fsdp_enabled:
             raise ValueError(
                 "DeepSpeed and FSDP sum the gradients of both branches before they can be told apart; use DDP "
                 "(accelerate launch --multi_gpu)"
             )
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        self._collate = DemonstrationCollator(
-            tokenizer, sft_dataset, completion_only=args.sft_completion_only, max_length=args.sft_max_length
-        )
-        self._sampler = EpochSampler(len(sft_dataset), args.seed if args.sft_seed is None else args.sft_seed)
+        self._collate = self._sampler = None
+        if not rule.from_prompts:
+            self._collate = DemonstrationCollator(
+                self._tokenizer, sft_dataset, completion_only=args.sft_completion_only, max_length=args.sft_max_length
+            )
+            self._sampler = EpochSampler(len(sft_dataset), args.seed if args.sft_seed is None else args.sft_seed)
+        self._observes = args.observe_tokens or args.estimator == "coefficient"
         self._sft_position = 0
-        self._sft_window: deque[DemonstrationBatch] = deque()
-        self._sft_window_tokens: torch.Tensor | None = None
+        self._micro_steps_left = 0
+        self._sft_window: deque[list[DemonstrationBatch]] = deque()
+        self._sft_window_tokens: torch.Tensor | float = 0.0
         self._sft_window_loss: torch.Tensor | None = None
         self._rl_weighted = False
         self._rl_sampler = None
@@ -191,56 +224,133 @@ class HybridGRPOTrainer(GRPOTrainer):
     # -- the two branches ---------------------------------------------------------------------------------------------
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """One RL and one SFT forward and backward; returns the weighted sum of both losses."""
-        if not self._sft_window:
-            self._draw_window()
-        # The supervised backward below is the one that may synchronise. Both contexts nest inside the trainer's own.
-        with self.mixer.rl(), self.accelerator.no_sync(model=model):
+        """The step's branches, one after the other; returns the weighted sum of their losses."""
+        if not self._micro_steps_left:
+            self._begin_window()
+        self._micro_steps_left -= 1
+        loss = torch.zeros((), device=self.accelerator.device)
+        rollouts = None
+        if self._rule.explores:
+            rollouts = self._generate_rollouts(model, inputs)
+            loss = loss + self._rl_step(model, inputs, num_items_in_batch, rollouts)
+        if self._rule.supervises:
+            loss = loss + self._sft_step(model, rollouts)
+        return loss
+
+    def _begin_window(self) -> None:
+        """Decides on the demonstrations of all micro-steps up to the next optimizer step, where that can be done."""
+        self._micro_steps_left = self.current_gradient_accumulation_steps
+        self._sft_window_loss = None
+        if not self._rule.supervises:
+            return
+        if self._rule.queues:
+            self._draw_from_queue()
+        elif not self._rule.from_prompts:
+            self._draw_from_set()
+
+    def _generate_rollouts(self, model, inputs) -> dict[str, Any]:
+        # As TRL's training_step is about to do; here, the branch can be told how many tokens its loss adds up.
+        begin = time.perf_counter()
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        rollouts = self.prepare_rollouts(inputs)
+        self._current_train_step_time += time.perf_counter() - begin
+        return rollouts
+
+    def _rl_step(self, model, inputs, num_items_in_batch, rollouts) -> torch.Tensor:
+        tokens = loss_mask(rollouts).sum() if self.loss_type in TOKEN_SUM_LOSSES else None
+        # A supervised backward that follows is the one that may synchronise. Both contexts nest inside the trainer's.
+        quiet = self.accelerator.no_sync(model=model) if self._rule.supervises else contextlib.nullcontext()
+        with self.mixer.rl(tokens=tokens), quiet:
             self._rl_weighted = False
-            rl_loss = super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if not self._rl_weighted:
             raise RuntimeError(
                 "the RL loss did not pass through compute_loss, so it was not weighted; this version of TRL or one of "
                 "its options (a fused loss?) is not supported"
             )
-        with self.mixer.sft():
-            sft_loss = self._sft_step(model)
-        return rl_loss + sft_loss
+        return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's loss, weighted with ``1 - mu`` in training and as it is in evaluation."""
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        """TRL's loss, with the rule's terms and weighted with ``1 - mu`` in training, as it is in evaluation."""
         if not self.model.training:
-            return loss
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, terms = self.policy_loss(model, inputs)
+        if self._observes:
+            self._observe_rollouts(terms)
         self._rl_weighted = True
-        return loss * self.mixer.weight.to(loss.dtype)
+        return loss * (self._rule.scale * self.mixer.weight).to(loss.dtype)
 
-    def _sft_step(self, model) -> torch.Tensor:
-        batch = self._sft_window.popleft().to(self.accelerator.device)
+    def _sft_step(self, model, rollouts) -> torch.Tensor:
+        tokens = self._sft_window_tokens
+        if self._rule.from_prompts and not self._rule.queues:
+            batches = [demonstrations_of(rollouts, self._tokenizer.pad_token_id)]
+            tokens = self.share_of_window(rollouts[TOKENS])
+        else:
+            batches = self._sft_window.popleft()
+        total = torch.zeros((), device=self.accelerator.device)
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            quiet = contextlib.nullcontext() if last else self.accelerator.no_sync(model=model)
+            # losses of a rule's demonstrations are divided by a constant, not by the tokens that a step has
+            with self.mixer.sft(tokens=None if self._rule.from_prompts else batch.count_tokens()), quiet:
+                total = total + self._supervise(model, batch.to(self.accelerator.device), tokens)
+        return total
+
+    def _supervise(self, model, batch: DemonstrationBatch, tokens: torch.Tensor | float) -> torch.Tensor:
         with self.compute_loss_context_manager():
             outputs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            loss = sft_token_loss(
-                outputs.logits, batch.labels, num_tokens=self._sft_window_tokens, phi=self.args.sft_loss == "phi"
-            )
+            loss = self._rule.sft_loss(outputs.logits, batch.labels, tokens)
+        if self._observes:
+            logprobs, mask = label_logprobs(outputs.logits.detach(), batch.labels)
+            rows = len(batch.labels)
+            advantages, experts = logprobs.new_zeros(rows), mask.new_ones(rows)
+            self.mixer.observe_tokens(logprobs, advantages, mask, experts)
         # the count spans all ranks and data parallelism averages gradients over them
         loss = loss * self.accelerator.num_processes
         self._sft_window_loss = loss.detach() + (0.0 if self._sft_window_loss is None else self._sft_window_loss)
-        weighted = loss * self.mixer.weight
+        weighted = loss * (self._rule.scale * self.mixer.weight)
         self.accelerator.backward(weighted)
         return weighted.detach()
 
-    def _draw_window(self) -> None:
-        """Demonstrations of all micro-steps up to the next optimizer step, and their token count over all ranks."""
-        size = self.args.sft_batch_size or self.args.per_device_train_batch_size
+    def _observe_rollouts(self, terms: LossTerms) -> None:
+        advantages = terms.inputs["advantages"]
+        experts = torch.zeros(len(advantages), dtype=torch.bool, device=advantages.device)
+        if "gac_joined" in terms.inputs:
+            experts = terms.inputs["gac_joined"]
+        self.mixer.observe_tokens(terms.logprobs.detach(), advantages, terms.mask, experts)
+
+    @property
+    def _sft_rows(self) -> int:
+        return self.args.sft_batch_size or self.args.per_device_train_batch_size
+
+    def _draw_from_set(self) -> None:
+        """Demonstrations of the window from `sft_dataset`, and their token count over all ranks."""
+        size = self._sft_rows
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         for _ in range(self.current_gradient_accumulation_steps):
             indices = self._sampler.take(self._sft_position + rank * size, size)
             self._sft_position += world * size
-            self._sft_window.append(self._collate(indices))
-        tokens = torch.stack([count_label_tokens(batch.labels) for batch in self._sft_window]).sum()
+            self._sft_window.append([self._collate(indices)])
+        tokens = torch.stack([count_label_tokens(batch.labels) for (batch,) in self._sft_window]).sum()
         tokens = tokens.to(self.accelerator.device)
         self._sft_window_tokens = self.accelerator.reduce(tokens, reduction="sum") if world > 1 else tokens
-        self._sft_window_loss = None
+
+    def _draw_from_queue(self) -> None:
+        """Demonstrations of the window from the rule's queue, in as many equal pieces on every rank."""
+        demonstrations = self._rule.dequeue()
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        micro_steps = self.current_gradient_accumulation_steps
+        share = -(-len(demonstrations) // world)
+        pieces = -(-share // (micro_steps * self._sft_rows))
+        size = -(-share // (micro_steps * pieces))
+        own = iter(demonstrations[rank::world])
+        pad = self._tokenizer.pad_token_id
+        for _ in range(micro_steps):
+            self._sft_window.append([pad_demonstrations(list(itertools.islice(own, size)), pad) for _ in range(pieces)])
+        whole = pad_demonstrations(demonstrations, pad)
+        self._sft_window_tokens = float(whole.count_tokens())
 
     # -- mixer --------------------------------------------------------------------------------------------------------
 
@@ -248,13 +358,15 @@ class HybridGRPOTrainer(GRPOTrainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         # the wrapped model, so that data parallelism is seen; hooks live only while training runs
         law, options = self.args.law_and_options()
-        self.mixer = gac.patch(
-            self.model_wrapped,
-            law=law,
-            estimator=self.args.estimator,
-            interval=self.args.gac_interval,
-            **options,
-        )
+        with carried_out():
+            self.mixer = gac.patch(
+                self.model_wrapped,
+                law=law,
+                estimator=self.args.estimator,
+                interval=self.args.gac_interval,
+                **options,
+            )
+        self._rule.attach(self.mixer.controller.law)
         if self._mixer_state is not None:
             self.mixer.load_state_dict(self._mixer_state)
         if resume_from_checkpoint is not None:
@@ -273,8 +385,11 @@ class HybridGRPOTrainer(GRPOTrainer):
                 self._mixer_state = self.mixer.state_dict()
             self.mixer.unpatch()
         self._sft_window.clear()
+        self._micro_steps_left = 0
+        self._prepared = None
 
     def _on_optimizer_step(self) -> None:
+        self._rule.end_step()
         self.mixer.step(**{name: self._mean_of_step(name) for name in self.mixer.controller.law.needs})
         metrics = self.mixer.metrics()
         self._last_metrics = {f"gac/{name}": metrics[name] for name in _COUNTERS if name in metrics}
@@ -321,8 +436,9 @@ class HybridGRPOTrainer(GRPOTrainer):
             state = {
                 "mixer": self.mixer.state_dict(),
                 "sft_position": self._sft_position,
-                "sft_size": self._sampler.size,
+                "sft_size": self._sampler.size if self._sampler else 0,
                 "micro_step": self._step,
+                "rule": self._rule.state_dict(),
             }
             _save(state, os.path.join(folder, STATE_FILE))
 
@@ -334,14 +450,17 @@ class HybridGRPOTrainer(GRPOTrainer):
                 "gac.trainers.hybrid_grpo.complete_checkpoints(output_dir)"
             )
         state = torch.load(path, weights_only=True)
-        if state["sft_size"] != self._sampler.size:
+        size = self._sampler.size if self._sampler else 0
+        if state["sft_size"] != size:
             raise ValueError(
-                f"{checkpoint} was written with {state['sft_size']} demonstrations, sft_dataset has "
-                f"{self._sampler.size}; resume with the same set"
+                f"{checkpoint} was written with {state['sft_size']} demonstrations, sft_dataset has {size}; resume "
+                "with the same set"
             )
         self.mixer.load_state_dict(state["mixer"])
+        self._rule.load_state_dict(state["rule"])
         self._sft_position = state["sft_position"]
         self._sft_window.clear()
+        self._micro_steps_left = 0
         self._step = state["micro_step"]
         rollouts = os.path.join(checkpoint, ROLLOUT_FILE.format(rank=self.args.process_index))
         if os.path.isfile(rollouts):

@@ -11,6 +11,19 @@ DEMONSTRATIONS = [
     {"prompt": f"{a}+{b}=", "completion": str(a + b), "answer": str(a + b)} for a in range(5) for b in range(4, 14)
 ]
 
+SOLVED = "2"
+"""What `first_digit_reward` calls correct."""
+
+
+def first_digit_reward(completions, **_):
+    """1 for completions that begin with `SOLVED`: rare from an untrained model, so that most prompts are unsolved."""
+    return [float(text.startswith(SOLVED)) for text in completions]
+
+
+def with_demonstrations(prompts=PROMPTS):
+    """The prompts with their answers as demonstrations; every fourth has none."""
+    return [row | {"demonstration": row["answer"] if i % 4 else None} for i, row in enumerate(prompts)]
+
 
 def last_digit_reward(completions, **_):
     """Half of all completions earn something, so that advantages are never all zero."""
@@ -62,13 +75,13 @@ def config(tmp_path):
 def trainer(config):
     """Builds a `HybridGRPOTrainer` on a tiny model."""
 
-    def build(model=None, sft_dataset=DEMONSTRATIONS, reward=last_digit_reward, **options):
+    def build(model=None, sft_dataset=DEMONSTRATIONS, reward=last_digit_reward, prompts=PROMPTS, **options):
         keywords = {key: options.pop(key) for key in ("callbacks", "peft_config") if key in options}
         return HybridGRPOTrainer(
             model if model is not None else tiny_model(),
             reward,
             config(**options),
-            Dataset.from_list(PROMPTS),
+            Dataset.from_list(prompts),
             sft_dataset,
             processing_class=build_character_tokenizer(),
             **keywords,

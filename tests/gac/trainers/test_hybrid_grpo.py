@@ -13,6 +13,7 @@ from gac.losses import sft_token_loss
 from gac.tasks.characters import build_character_tokenizer
 from gac.trainers import HybridGRPOConfig
 from gac.trainers.demonstrations import DemonstrationCollator, EpochSampler
+from gac.trainers.groups import GroupLayout, take_rows
 from gac.trainers.hybrid_grpo import complete_checkpoints
 from tests.gac.trainers.conftest import DEMONSTRATIONS, PROMPTS, last_digit_reward, tiny_model
 
@@ -39,7 +40,11 @@ def assert_same(left, right):
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
-def test_without_sft_weight_the_run_is_trls_own(trainer, config, loss_type):
+def test_without_sft_weight_the_run_is_trls_own(trainer, config, loss_type, monkeypatch):
+    """But for the order of rollouts: TRL's own shuffling is replaced by the one that keeps groups together."""
+    monkeypatch.setattr(
+        "trl.trainer.grpo_trainer.shuffle_sequence_dict", lambda batch: take_rows(batch, GroupLayout(8, 4).shuffled())
+    )
     hybrid_gradients, plain_gradients = Gradients(), Gradients()
     hybrid = trainer(mu=0.0, loss_type=loss_type, callbacks=[hybrid_gradients])
     hybrid.train()

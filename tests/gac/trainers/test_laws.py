@@ -8,7 +8,9 @@ import pytest
 from transformers import Qwen2ForCausalLM
 
 import gac
-from tests.gac.trainers.conftest import tiny_model
+from gac.laws.rules import RuleLaw
+from gac.trainers import HybridGRPOConfig
+from tests.gac.trainers.conftest import DEMONSTRATIONS, tiny_model, with_demonstrations
 
 
 @pytest.fixture
@@ -18,16 +20,32 @@ def saved_model(tmp_path):
     return Qwen2ForCausalLM.from_pretrained(tmp_path / "model")
 
 
+def options_of(law):
+    """Data and options with which a law can be trained."""
+    kind = type(HybridGRPOConfig(law=law, report_to=[], use_cpu=True, bf16=False).build_controller().law)
+    from_prompts = issubclass(kind, RuleLaw) and kind.prompt_demonstrations
+    options = {"sft_dataset": None if from_prompts else DEMONSTRATIONS}
+    if from_prompts:
+        options["prompts"] = with_demonstrations()
+    if law == "kl-ctrl":
+        options["beta"] = 0.01
+    if law == "relift":
+        options["law_options"] = {"queue": 2}
+    return options
+
+
 @pytest.mark.parametrize("law", gac.laws.available())
 def test_every_law_drives_training(trainer, saved_model, law):
-    options = {"beta": 0.01} if law == "kl-ctrl" else {}
-    hybrid = trainer(saved_model, law=law, max_steps=3, **options)
+    before = {name: p.detach().clone() for name, p in saved_model.named_parameters()}
+    hybrid = trainer(saved_model, law=law, max_steps=3, **options_of(law))
     hybrid.train()
     entries = [e for e in hybrid.state.log_history if "gac/mu" in e]
     assert len(entries) == 3
     assert all(0.0 <= e["gac/mu"] <= 1.0 for e in entries)
     if law == "gac":
         assert all(math.isfinite(e["gac/mu_raw"]) for e in entries)
+    assert all(p.isfinite().all() for p in hybrid.model.parameters())
+    assert any(not p.equal(before[name]) for name, p in hybrid.model.named_parameters())
 
 
 def test_alpha_that_follows_kl(trainer, saved_model):
