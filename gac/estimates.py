@@ -56,7 +56,7 @@ class Estimate:
         if scaled:
             value, se = value / 10.0**power, se / 10.0**power
         places = min(max(0, -_power(se, 1)), 9)
-        text = f"{value:.{places}f}±{se:.{places}f}"
+        text = f"{round(value, places) + 0.0:.{places}f}±{se:.{places}f}"  # + 0.0: never -0
         return (f"({text})e{power:+03d}" if scaled else text) + unit
 
     def as_json(self) -> dict[str, Any]:

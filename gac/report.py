@@ -42,10 +42,7 @@ HISTORY = "gac_modules.jsonl"
 
 WHOLE = "whole model"
 _BRANCHES = {"s": "sft", "r": "rl"}
-_SPREADS = ("spread_s", "spread_r")
 _OF_WHOLE = ("delta_g2", "sigma_s2", "sigma_r2")
-_SERIES = (*COLUMNS, *_SPREADS, *(f"whole_{name}" for name in _OF_WHOLE))
-"""Columns of the series: those of a step, ``n_b * sigma_b2``, and the whole model's numbers beside each module's."""
 
 
 # -- the history of a run -------------------------------------------------------------------------------------------
@@ -87,8 +84,8 @@ def read_history(path: str | Path) -> list[ModuleStatistics]:
     path = _history_file(path)
     if not path.exists():
         raise FileNotFoundError(
-            f"{path.parent} holds no {HISTORY}: the run was not measured by module; train with report_interval=10 "
-            "(every tenth step) or another positive number"
+            f"{path.parent} holds no {HISTORY}: no step of the run was measured by module; train with "
+            "report_interval=10 (every tenth measured step), and for more steps than that"
         )
     history: list[ModuleStatistics] = []
     unread = 0
@@ -106,12 +103,12 @@ def read_history(path: str | Path) -> list[ModuleStatistics]:
         history.append(statistics)
     if not history:
         holds = f"{unread} line(s) that are not JSON" if unread else "nothing"
-        raise ValueError(f"{path} holds no measured step but {holds}: train on, with report_interval above 0")
+        raise ValueError(f"{path} holds no measured step but {holds}: train with report_interval=10, say")
     return history
 
 
 def _history_file(path: Path) -> Path:
-    return path if path.suffix == ".jsonl" else path / HISTORY
+    return path if path.suffix == ".jsonl" or path.is_file() else path / HISTORY
 
 
 # -- the report -----------------------------------------------------------------------------------------------------
@@ -195,7 +192,7 @@ class Report:
         self.history = [s for s in history if s.whole is None or not float(s.whole.nonfinite) > 0]
         if not self.history:
             what = "all of its steps have non-finite gradients" if history else "it is empty"
-            raise ValueError(f"no measured step in the history: {what}; train with report_interval above 0")
+            raise ValueError(f"no measured step in the history: {what}; train with report_interval=10, say")
         labels = self.history[-1].labels
         for statistics in self.history:
             if statistics.labels != labels:
@@ -409,7 +406,11 @@ def _counts(history: Sequence[ModuleStatistics]) -> Tensor | None:
 def _series(
     history: Sequence[ModuleStatistics], counts: Tensor | None, sizes: Mapping[str, float] | None
 ) -> dict[str, Tensor]:
-    """The columns :data:`_SERIES`, each ``[T, 1 + M]`` in float64 on the CPU, the whole model first."""
+    """The columns of all steps, each ``[T, 1 + M]`` in float64 on the CPU, the whole model first.
+
+    Beside those of a step: ``spread_b``, ``n_b * sigma_b2`` in the report's unit, and the numbers of the whole model
+    that modules have shares of.
+    """
     modules = torch.stack([s.values.to("cpu", torch.float64) for s in history])
     whole = modules.sum(1)
     for index, statistics in enumerate(history):
