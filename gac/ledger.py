@@ -57,6 +57,7 @@ class Ledger:
         seed: selects the sketch's signs.
         modules: index of each parameter's module; None: all in one.
         module_count: modules of the whole model.
+        copies: ranks that hold the same pieces.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Ledger:
         seed: int = 0,
         modules: Sequence[int] | None = None,
         module_count: int = 1,
+        copies: int = 1,
     ):
         total = sum(numels)
         size = None if lossless else max(SMALLEST_SKETCH, total // ELEMENTS_PER_BUCKET)
@@ -85,6 +87,7 @@ class Ledger:
         self.previous = parts[3] if running else None
         self.modules = list(modules) if modules is not None else [0] * len(numels)
         self.module_count = module_count
+        self.copies = copies
         self.by_module = False
         """Whether the contributions of this step are taken apart by module; set it between steps."""
         # A row for each contribution: squares and non-finite elements as read, then the squares that absorb_ finds.
@@ -107,8 +110,8 @@ class Ledger:
         return self._vectors.nbytes + self._rows.nbytes
 
     @property
-    def reduced(self) -> Tensor:
-        """``[2m]``: both branches' totals as one vector, for a sum over ranks in place."""
+    def both_totals(self) -> Tensor:
+        """``[2m]``: both branches' totals as one vector."""
         return self._vectors[: 2 * self.layout.size]
 
     @cached_property
@@ -245,13 +248,15 @@ class Ledger:
                 found = found + rows[:, 1].sum()
         return found
 
-    def inner(self) -> Tensor:
-        """``[3]``: ``|G_s|^2``, ``|G_r|^2``, ``<G_s, G_r>``."""
-        return pair_moments(self.totals[Branch.SFT], self.totals[Branch.RL])
+    def inner(self, both_totals: Tensor) -> Tensor:
+        """``[3]``: ``|G_s|^2``, ``|G_r|^2``, ``<G_s, G_r>``, of this ledger's totals or of those of all ranks."""
+        return pair_moments(*both_totals.view(2, -1).unbind())
 
-    def module_inner(self) -> Tensor:
+    def module_inner(self, both_totals: Tensor) -> Tensor:
         """``[modules, 3]``: the part of each module in :meth:`inner`."""
-        parts = [[self.totals[branch][part] for _, part in self._segments] for branch in Branch]
+        if not self._segments:
+            return torch.zeros(self.module_count, 3, dtype=self._rows.dtype, device=self.device)
+        parts = [[total[part] for _, part in self._segments] for total in both_totals.view(2, -1).unbind()]
         return self._membership @ pair_moments(*parts, per_tensor=True)
 
     def clear(self) -> None:

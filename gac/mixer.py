@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from time import perf_counter
@@ -23,9 +22,10 @@ from gac.metrics import HostMirror
 from gac.modules import ModuleStatistics
 from gac.observer import Observer
 from gac.optimizer_space import SecondMoments
-from gac.reduction import StepSums, gather_rows, step_sums
+from gac.reduction import Reduction, StepSums, gather_rows
 from gac.statistics import NAN, Statistics, contribution_statistics, noise_from_weighted
 from gac.temporal import MovingMeans
+from gac.topology import Topology, fsdp2_modules, has_unreduced_gradients, local_part, topology_of
 from gac.uncertainty import SuccessiveDifferences
 from gac_kernels.arguments import accumulator_dtype
 
@@ -37,6 +37,9 @@ EXACT_BYTES = 32 * 2**20
 
 EXACT_SHARE = 0.05
 """... or this share of the model's own parameters (LoRA)."""
+
+EXACT_BYTES_REDUCED = 2**20
+"""... of which both must travel between ranks that hold replicas: ``auto`` is exact there up to this size."""
 
 MODULE_HISTORY = 512
 """Steps that :meth:`Mixer.report` looks back on, of those that were taken apart by module."""
@@ -55,6 +58,8 @@ def patch(
     metric: str | torch.optim.Optimizer = "gradient",
     report_interval: int | None = 10,
     coefficient: Mapping | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    hooks: bool = True,
     **law_options,
 ) -> Mixer:
     """Watches the gradients of ``model`` and sets the weight ``mu`` of its SFT branch from them.
@@ -76,7 +81,7 @@ def patch(
             outside a branch goes unnoticed in them.
         optimizer: call :meth:`Mixer.step` after each of its steps.
         process_group: the ranks that train replicas of the model (as in DDP); the default group when several processes
-            run.
+            run. Sharded models (FSDP2, tensor parallelism) bring their device mesh: patch after ``fully_shard``.
         metric: ``"gradient"``, or ``"optimizer"`` to measure in the space of Adam's steps: each element divided by
             ``sqrt(v) + eps``, with the second moments of ``optimizer``. An optimizer in place of the name lends its
             moments without the call of :meth:`Mixer.step`. Measuring begins once it has taken a step.
@@ -84,6 +89,9 @@ def patch(
             never.
         coefficient: options of the coefficient estimator: ``z_normalize``, ``phi``, ``trim``; see
             :func:`gac.coefficient_statistics`.
+        scaler: whose ``scale`` multiplies the losses (AMP in float16): contributions are divided by it.
+        hooks: False for trainers that keep gradients in buffers of their own: hand them over with
+            :meth:`Mixer.observe` after each backward pass.
         **law_options: options of the law.
 
     Returns:
@@ -103,6 +111,8 @@ def patch(
         metric=metric,
         report_interval=report_interval,
         coefficient=coefficient,
+        scaler=scaler,
+        hooks=hooks,
         **law_options,
     )
 
@@ -133,6 +143,8 @@ class Mixer:
         metric,
         report_interval,
         coefficient,
+        scaler,
+        hooks,
         **law_options,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -147,9 +159,13 @@ class Mixer:
         self._second_moments = _second_moments(metric, optimizer)
         if self._second_moments is not None and estimator == "coefficient":
             raise ValueError('estimator="coefficient" reads no gradients: metric="optimizer" does not apply to it')
+        if scaler is not None and not hasattr(scaler, "scale"):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
         parameters = _trainable(model)
         self.controller = Controller(law, **law_options)
-        self.estimator = _choose(estimator, model, parameters)
+        self._topology = topology_of(model, parameters, process_group)
+        self._fsdp2 = fsdp2_modules(model)
+        self.estimator = _choose(estimator, model, parameters, self._topology)
         self._auto = estimator == "auto"
         self.interval = interval
         self.report_interval = report_interval
@@ -159,19 +175,29 @@ class Mixer:
         self._rows: list[Tensor] = []  # of the coefficient estimator
         self._coefficient: Statistics | None = None
         self._group = process_group
-        self._ranks = dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
-        exact = self.estimator == "exact"
+        self._ranks = self._topology.ranks
+        self._scaler = scaler
+        exact, whole = self.estimator == "exact", self._ranks == 1 or self._topology.sharded
+        watched = self.estimator != "coefficient"
         self._observer = Observer(
-            parameters if self.estimator != "coefficient" else [],
+            parameters if watched else [],
             lossless=exact,
-            running=not exact and self._ranks == 1,
+            # exact in one process sees the gradient itself and saves two buffers
+            running=self._topology.sharded or not hooks or (whole and not exact),
             seed=0,
             second_moments=self._second_moments,
+            copies=self._topology.copies if watched else None,
+            hooks=hooks,
         )
+        self._reduction: Reduction | None = None  # on its way
+        self._confirmed = False  # whether a first measured step has shown that the hooks work on every rank
+        self._last_branch: Branch | None = None
         self._means = [MovingMeans(ledger.device) for ledger in self._observer.ledgers]
         self._uncertainty = SuccessiveDifferences(4, self.device, self._dtype)
         self._modules: deque[ModuleStatistics] = deque(maxlen=MODULE_HISTORY)
         self._used = self.estimator
+        self._waiting = False  # for the sums of a step that has ended
+        self._told: dict = {}
         self._statistics: Statistics | None = None
         self._skipped = torch.zeros((), dtype=self.controller.mu.dtype, device=self.device)
         self._mirror = HostMirror(self.device)
@@ -210,11 +236,13 @@ class Mixer:
     @property
     def mu(self) -> Tensor:
         """Weight of the SFT branch in this step: 0-dim float32 on the model's device."""
+        self._settle()
         return self._mu
 
     @property
     def weight(self) -> Tensor:
         """Weight of the active branch's loss: ``mu`` inside ``sft()``, ``1 - mu`` inside ``rl()``; 0-dim float32."""
+        self._settle()
         if self._observer.branch is None:
             raise RuntimeError("mixer.weight belongs to a branch: read it inside `with mixer.sft():` or `mixer.rl()`")
         return self._weights[self._observer.branch]
@@ -240,8 +268,19 @@ class Mixer:
                 f"`with mixer.{branch.value}():` inside `with mixer.{active.value}():`: leave the first branch before "
                 "entering another; several backward passes may share one"
             )
+        self._settle()
         self._check_tokens(branch, tokens)
-        self._observer.enter(branch, self._scales[branch], tokens)
+        if branch is not self._last_branch and has_unreduced_gradients(self._fsdp2):
+            raise RuntimeError(
+                f"gradient sync was off in the last backward pass of the {self._last_branch.value} branch, so FSDP2 "
+                f"would reduce its gradient together with that of the {branch.value} branch: leave sync on in the last "
+                "pass of each branch (module.set_requires_gradient_sync)"
+            )
+        self._last_branch = branch
+        scale = self._scales[branch]
+        if self._scaler is not None and self._observer.measuring:
+            scale = scale / self._scaler.scale(torch.ones_like(scale))
+        self._observer.enter(branch, scale, tokens)
         try:
             yield self
         except BaseException:
@@ -312,6 +351,7 @@ class Mixer:
                 raise TypeError(f"{name} must be a scalar tensor, got {got}")
         if self._observer.branch is not None:
             raise RuntimeError("mixer.mixed_loss inside a branch: it weights both by itself, call it outside")
+        self._settle()
         self._observer.outside = self._observer.fired = True
         return self._weights[Branch.SFT] * sft_loss + self._weights[Branch.RL] * rl_loss
 
@@ -336,6 +376,56 @@ class Mixer:
                 rows = sequence_rows(logprobs, advantages, mask, is_expert)
                 self._rows.append(rows.to(self.device, non_blocking=True))
 
+    def observe(
+        self,
+        buffers: str | Callable[[nn.Parameter], Tensor | None] | Sequence[Tensor | None],
+        *,
+        tokens: float | Tensor | None = None,
+    ) -> None:
+        """One contribution of the active branch, from buffers that a trainer keeps its gradients in.
+
+        For a mixer patched with ``hooks=False``, after each backward pass and before the buffers are reduced over
+        ranks. They hold the sum of the step's gradients so far, as Megatron's ``main_grad`` does: what was added since
+        the last call is the contribution.
+
+        Args:
+            buffers: the name of an attribute of every parameter (``"main_grad"``), a function from parameter to buffer,
+                or one buffer for each trainable parameter in the order of ``model.named_parameters()``; None where a
+                parameter has none yet.
+            tokens: see :meth:`backward`.
+
+        Raises:
+            RuntimeError: outside a branch, or hooks watch already. ValueError: a buffer does not fit its parameter.
+        """
+        self._require_patched()
+        observer = self._observer
+        if observer.hooks:
+            raise RuntimeError("mixer.observe beside hooks would count gradients twice: patch with hooks=False")
+        if observer.branch is None:
+            raise RuntimeError("mixer.observe belongs to a branch: call it inside `with mixer.sft():` or `mixer.rl()`")
+        if not observer.measuring:
+            return
+        if isinstance(buffers, str):
+            name = buffers
+            buffers = lambda parameter: getattr(parameter, name, None)
+        found = [buffers(p) for p in self._parameters] if callable(buffers) else list(buffers)
+        if len(found) != len(self._parameters):
+            raise ValueError(f"buffers must be one for each of {len(self._parameters)} parameters, got {len(found)}")
+        for name, parameter, buffer in zip(observer.names, self._parameters, found, strict=True):
+            if buffer is not None and buffer.numel() != parameter.numel():
+                raise ValueError(
+                    f"the buffer of parameter {name!r} has {buffer.numel()} elements, the parameter {parameter.numel()}"
+                )
+        if all(buffer is None for buffer in found):
+            raise ValueError("none of the parameters has a buffer: name the attribute that holds their gradients")
+        if tokens is not None:
+            self._check_tokens(observer.branch, tokens)
+        entered_with = observer.tokens
+        observer.tokens = tokens if tokens is not None else entered_with
+        with torch.no_grad():
+            observer.take(found)
+        observer.tokens = entered_with
+
     # -- the step -------------------------------------------------------------------------------------------------
 
     def step(
@@ -346,7 +436,7 @@ class Mixer:
         *,
         kl: float | Tensor | None = None,
         entropy: float | Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Ends the optimizer step: statistics of its contributions, then the mu of the next step.
 
         Nothing is read on the host. Call it once for each optimizer step, before or after ``zero_grad``.
@@ -356,8 +446,11 @@ class Mixer:
             prior, alpha: replace the law's own in this step.
             kl, entropy: of the policy, in nats per token, for the laws that follow them.
 
+        With several ranks it starts one small all-reduce, which is waited for when a weight is needed: every rank must
+        call it in every step.
+
         Returns:
-            The new mu, 0-dim float32.
+            The new mu, 0-dim float32; None while the all-reduce is under way (read :attr:`mu` when you need it).
 
         Raises:
             RuntimeError: inside a branch, or when no backward pass was seen since the last step.
@@ -366,12 +459,10 @@ class Mixer:
         observer = self._observer
         if observer.branch is not None:
             raise RuntimeError(f"mixer.step() inside `with mixer.{observer.branch.value}():`: leave the branch first")
-        if not observer.fired and not observer.broken:
-            raise RuntimeError(
-                "mixer.step() with nothing observed: no backward pass reached a patched parameter since the last step. "
-                "Run the losses inside `with mixer.sft():` and `with mixer.rl():`. If you did, the hooks are gone: "
-                "copy.deepcopy and load_state_dict(assign=True) drop them, so patch the model after either."
-            )
+        self._settle()
+        unseen = not observer.fired and not observer.broken
+        if unseen and self._ranks == 1:
+            raise RuntimeError(_NOTHING_OBSERVED)
         if self.estimator == "coefficient" and self._due and not self._rows and self._ranks == 1:
             raise RuntimeError(
                 'mixer.step() without token coefficients: estimator="coefficient" is fed by mixer.observe_tokens(...), '
@@ -379,27 +470,58 @@ class Mixer:
             )
         start = perf_counter()
         with torch.no_grad():
-            self._statistics = self._measure()
-            mu = self.controller.update(self._statistics, step=step, prior=prior, alpha=alpha, kl=kl, entropy=entropy)
-            self._take(mu)
-            self._publish(start)
-        observer.clear()
+            self._coefficient = self._from_tokens()
+            self._told = {"step": step, "prior": prior, "alpha": alpha, "kl": kl, "entropy": entropy}
+            if observer.measuring:
+                self._reduction = Reduction(
+                    observer,
+                    self.device,
+                    self._topology,
+                    time_noise=self._noise_from_time(),
+                    silent=observer.entered and not observer.alive,
+                )
+        self._waiting = True
+        observer.seconds += perf_counter() - start
+        if self._ranks == 1 or not self._confirmed:
+            self._settle()
+            return self._mu
+        return None
+
+    def _settle(self) -> None:
+        """Finishes a step whose sums are on their way: statistics, law, weights of the step to come."""
+        if not self._waiting:
+            return
+        self._waiting = False
+        start = perf_counter()
+        try:
+            with torch.no_grad():
+                self._statistics = self._measure()
+                self._take(self.controller.update(self._statistics, **self._told))
+                self._publish(start)
+        finally:
+            self._observer.clear()
+            self._last_branch = None
+            self._plan_step()
+
+    def _from_tokens(self) -> Statistics | None:
+        """The coefficient estimator's statistics of the step; None where it was not fed."""
+        if not self._rows and not (self.estimator == "coefficient" and self._due):
+            return None
+        rows = torch.cat(self._rows) if self._rows else torch.zeros(0, 8, dtype=self._dtype, device=self.device)
         self._rows.clear()
-        self._plan_step()
-        return self._mu
+        if self._ranks > 1:
+            rows = gather_rows(rows, self._group)
+        return statistics_from_rows(rows, self._coefficient_options)
 
     def _measure(self) -> Statistics | None:
         """Statistics of the step, of the estimator that applies to it; None when it was not measured."""
-        observer = self._observer
-        self._coefficient = None
-        if self._rows or (self.estimator == "coefficient" and self._due):
-            rows = torch.cat(self._rows) if self._rows else torch.zeros(0, 8, dtype=self._dtype, device=self.device)
-            if self._ranks > 1:
-                rows = gather_rows(rows, self._group)
-            self._coefficient = statistics_from_rows(rows, self._coefficient_options)
-        statistics = self._from_gradients() if observer.measuring else None
+        statistics = None
+        if self._reduction is not None:
+            sums, self._reduction = self._reduction.finish(), None
+            self._confirm(sums)
+            statistics = self._from_gradients(sums)
         self._used = self.estimator + ("+time" if self._uses_time() else "")
-        if self.estimator == "coefficient" or (self._auto and observer.outside):
+        if self.estimator == "coefficient" or (self._auto and self._observer.outside):
             statistics, self._used = self._coefficient, "coefficient"
         if statistics is None:
             return None
@@ -411,42 +533,57 @@ class Mixer:
             statistics, **{f"{name}_se": error for name, error in zip(names, errors.unbind(), strict=True)}
         )
 
-    def _uses_time(self) -> bool:
-        """Whether a lone contribution is compared with earlier steps."""
-        return self._ranks == 1 and 1 in self._observer.counts.values()
+    def _confirm(self, sums: StepSums) -> None:
+        """In the first measured step, on every rank: did hooks run on all of them? The only wait for the device."""
+        if self._confirmed or self._ranks == 1:
+            return
+        if float(sums.silent) > 0 or float(sums.n.sum()) == 0:
+            raise RuntimeError(f"{_NOTHING_OBSERVED} ({float(sums.silent):.0f} of {self._ranks} ranks)")
+        self._confirmed = True
 
-    def _from_gradients(self) -> Statistics:
-        observer = self._observer
-        sums = step_sums(observer, self.device, ranks=self._ranks, group=self._group)
+    def _uses_time(self, branch: Branch | None = None) -> bool:
+        """Whether a lone contribution (of a branch, or of either) is compared with earlier steps."""
+        counts = self._observer.counts
+        alone = 1 in counts.values() if branch is None else counts[branch] == 1
+        return alone and (self._ranks == 1 or self._topology.sharded)
+
+    def _from_gradients(self, sums: StepSums) -> Statistics:
         if self._second_moments is not None:
             sums = sums.scaled(self._correction)
         # a branch of weight 0 leaves no trace: its contributions are zeros, which say nothing
-        n_s, n_r = (sums.n * torch.stack([self._weights[b] > 0 for b in Branch])).unbind()
+        n = dict(zip(Branch, (sums.n * torch.stack([self._weights[b] > 0 for b in Branch])).unbind(), strict=True))
         norm_s2, norm_r2, dot = sums.norms.unbind()
-        noise = {
-            branch: noise_from_weighted(power * tokens, norm2, n)
-            for branch, power, tokens, norm2, n in zip(
-                Branch, sums.power, sums.tokens, (norm_s2, norm_r2), (n_s, n_r), strict=True
-            )
-        }
-        if self._ranks == 1:
-            healthy = sums.nonfinite == 0
-            for branch, n in zip(Branch, (n_s, n_r), strict=True):
-                if observer.counts[branch] == 1:
-                    noise[branch] = self._noise_from_time(branch, healthy, n)
+        noise, healthy = {}, sums.nonfinite == 0
+        for k, (branch, norm2) in enumerate(zip(Branch, (norm_s2, norm_r2), strict=True)):
+            noise[branch] = noise_from_weighted(sums.power[k] * sums.tokens[k], norm2, n[branch])
+            if self._uses_time(branch):
+                noise[branch] = torch.where(n[branch] > 0, sums.time_noise[k], NAN)
+                for ledger, means in zip(self._observer.ledgers, self._means, strict=True):
+                    use = (healthy & (n[branch] > 0)).to(ledger.device, non_blocking=True)
+                    means.update(branch, ledger.totals[branch], use)
         statistics = contribution_statistics(
             sigma_s2=noise[Branch.SFT],
             sigma_r2=noise[Branch.RL],
             norm_s2=norm_s2,
             norm_r2=norm_r2,
             dot=dot,
-            n_s=n_s,
-            n_r=n_r,
+            n_s=n[Branch.SFT],
+            n_r=n[Branch.RL],
             nonfinite=sums.nonfinite,
         )
         if sums.module_norms is not None:
             self._take_apart(sums, statistics)
         return statistics
+
+    def _noise_from_time(self) -> Tensor:
+        """``[2]``: noise of lone contributions, of the elements that this rank holds; 0 where there are several."""
+        found = torch.zeros(2, dtype=self._dtype, device=self.device)
+        for k, branch in enumerate(Branch):
+            if self._uses_time(branch):
+                for ledger, means in zip(self._observer.ledgers, self._means, strict=True):
+                    part = means.noise(branch, ledger.totals[branch]) / ledger.copies
+                    found[k] += part.to(self.device, non_blocking=True)
+        return found
 
     def _take_apart(self, sums: StepSums, whole: Statistics) -> None:
         """Keeps the step's statistics by module."""
@@ -461,16 +598,6 @@ class Mixer:
         values = torch.where(known & (whole.nonfinite == 0), torch.stack(columns, dim=1), NAN)
         labels = tuple(self._observer.module_labels)
         self._modules.append(ModuleStatistics(self.controller.steps + 1, labels, values, whole))
-
-    def _noise_from_time(self, branch: Branch, healthy: Tensor, n: Tensor) -> Tensor:
-        total = None
-        for ledger, means in zip(self._observer.ledgers, self._means, strict=True):
-            part = means.noise(branch, ledger.totals[branch]).to(self.device, non_blocking=True)
-            total = part if total is None else total + part
-            means.update(branch, ledger.totals[branch], (healthy & (n > 0)).to(ledger.device, non_blocking=True))
-        if self._second_moments is not None:
-            total = total * self._correction
-        return torch.where(n > 0, total, NAN)
 
     def _publish(self, start: float) -> None:
         statistics = self._statistics or Statistics(n_s=torch.zeros((), device=self.device))
@@ -490,6 +617,7 @@ class Mixer:
     @property
     def statistics(self) -> Statistics | None:
         """Statistics of the last step, as 0-dim tensors on the device; None where it measured none."""
+        self._settle()
         return self._statistics
 
     @property
@@ -500,6 +628,7 @@ class Mixer:
     @property
     def modules(self) -> ModuleStatistics | None:
         """Statistics by module, of the newest step that was taken apart (every ``report_interval`` measured steps)."""
+        self._settle()
         return self._modules[-1] if self._modules else None
 
     @property
@@ -519,6 +648,8 @@ class Mixer:
             name of the ``estimator`` (with ``+time`` where a lone contribution was compared with earlier steps). NaN:
             not measured.
         """
+        if wait:
+            self._settle()
         latest = self._mirror.latest(wait=wait)
         if latest is None:
             return {}
@@ -534,12 +665,14 @@ class Mixer:
 
         Raises RuntimeError when contributions of an unfinished step would be lost.
         """
+        self._settle()
         if any(self._observer.counts.values()):
             raise RuntimeError("mixer.state_dict() in the middle of an optimizer step: call mixer.step() first")
         return {
             "controller": self.controller.state_dict(),
             "skipped": self._skipped.to("cpu", copy=True),
-            "means": [{k: v.to("cpu", copy=True) for k, v in means.state.items()} for means in self._means],
+            # of one process alone: with several ranks they would be one rank's own
+            "means": [{k: v.to("cpu", copy=True) for k, v in m.state.items()} for m in self._means if self._ranks == 1],
             "uncertainty": {k: v.to("cpu", copy=True) for k, v in self._uncertainty.state.items()},
         }
 
@@ -548,9 +681,10 @@ class Mixer:
         missing = {"controller", "skipped", "means", "uncertainty"} - set(state_dict)
         if missing:
             raise ValueError(f"state_dict lacks {sorted(missing)}: pass what Mixer.state_dict() returned")
+        self._settle()
         self.controller.load_state_dict(state_dict["controller"])
         self._skipped = state_dict["skipped"].to(self._skipped.device, copy=True)
-        if len(state_dict["means"]) == len(self._means):
+        if len(state_dict["means"]) == len(self._means) and self._ranks == 1:
             for means, saved in zip(self._means, state_dict["means"], strict=True):
                 means.state = {k: v.to(means.device, copy=True) for k, v in saved.items()}
         saved = state_dict["uncertainty"]
@@ -564,6 +698,7 @@ class Mixer:
         """Takes every hook off the model and the optimizer. The mixer cannot be used afterwards."""
         if self._observer is None:
             return
+        self._settle()
         self._observer.remove()
         for parameter in self._parameters:
             _mixers.pop(parameter, None)
@@ -581,6 +716,13 @@ class Mixer:
     def _require_patched(self) -> None:
         if self._observer is None:
             raise RuntimeError("this mixer was unpatched: call gac.patch(model) again")
+
+
+_NOTHING_OBSERVED = (
+    "mixer.step() with nothing observed: no backward pass reached a patched parameter since the last step. Run the "
+    "losses inside `with mixer.sft():` and `with mixer.rl():`. If you did, the hooks are gone: copy.deepcopy, "
+    "load_state_dict(assign=True) and fully_shard drop them, so patch the model after any of these."
+)
 
 
 def _require_steps(name: str, value: int) -> None:
@@ -604,11 +746,6 @@ def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
             "model has no trainable parameters: every requires_grad is False. Unfreeze some, or add adapters, first"
         )
     for name, parameter in parameters:
-        if _is_dtensor(parameter):
-            raise ValueError(
-                f"parameter {name!r} is a DTensor: sharded models (FSDP2, tensor parallelism) are not supported yet; "
-                "use DDP or one process"
-            )
         if parameter.device.type == "meta":
             raise ValueError(f"parameter {name!r} is on the meta device: load or materialise the model first")
         other = _mixers.get(parameter)
@@ -617,16 +754,12 @@ def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return parameters
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
-    """Without importing torch.distributed.tensor, which takes a second: where it is not loaded, no DTensor exists."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def _choose(estimator: str, model: nn.Module, parameters: list[tuple[str, nn.Parameter]]) -> str:
+def _choose(estimator: str, model: nn.Module, parameters: list[tuple[str, nn.Parameter]], topology: Topology) -> str:
     """What ``auto`` stands for."""
     if estimator != "auto":
         return estimator
-    buffers = 8 * sum(p.numel() for _, p in parameters)
-    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    buffers = 8 * sum(local_part(p).numel() for _, p in parameters)
+    if topology.ranks > 1 and not topology.sharded:
+        return "exact" if buffers <= EXACT_BYTES_REDUCED else "sketch"
+    whole = sum(local_part(p).numel() * p.element_size() for p in model.parameters())
     return "exact" if buffers <= max(EXACT_BYTES, EXACT_SHARE * whole) else "sketch"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gac.ledger import Branch, Ledger
 from gac.modules import group_parameters
 from gac.optimizer_space import SecondMoments
+from gac.topology import is_dtensor, local_gradient, local_part
 
 BUCKET_BYTES = 128 * 2**20
 """Gradients are handed over once this much is pending: a launch for each bucket, none for each parameter."""
@@ -41,6 +42,8 @@ class Observer:
         running: read ``p.grad`` after accumulation (and take differences) instead of the incoming gradient.
         seed: of the sketch.
         second_moments: measure in the space of the optimizer that has these; None: in that of the gradients.
+        copies: for each parameter, how many ranks hold the same piece of it (:class:`gac.topology.Topology`).
+        hooks: False leaves the gradients to :meth:`take`.
     """
 
     def __init__(
@@ -51,38 +54,50 @@ class Observer:
         running: bool,
         seed: int,
         second_moments: SecondMoments | None = None,
+        copies: Sequence[int] | None = None,
+        hooks: bool = True,
     ):
         self.running = running
+        self.hooks = hooks
         self.second_moments = second_moments
         self.names: list[str] = []
         self.parameters: list[nn.Parameter] = []
         self._place: list[tuple[int, int]] = []  # parameter -> (ledger, region)
-        groups: dict[torch.device, list[int]] = {}
+        groups: dict[tuple[torch.device, int], list[int]] = {}
         for index, (name, parameter) in enumerate(parameters):
             self.names.append(name)
             self.parameters.append(parameter)
-            group = groups.setdefault(parameter.device, [])
-            self._place.append((list(groups).index(parameter.device), len(group)))
+            key = (parameter.device, 1 if copies is None else copies[index])
+            group = groups.setdefault(key, [])
+            self._place.append((list(groups).index(key), len(group)))
             group.append(index)
-        self._bytes = [p.numel() * p.element_size() for p in self.parameters]
+        self.sharded = any(is_dtensor(p) for p in self.parameters)
+        numels = [local_part(p).numel() for p in self.parameters]
+        self._bytes = [n * p.element_size() for n, p in zip(numels, self.parameters, strict=True)]
+        # Gradients of shards appear on a stream of the engine's own: they are read when the pass is over.
+        self._bucket = BUCKET_BYTES if not self.sharded else float("inf")
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self.module_labels, modules = group_parameters(self.names)
         self.ledgers = [
             Ledger(
-                [self.parameters[k].numel() for k in group],
+                [numels[k] for k in group],
                 device,
                 lossless=lossless,
                 running=running,
                 seed=seed + number,
                 modules=[modules[k] for k in group],
                 module_count=len(self.module_labels),
+                copies=same,
             )
-            for number, (device, group) in enumerate(groups.items())
+            for number, ((device, same), group) in enumerate(groups.items())
         ]
         self.contributions: list[Contribution] = []  # of this step, in order
         self.branch: Branch | None = None
         self.tokens: Tokens = None  # of the contributions to come
         self.outside = False  # whether backward passes outside a branch are expected in this step
         self.fired = False  # whether any hook ran since the last clear(); entering a branch counts without hooks
+        self.alive = False  # whether any hook ever ran
+        self.entered = False  # whether a branch was entered since the last clear()
         self.broken = False  # a backward pass raised: this step's sums are incomplete
         self.seconds = 0.0  # host time spent here since the last clear()
         self._scales: list[Tensor] = []
@@ -93,7 +108,10 @@ class Observer:
         self._graph_task = -1
         self._incoming: dict[int, Tensor] = {}
         self._handles = []
-        self._attach()
+        self.measuring = False
+        """Whether this step is measured."""
+        self.by_module = False
+        self.measure(True)
 
     def _attach(self) -> None:
         for index, parameter in enumerate(self.parameters):
@@ -114,17 +132,13 @@ class Observer:
 
         A step that is not measured has no hooks: they would cost time and tell nothing.
         """
-        if measuring and not self._handles:
+        self.measuring, self.by_module = measuring, by_module
+        if measuring and self.hooks and not self._handles:
             self._attach()
         elif not measuring:
             self.remove()
         for ledger in self.ledgers:
             ledger.by_module = by_module
-
-    @property
-    def measuring(self) -> bool:
-        """Whether this step is measured."""
-        return bool(self._handles)
 
     @property
     def counts(self) -> dict[Branch, int]:
@@ -137,6 +151,7 @@ class Observer:
         """Contributions from now on belong to ``branch``; ``scale`` undoes the weight of its loss."""
         self.branch = branch
         self.tokens = tokens
+        self.entered = True
         self.fired |= not self.measuring
         self._scales = [
             scale if scale.device == ledger.device else scale.to(ledger.device, non_blocking=True)
@@ -169,7 +184,7 @@ class Observer:
         if self.running and _graph_task_id() == self._graph_task:  # not the first of its pass: nothing to check
             self._pending[index] = parameter.grad  # of a parameter that came before, the sum so far replaces it
             self._pending_bytes += self._bytes[index]
-            if self._pending_bytes >= BUCKET_BYTES:
+            if self._pending_bytes >= self._bucket:
                 self._flush()
         else:
             self._notice(index, parameter.grad if self.running else self._incoming.pop(index, None))
@@ -183,23 +198,34 @@ class Observer:
                 f"a backward pass reached parameter {self.names[index]!r} outside a branch: run it inside "
                 "`with mixer.sft():` or `with mixer.rl():`, or call mixer.unpatch() first"
             )
-        self.fired = True
         task = _graph_task_id()
         if task != self._graph_task:
             self._graph_task = task
             _queue_callback(self._end_of_backward)
-        if not self._open:
-            self._open = True
-            for ledger in self.ledgers:
-                ledger.begin()
+        if self.sharded and gradient.is_cuda:
+            self._streams[gradient.device] = torch.cuda.current_stream(gradient.device)
+        self._begin()
         if not self.running:
             if index in self._seen:
                 gradient = self._merge(index, gradient)
             self._seen.add(index)
         self._pending[index] = gradient
         self._pending_bytes += self._bytes[index]
-        if self._pending_bytes >= BUCKET_BYTES:
+        if self._pending_bytes >= self._bucket:
             self._flush()
+
+    def _begin(self) -> None:
+        self.fired = self.alive = True
+        if not self._open:
+            self._open = True
+            for ledger in self.ledgers:
+                ledger.begin()
+
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        """One contribution from buffers that hold running sums, one for each parameter or None."""
+        self._begin()
+        self._pending = {index: g for index, g in enumerate(gradients) if g is not None}
+        self.finish()
 
     def _merge(self, index: int, gradient: Tensor) -> Tensor:
         """A parameter came twice in one backward pass (re-entrant checkpointing of a tied weight)."""
@@ -236,6 +262,8 @@ class Observer:
 
     @torch.no_grad()
     def _flush(self) -> None:
+        for device, stream in self._streams.items():
+            torch.cuda.current_stream(device).wait_stream(stream)
         batches: list[tuple[list[int], list[Tensor], list[Tensor]]] = [([], [], []) for _ in self.ledgers]
         for index, gradient in self._pending.items():
             which, region = self._place[index]
@@ -244,8 +272,10 @@ class Observer:
                 v = self.second_moments.of(self.parameters[index])
                 if v is None:
                     continue  # the optimizer has not met this parameter: its scale there is unknown
-                moments.append(v)
+                moments.append(local_part(v))
             regions.append(region)
+            if self.sharded:
+                gradient = local_gradient(gradient, self.parameters[index])
             gradients.append(gradient.to_dense() if gradient.layout is torch.sparse_coo else gradient)
         self._pending.clear()
         self._pending_bytes = 0
@@ -269,5 +299,5 @@ class Observer:
             for ledger in self.ledgers:
                 ledger.clear()
         self.contributions = []
-        self.fired = self.broken = self.outside = False
+        self.fired = self.broken = self.outside = self.entered = False
         self.seconds = 0.0

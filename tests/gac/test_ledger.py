@@ -50,7 +50,7 @@ def sums(ledger: Ledger, *branches: Branch) -> torch.Tensor:
     own = [
         sum((p for p, b in zip(powers, branches, strict=True) if b is branch), torch.tensor(0.0)) for branch in Branch
     ]
-    return torch.cat([torch.stack([*own, ledger.nonfinite()]).double(), ledger.inner()])
+    return torch.cat([torch.stack([*own, ledger.nonfinite()]).double(), ledger.inner(ledger.both_totals)])
 
 
 def test_parameters_without_a_gradient_count_as_zero(incoming):

@@ -173,7 +173,7 @@ def feed(ledger: Ledger, x_s: Tensor, x_r: Tensor, *, weights: tuple[float, floa
         counts[branch] = torch.tensor(float(len(contributions)), dtype=torch.float64)
     powers, nonfinite = ledger.powers(), ledger.nonfinite()
     power_s, power_r = powers[: len(x_s)].sum(), powers[len(x_s) :].sum()
-    norm_s2, norm_r2, dot = ledger.inner().unbind()
+    norm_s2, norm_r2, dot = ledger.inner(ledger.both_totals).unbind()
     n_s, n_r = counts[Branch.SFT], counts[Branch.RL]
     ledger.clear()
     return contribution_statistics(

@@ -1,0 +1,118 @@
+"""How the parameters of a model lie over the ranks, and what each rank's gradient therefore stands for."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where contributions come from.
+
+    Attributes:
+        ranks: processes that take part in a step's statistics.
+        groups: process groups to reduce over, one after the other; None is the default group. Empty for one rank.
+        sharded: False for plain parameters, of which every rank holds a replica and to which it makes contributions
+            of its own (one process, DDP); True for DTensors (FSDP2, tensor parallelism), where a backward pass of all
+            ranks together is one contribution and every rank holds a piece of it.
+        copies: for each parameter, how many ranks hold the same piece; its squares count ``1 / copies`` on each.
+    """
+
+    ranks: int
+    groups: tuple[dist.ProcessGroup | None, ...]
+    sharded: bool
+    copies: tuple[int, ...]
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def local_gradient(gradient: Tensor, parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a gradient, laid out as its parameter is."""
+    if not is_dtensor(gradient):
+        return gradient
+    if gradient.placements != parameter.placements:  # partial sums, where an operation left them
+        gradient = gradient.redistribute(placements=parameter.placements)
+    return gradient.to_local()
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Without importing torch.distributed.tensor, which takes a second: where it is not loaded, no DTensor exists."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def topology_of(
+    model: nn.Module, parameters: Sequence[tuple[str, nn.Parameter]], process_group: dist.ProcessGroup | None
+) -> Topology:
+    """Reads the topology off the parameters.
+
+    Raises:
+        ValueError: FSDP1, parameters on different device meshes, parameters that FSDP2 leaves out, or a process group
+            beside DTensors.
+    """
+    _refuse_fsdp1(model)
+    sharded = [(name, p) for name, p in parameters if is_dtensor(p)]
+    if not sharded:
+        ranks = dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
+        return Topology(ranks, (process_group,) if ranks > 1 else (), False, (1,) * len(parameters))
+    if process_group is not None:
+        raise ValueError(
+            "process_group= belongs to replicas (DDP); this model has DTensor parameters, whose device mesh says which "
+            "ranks take part: leave it out"
+        )
+    mesh = sharded[0][1].device_mesh
+    for name, parameter in sharded:
+        if parameter.device_mesh != mesh:
+            raise ValueError(
+                f"parameters {sharded[0][0]!r} and {name!r} lie on different device meshes, which is not supported: "
+                "shard the model over one mesh (of one or more dimensions)"
+            )
+    if len(sharded) < len(parameters) and fsdp2_modules(model):
+        name = next(name for name, p in parameters if not is_dtensor(p))
+        raise ValueError(
+            f"parameter {name!r} is left out by fully_shard while others are sharded: its gradient is not reduced, so "
+            "the two cannot be measured together. Call fully_shard on the root module too, without ignored_params"
+        )
+    whole = mesh.size() == dist.get_world_size()
+    groups = (None,) if whole else tuple(mesh.get_group(dim) for dim in range(mesh.ndim))
+    return Topology(mesh.size(), groups, True, tuple(_copies(p, mesh) for _, p in parameters))
+
+
+def _copies(parameter: nn.Parameter, mesh) -> int:
+    if not is_dtensor(parameter):
+        return mesh.size()  # tensor parallelism leaves norms and the like whole on every rank
+    return math.prod(mesh.size(dim) for dim, place in enumerate(parameter.placements) if place.is_replicate())
+
+
+def fsdp2_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that ``fully_shard`` was called on."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
+
+
+def has_unreduced_gradients(modules: Sequence[nn.Module]) -> bool:
+    """Whether FSDP2 keeps gradients of passes with gradient sync off; False where torch does not tell."""
+    for module in modules:
+        group = getattr(module._get_fsdp_state(), "_fsdp_param_group", None)
+        for parameter in getattr(group, "fsdp_params", ()):
+            if getattr(parameter, "unsharded_accumulated_grad", None) is not None:
+                return True
+    return False
+
+
+def _refuse_fsdp1(model: nn.Module) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "the model is wrapped in FullyShardedDataParallel (FSDP1), which flattens parameters and frees their "
+            "gradients: use torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
