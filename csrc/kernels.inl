@@ -238,15 +238,45 @@ GAC_INLINE void fill_words(uint32_t seed, uint64_t word, int64_t count, uint32_t
   for (; i < count; ++i) words[i] = sign_word(seed, word + i);
 }
 
+// What a sketch adds up: the elements as they are, ...
+template <class T>
+struct Plain {
+  using Element = T;
+  const T* x;
+  GAC_INLINE void skip(int64_t n) { x += n; }
+  GAC_INLINE V::F load(int i) const { return V::load(x + i); }
+  GAC_INLINE D2 widened(int i, V::F) const { return load2(x + i); }
+  GAC_INLINE double one(int64_t i) const { return to_double(x[i]); }
+};
+
+// ... or each divided by sqrt(v) + eps, in float32: squares are then float64, and the caller looks for overflow.
+template <class T, class S>
+struct Weighted {
+  using Element = float;
+  const T* x;
+  const S* v;
+  float eps;
+  GAC_INLINE void skip(int64_t n) {
+    x += n;
+    v += n;
+  }
+  GAC_INLINE V::F load(int i) const {
+    return V::div(V::load(x + i), V::add(V::sqrt(V::load(v + i)), V::set(eps)));
+  }
+  GAC_INLINE D2 widened(int, V::F y) const { return {V::low(y), V::high(y)}; }
+  GAC_INLINE double one(int64_t i) const { return to_float(x[i]) / (std::sqrt(to_float(v[i])) + eps); }
+};
+
 // Sum of squares on the side of the sketch: float64, or for 16-bit types float32 emptied every kRun additions.
 template <class T>
 struct Squares {
   D2 sums[2];
   GAC_INLINE void clear() { sums[0] = sums[1] = zero2(); }
-  template <class X>
-  GAC_INLINE void add(int p, const T* x, X) {
-    const D2 v = load2(x);
-    sums[p % 2] = fma2(v, v, sums[p % 2]);
+  template <class Source>
+  GAC_INLINE void add(int i, const Source& source, V::F x) {
+    const D2 v = source.widened(i, x);
+    D2& sum = sums[i / V::W % 2];
+    sum = fma2(v, v, sum);
   }
   GAC_INLINE void empty() {}
   GAC_INLINE double sum() { return total(add2(sums[0], sums[1])); }
@@ -259,7 +289,11 @@ struct ShortSquares {
     sums = zero2();
     runs[0] = runs[1] = V::set(0.0f);
   }
-  GAC_INLINE void add(int p, const T*, V::F x) { runs[p % 2] = V::fma(x, x, runs[p % 2]); }
+  template <class Source>
+  GAC_INLINE void add(int i, const Source&, V::F x) {
+    V::F& run = runs[i / V::W % 2];
+    run = V::fma(x, x, run);
+  }
   GAC_INLINE void empty() {
     sums = widened(runs[0], widened(runs[1], sums));
     runs[0] = runs[1] = V::set(0.0f);
@@ -272,24 +306,25 @@ template <>
 struct Squares<fp16> : ShortSquares<fp16> {};
 
 // lanes += sign * x for 32 elements.
-template <class T>
-GAC_INLINE void add_group(const T* x, float* acc, uint32_t word, Squares<T>& squares) {
+template <class Source, class S>
+GAC_INLINE void add_group(const Source& x, float* acc, uint32_t word, S& squares) {
   constexpr int W = V::W;
 #pragma GCC unroll 8
-  for (int p = 0; p < 32 / W; ++p) {
-    const V::F v = V::load(x + p * W);
-    V::store(acc + p * W, V::add_signed(V::load(acc + p * W), v, word, p * W));
-    squares.add(p, x + p * W, v);
+  for (int i = 0; i < 32; i += W) {
+    const V::F v = x.load(i);
+    V::store(acc + i, V::add_signed(V::load(acc + i), v, word, i));
+    squares.add(i, x, v);
   }
 }
 template <class T>
-GAC_INLINE void add_group(const T* x, double* acc, uint32_t word, Squares<double>& squares) {
+GAC_INLINE void add_group(const Plain<T>& x, double* acc, uint32_t word, Squares<double>& squares) {
   constexpr int W = V::W, H = V::W / 2;
-  for (int p = 0; p < 32 / W; ++p) {
-    const D2 v = load2(x + p * W);
-    V::store(acc + p * W, V::add_signed(V::load(acc + p * W), v.lo, word, p * W));
-    V::store(acc + p * W + H, V::add_signed(V::load(acc + p * W + H), v.hi, word, p * W + H));
-    squares.sums[p % 2] = fma2(v, v, squares.sums[p % 2]);
+  for (int i = 0; i < 32; i += W) {
+    const D2 v = load2(x.x + i);
+    V::store(acc + i, V::add_signed(V::load(acc + i), v.lo, word, i));
+    V::store(acc + i + H, V::add_signed(V::load(acc + i + H), v.hi, word, i + H));
+    D2& sum = squares.sums[i / W % 2];
+    sum = fma2(v, v, sum);
   }
 }
 
@@ -302,11 +337,11 @@ struct SquaresOf<T, double> {
   using type = Squares<double>;
 };
 
-template <class T, class A>
-GAC_INLINE double add_scalars(const T* x, int64_t n, A* acc, uint32_t word, int bit) {
+template <class Source, class A>
+GAC_INLINE double add_scalars(const Source& x, int64_t n, A* acc, uint32_t word, int bit) {
   double squares = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const double v = to_double(x[i]);
+    const double v = x.one(i);
     const A term = static_cast<A>(v);
     acc[i] += (word >> (bit + i) & 1u) ? -term : term;
     squares += v * v;
@@ -316,21 +351,20 @@ GAC_INLINE double add_scalars(const T* x, int64_t n, A* acc, uint32_t word, int 
 
 // One row after the other: taking two at once saves loads and stores of lanes, but from memory it was measured at half
 // the speed.
-template <class T, class A>
-GAC_KERNEL double sketch(const void* data, int64_t count, A* acc, const SketchRun& run) {
-  const T* x = static_cast<const T*>(data);
+template <class Source, class A>
+GAC_INLINE double add_rows(Source x, int64_t n, A* acc, const SketchRun& run) {
   constexpr int kBatch = 64;                          // sign words hashed at a time
   constexpr int64_t kEmpty = 2 * kRun * V::W / 32;  // groups that fill the runs of the squares
   uint32_t words[kBatch];
-  typename SquaresOf<T, A>::type squares;
+  typename SquaresOf<typename Source::Element, A>::type squares;
   squares.clear();
   double others = 0;
-  int64_t lane = run.lane, n = count;
+  int64_t lane = run.lane;
   uint64_t index = run.index;
   if (lane % 32 && n) {  // up to the first whole group
     const int64_t head = n < 32 - lane % 32 ? n : 32 - lane % 32;
     others += add_scalars(x, head, acc + lane, sign_word(run.seed, index / 32), static_cast<int>(lane % 32));
-    x += head;
+    x.skip(head);
     n -= head;
     index += head;
     lane += head;
@@ -346,15 +380,35 @@ GAC_KERNEL double sketch(const void* data, int64_t count, A* acc, const SketchRu
       A* to = acc + lane;
       lane += (stop - done) * 32;
       if (lane == run.lanes) lane = 0;
-      for (; done < stop; ++done, x += 32, to += 32) add_group(x, to, words[done], squares);
+      for (; done < stop; ++done, x.skip(32), to += 32) add_group(x, to, words[done], squares);
       squares.empty();
     }
     index += batch * 32;
     n -= batch * 32;
   }
   if (n) others += add_scalars(x, n, acc + lane, sign_word(run.seed, index / 32), 0);
-  others += squares.sum();
-  return sizeof(A) == sizeof(double) || in_range<T>(others, count) ? others : moments_wide<T>(data, count);
+  return others + squares.sum();
+}
+
+template <class T, class A>
+GAC_KERNEL double sketch(const void* data, int64_t count, A* acc, const SketchRun& run) {
+  const double squares = add_rows(Plain<T>{static_cast<const T*>(data)}, count, acc, run);
+  return sizeof(A) == sizeof(double) || in_range<T>(squares, count) ? squares : moments_wide<T>(data, count);
+}
+
+template <class T, class S>
+GAC_KERNEL double sketch_weighted(const void* data, const void* second, int64_t count, double eps, float* acc,
+                                  const SketchRun& run) {
+  const Weighted<T, S> source = {static_cast<const T*>(data), static_cast<const S*>(second), static_cast<float>(eps)};
+  return add_rows(source, count, acc, run);
+}
+
+// x <- x / (sqrt(v) + eps).
+GAC_KERNEL void weigh(double* x, const double* v, int64_t n, double eps) {
+  constexpr int H = V::W / 2;
+  int64_t i = 0;
+  for (; i + H <= n; i += H) V::store(x + i, V::div(V::load(x + i), V::add(V::sqrt(V::load(v + i)), V::set(eps))));
+  for (; i < n; ++i) x[i] /= std::sqrt(v[i]) + eps;
 }
 
 // exp by Cody and Waite's reduction and the Taylor polynomial of degree 13 on |r| <= ln(2)/2 (remainder 4e-18).
@@ -450,6 +504,10 @@ constexpr Kernels make_kernels(const char* name) {
           {mix<float>, mix<bf16>, mix<fp16>, mix<double>},
           {sketch<float, float>, sketch<bf16, float>, sketch<fp16, float>, nullptr},
           {sketch<float, double>, sketch<bf16, double>, sketch<fp16, double>, sketch<double, double>},
+          {{sketch_weighted<float, float>, sketch_weighted<float, bf16>, sketch_weighted<float, fp16>},
+           {sketch_weighted<bf16, float>, sketch_weighted<bf16, bf16>, sketch_weighted<bf16, fp16>},
+           {sketch_weighted<fp16, float>, sketch_weighted<fp16, bf16>, sketch_weighted<fp16, fp16>}},
+          weigh,
           tokens,
           absorb};
 }

@@ -59,6 +59,11 @@ struct V {
   GAC_INLINE static D set(double x) { return _mm512_set1_pd(x); }
   GAC_INLINE static F mul(F x, F y) { return _mm512_mul_ps(x, y); }
   GAC_INLINE static F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
+  GAC_INLINE static F add(F x, F y) { return _mm512_add_ps(x, y); }
+  GAC_INLINE static F div(F x, F y) { return _mm512_div_ps(x, y); }
+  GAC_INLINE static F sqrt(F x) { return _mm512_sqrt_ps(x); }
+  GAC_INLINE static D div(D x, D y) { return _mm512_div_pd(x, y); }
+  GAC_INLINE static D sqrt(D x) { return _mm512_sqrt_pd(x); }
   GAC_INLINE static D add(D x, D y) { return _mm512_add_pd(x, y); }
   GAC_INLINE static D sub(D x, D y) { return _mm512_sub_pd(x, y); }
   GAC_INLINE static D mul(D x, D y) { return _mm512_mul_pd(x, y); }

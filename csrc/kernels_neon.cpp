@@ -50,6 +50,11 @@ struct V {
   GAC_INLINE static D set(double x) { return vdupq_n_f64(x); }
   GAC_INLINE static F mul(F x, F y) { return vmulq_f32(x, y); }
   GAC_INLINE static F fma(F x, F y, F z) { return vfmaq_f32(z, x, y); }
+  GAC_INLINE static F add(F x, F y) { return vaddq_f32(x, y); }
+  GAC_INLINE static F div(F x, F y) { return vdivq_f32(x, y); }
+  GAC_INLINE static F sqrt(F x) { return vsqrtq_f32(x); }
+  GAC_INLINE static D div(D x, D y) { return vdivq_f64(x, y); }
+  GAC_INLINE static D sqrt(D x) { return vsqrtq_f64(x); }
   GAC_INLINE static D add(D x, D y) { return vaddq_f64(x, y); }
   GAC_INLINE static D sub(D x, D y) { return vsubq_f64(x, y); }
   GAC_INLINE static D mul(D x, D y) { return vmulq_f64(x, y); }

@@ -50,6 +50,11 @@ struct V {
   static D set(double x) { GAC_EACH(D, H, x); }
   static F mul(F x, F y) { GAC_EACH(F, W, x.v[i] * y.v[i]); }
   static F fma(F x, F y, F z) { GAC_EACH(F, W, x.v[i] * y.v[i] + z.v[i]); }
+  static F add(F x, F y) { GAC_EACH(F, W, x.v[i] + y.v[i]); }
+  static F div(F x, F y) { GAC_EACH(F, W, x.v[i] / y.v[i]); }
+  static F sqrt(F x) { GAC_EACH(F, W, std::sqrt(x.v[i])); }
+  static D div(D x, D y) { GAC_EACH(D, H, x.v[i] / y.v[i]); }
+  static D sqrt(D x) { GAC_EACH(D, H, std::sqrt(x.v[i])); }
   static D add(D x, D y) { GAC_EACH(D, H, x.v[i] + y.v[i]); }
   static D sub(D x, D y) { GAC_EACH(D, H, x.v[i] - y.v[i]); }
   static D mul(D x, D y) { GAC_EACH(D, H, x.v[i] * y.v[i]); }

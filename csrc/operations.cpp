@@ -160,12 +160,12 @@ void from_doubles(int dtype, const double* x, int64_t n, void* out) {
   }
 }
 
-// Calls body(x, y, count) for the runs contiguous in both tensors.
+// Calls body(x, y, position, count) for the runs contiguous in both tensors.
 template <class Body>
 void for_pair_runs(const Tensor& a, const Tensor& b, int64_t begin, int64_t count, Body&& body) {
   for_runs(a, begin, count, [&](char* x, int64_t position, int64_t n) {
     for_runs(b, position, n, [&](char* y, int64_t at, int64_t m) {
-      body(x + (at - position) * bytes_of(a.dtype), y, m);
+      body(x + (at - position) * bytes_of(a.dtype), y, at, m);
     });
   });
 }
@@ -247,10 +247,44 @@ struct Unit {
   int64_t part;    // row of the partial lanes, -1 when the unit writes buckets
 };
 
+// Elements count as x / (sqrt(v) + eps).
+struct Weights {
+  const Table& seconds;
+  double eps;
+
+  // One contiguous run in float32, or float64 lanes and hence arithmetic; returns its sum of squares.
+  double sketch(int dtype, int second, const char* x, const char* v, int64_t n, float* lanes, SketchRun run) const {
+    return kernels().sketch_weighted[dtype][second](x, v, n, eps, lanes, run);
+  }
+  double sketch(int dtype, int second, const char* x, const char* v, int64_t n, double* lanes, SketchRun run) const {
+    double squares = 0;
+    for_blocks(dtype, second, x, v, n, [&](const double* y, int64_t m) {
+      squares += kernels().sketch_double[kFloat64](y, m, lanes, run);
+      run.index += static_cast<uint64_t>(m);
+      run.lane = (run.lane + m) % run.lanes;
+    });
+    return squares;
+  }
+
+  // Calls body(y, count) for blocks of weighted elements in float64.
+  template <class Body>
+  void for_blocks(int dtype, int second, const char* x, const char* v, int64_t n, Body&& body) const {
+    double value[kBlock], moment[kBlock];
+    for (int64_t i = 0; i < n; i += kBlock) {
+      const int64_t m = std::min(kBlock, n - i);
+      to_doubles(dtype, x + i * bytes_of(dtype), m, value);
+      to_doubles(second, v + i * bytes_of(second), m, moment);
+      kernels().weigh(value, moment, m, eps);
+      body(value, m);
+    }
+  }
+};
+
 struct Sketch {
   const Table& tensors;
   const int64_t* pieces;
   const gac_sketch_map& map;
+  const Weights* weights;  // null: elements count as they are
   int64_t n = tensors.size();
   int64_t slab = map.lanes * map.rows_per_slab;
   bool split = map.rows_per_slab > kSplitRows;
@@ -290,6 +324,7 @@ struct Sketch {
   void run_unit(const Unit& unit, const Unit& next);
   template <class A>
   void add(const Segment& segment, int64_t begin, int64_t end, A* lanes, int64_t number);
+  void check(int64_t number);
   void combine(int64_t begin, int64_t end);
   void fill_gaps();
   template <class S>
@@ -346,15 +381,49 @@ void Sketch::add(const Segment& segment, int64_t begin, int64_t end, A* lanes, i
   end = std::min(end, segment.start + segment.count);
   if (begin >= end) return;
   const Tensor t = tensors[segment.tensor];
-  for_runs(t, segment.offset + begin - segment.start, end - begin, [&](const char* x, int64_t position, int64_t count) {
+  const int64_t from = segment.offset + begin - segment.start;
+  const auto run_at = [&](int64_t position) -> SketchRun {
     const int64_t j = segment.start + position - segment.offset;
-    const SketchRun run = {map.lanes, j % map.lanes, static_cast<uint64_t>(index_offset(segment.tensor) + j),
-                           static_cast<uint32_t>(map.seed)};
+    return {map.lanes, j % map.lanes, static_cast<uint64_t>(index_offset(segment.tensor) + j),
+            static_cast<uint32_t>(map.seed)};
+  };
+  if (weights) {
+    const Tensor v = weights->seconds[segment.tensor];
+    for_pair_runs(t, v, from, end - begin, [&](const char* x, const char* y, int64_t position, int64_t count) {
+      squares[number] += weights->sketch(t.dtype, v.dtype, x, y, count, lanes, run_at(position));
+    });
+    return;
+  }
+  for_runs(t, from, end - begin, [&](const char* x, int64_t position, int64_t count) {
+    const SketchRun run = run_at(position);
     if constexpr (sizeof(A) == sizeof(double))
       squares[number] += kernels().sketch_double[t.dtype](x, count, lanes, run);
     else
       squares[number] += kernels().sketch_float[t.dtype](x, count, lanes, run);
   });
+}
+
+// Counts the non-finite elements of a segment. Weighted ones are looked at in float64, which has room for those that
+// float32 has not; their squares are then taken again.
+void Sketch::check(int64_t number) {
+  if (std::isfinite(squares[number])) return;
+  const Segment& segment = segments[number];
+  const Tensor t = tensors[segment.tensor];
+  if (!weights) {
+    nonfinite[number] = nonfinite_in(t, segment.offset, segment.count, squares[number]);
+    return;
+  }
+  const Tensor v = weights->seconds[segment.tensor];
+  double sum = 0;
+  int64_t found = 0;
+  for_pair_runs(t, v, segment.offset, segment.count, [&](const char* x, const char* y, int64_t, int64_t count) {
+    weights->for_blocks(t.dtype, v.dtype, x, y, count, [&](const double* block, int64_t m) {
+      sum += kernels().moments[kFloat64](block, m);
+      found += count_nonfinite<double>(block, m);
+    });
+  });
+  squares[number] = sum;
+  nonfinite[number] = static_cast<double>(found);
 }
 
 template <class S>
@@ -401,8 +470,7 @@ void Sketch::run_unit(const Unit& unit, const Unit& next) {
       for (int64_t i = 0; i < map.lanes; ++i) partial[i] += lanes[i];
     }
   }
-  for (int64_t s = unit.first; s < next.first; ++s)
-    nonfinite[s] = nonfinite_in(tensors[segments[s].tensor], segments[s].offset, segments[s].count, squares[s]);
+  for (int64_t s = unit.first; s < next.first; ++s) check(s);
 }
 
 // Adds the partial lanes of units [begin, end), all of one slab, and writes its buckets.
@@ -439,11 +507,13 @@ void Sketch::fill_gaps() {
   write_zero(map.used, map.out_size);
 }
 
-int sketch(const Table& tensors, const int64_t* pieces, const gac_sketch_map& map, double* moments, int threads) {
-  Sketch work{tensors, pieces, map};
+int sketch(const Table& tensors, const int64_t* pieces, const gac_sketch_map& map, const Weights* weights,
+           double* moments, int threads) {
+  Sketch work{tensors, pieces, map, weights};
   work.plan();
   bool wide = map.out_double != 0;
-  for (int64_t k = 0; k < work.n; ++k) wide = wide || tensors[k].dtype == kFloat64;
+  for (int64_t k = 0; k < work.n; ++k)
+    wide = wide || tensors[k].dtype == kFloat64 || (weights && weights->seconds[k].dtype == kFloat64);
   const Unit end = {0, 0, static_cast<int64_t>(work.segments.size()), -1};
   const int64_t count = static_cast<int64_t>(work.units.size());
   auto body = [&](int64_t u) {
@@ -538,7 +608,7 @@ void token_row(const gac_tokens& t, int64_t row, double* sums) {
 
 using namespace gac;
 
-int gac_abi(void) { return 3; }
+int gac_abi(void) { return 4; }
 
 int gac_select(const char* isa) { return select(isa) ? 0 : 1; }
 
@@ -578,7 +648,7 @@ int gac_pair_moments(const int64_t* a, const int64_t* b, int64_t n, int form, in
     if (!left.readable() || !right.readable()) return GAC_NULL_POINTER;
     reduce<3>(left, per_tensor != 0, out, threads, [&](int64_t k, int64_t begin, int64_t count, double* sums) {
       const Tensor x = left[k], y = right[k];
-      for_pair_runs(x, y, begin, count, [&](const char* p, const char* q, int64_t m) {
+      for_pair_runs(x, y, begin, count, [&](const char* p, const char* q, int64_t, int64_t m) {
         double part[3];
         pair_run(x.dtype, y.dtype, p, q, m, part);
         for (int w = 0; w < 3; ++w) sums[w] += part[w];
@@ -608,7 +678,7 @@ int gac_mix(const int64_t* a, const int64_t* b, int64_t n, int form, double mu, 
     double ignored[3];
     reduce<3>(left, false, out ? out : ignored, threads, [&](int64_t k, int64_t begin, int64_t count, double* sums) {
       const Tensor x = left[k], y = right[k];
-      for_pair_runs(x, y, begin, count, [&](char* p, const char* q, int64_t m) {
+      for_pair_runs(x, y, begin, count, [&](char* p, const char* q, int64_t, int64_t m) {
         double part[3] = {};
         mix_run(x.dtype, y.dtype, p, q, m, mu, out ? part : nullptr);
         for (int w = 0; w < 3; ++w) sums[w] += part[w];
@@ -636,7 +706,17 @@ int gac_sketch(const int64_t* table, const int64_t* pieces, int64_t n, int form,
   return guarded([&]() -> int {
     const Table tensors(table, n, form);
     if (!tensors.readable() || (!map->out && map->out_size)) return GAC_NULL_POINTER;
-    return gac::sketch(tensors, pieces, *map, moments, threads);
+    return gac::sketch(tensors, pieces, *map, nullptr, moments, threads);
+  });
+}
+
+int gac_sketch_weighted(const int64_t* table, const int64_t* seconds, const int64_t* pieces, int64_t n, int form,
+                        const gac_sketch_map* map, double eps, double* moments, int threads) {
+  return guarded([&]() -> int {
+    const Table tensors(table, n, form & 15), second_moments(seconds, n, form >> 4);
+    if (!tensors.readable() || !second_moments.readable() || (!map->out && map->out_size)) return GAC_NULL_POINTER;
+    const Weights weights = {second_moments, eps};
+    return gac::sketch(tensors, pieces, *map, &weights, moments, threads);
   });
 }
 

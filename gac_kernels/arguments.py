@@ -128,6 +128,28 @@ def check_sketch(
     return tensors, layout, regions, starts
 
 
+def check_second_moments(second_moments, tensors: list[Tensor], eps: float) -> list[Tensor]:
+    """``second_moments`` as a list of tensors that pair up with ``tensors``, element by element."""
+    second_moments = tensor_list(second_moments, "second_moments")
+    if len(second_moments) != len(tensors):
+        raise ValueError(f"second_moments has {len(second_moments)} tensors, tensors {len(tensors)}: they must pair up")
+    for k, (v, x) in enumerate(zip(second_moments, tensors, strict=True)):
+        if v.numel() != x.numel():
+            raise ValueError(f"second_moments[{k}] has {v.numel()} elements, tensors[{k}] {x.numel()}: must be equal")
+        if v.device != x.device:
+            raise ValueError(f"second_moments[{k}] is on {v.device}, tensors[{k}] on {x.device}: move it there first")
+    check_eps(eps)
+    return second_moments
+
+
+def check_eps(eps: float) -> None:
+    """Raises unless ``eps`` is a number that float32 holds: 0, or from 2**-126 to its largest."""
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    if eps != 0 and not 2.0**-126 <= eps <= 2.0**127:
+        raise ValueError(f"eps must be 0 or between 2**-126 (1.2e-38) and 2**127, got {eps}")
+
+
 def check_token_inputs(
     logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -59,14 +59,16 @@ def _moments(tensors, per_tensor):
     return _function("moments", _first(tensors))(tensors, per_tensor=per_tensor)
 
 
-def _fake_sketch(tensors, out, numels, rows_per_slab, lanes, regions, starts, seed, scale, factor, accumulate, per):
-    shape = (len(tensors), 2) if per else (2,)
+def _fake_sketch(tensors, out, *arguments):
+    *_, per_tensor, _second_moments, _eps = arguments
+    shape = (len(tensors), 2) if per_tensor else (2,)
     return torch.empty(shape, dtype=accumulator_dtype(out.device), device=out.device)
 
 
 @_operator(
     "sketch(Tensor[] tensors, Tensor(a!) out, int[]? numels, int rows_per_slab, int lanes, int[]? regions, "
-    "int[]? starts, int seed, Tensor? scale, float factor, bool accumulate, bool per_tensor) -> Tensor",
+    "int[]? starts, int seed, Tensor? scale, float factor, bool accumulate, bool per_tensor, "
+    "Tensor[]? second_moments, float eps) -> Tensor",
     _fake_sketch,
 )
 def _sketch(
@@ -82,6 +84,8 @@ def _sketch(
     factor,
     accumulate,
     per_tensor,
+    second_moments,
+    eps,
     into=None,
 ):
     layout = None if numels is None else SketchLayout(tuple(numels), rows_per_slab, seed, lanes)
@@ -96,12 +100,15 @@ def _sketch(
         accumulate=accumulate,
         per_tensor=per_tensor,
         into=into,
+        second_moments=second_moments,
+        eps=eps,
     )
 
 
 @_operator(
     "sketch_into_(Tensor[] tensors, Tensor(a!) out, Tensor(b!) into, int[]? numels, int rows_per_slab, int lanes, "
-    "int[]? regions, int[]? starts, int seed, Tensor? scale, float factor, bool accumulate, bool per_tensor) -> ()",
+    "int[]? regions, int[]? starts, int seed, Tensor? scale, float factor, bool accumulate, bool per_tensor, "
+    "Tensor[]? second_moments, float eps) -> ()",
     lambda *arguments: None,
 )
 def _sketch_into_(tensors, out, into, *arguments):

@@ -142,6 +142,8 @@ def sketch(
     accumulate: bool = False,
     per_tensor: bool = False,
     into: Tensor | None = None,
+    second_moments=None,
+    eps: float = 1e-8,
 ) -> Tensor:
     """A random projection into ``out``, and the moments of the same read; see :func:`gac_kernels.reference.sketch`."""
     if _traced():
@@ -151,7 +153,9 @@ def sketch(
         seed = (seed if layout is None else layout.seed) & 0xFFFFFFFF
         regions = None if regions is None else list(regions)
         starts = None if starts is None else list(starts)
+        second_moments = None if second_moments is None else _listed(second_moments)
         rest = (numels, rows, lanes, regions, starts, seed, *_scalar_parts(scale), accumulate, per_tensor)
+        rest += (second_moments, eps)
         if into is None:
             return torch.ops.gac_kernels.sketch(tensors, out, *rest)
         torch.ops.gac_kernels.sketch_into_(tensors, out, into, *rest)
@@ -167,6 +171,8 @@ def sketch(
         accumulate=accumulate,
         per_tensor=per_tensor,
         into=into,
+        second_moments=_readable(second_moments),
+        eps=eps,
     )
 
 

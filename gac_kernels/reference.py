@@ -16,6 +16,7 @@ from gac_kernels.arguments import (
     check_into,
     check_pair,
     check_scalar,
+    check_second_moments,
     check_sketch,
     check_token_inputs,
     tensor_list,
@@ -27,6 +28,10 @@ __all__ = ["absorb_", "mix_", "moments", "pair_moments", "signs", "sketch", "tok
 
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1).to(accumulator_dtype(tensor.device))
+
+
+def _weighted(tensor: Tensor, second_moment: Tensor, eps: float) -> Tensor:
+    return _flat(tensor) / (_flat(second_moment).sqrt() + eps)
 
 
 def _moments(tensors: list[Tensor], device: torch.device) -> Tensor:
@@ -84,6 +89,8 @@ def sketch(
     accumulate: bool = False,
     per_tensor: bool = False,
     into: Tensor | None = None,
+    second_moments=None,
+    eps: float = 1e-8,
 ) -> Tensor:
     """A random projection of the tensors into ``out``, and their moments from the same read.
 
@@ -102,14 +109,23 @@ def sketch(
         accumulate: add to ``out``. Otherwise all buckets of the regions named are overwritten; others stay.
         per_tensor: moments as one row for each tensor.
         into: what to add the moments to, of their shape, dtype and device, contiguous; None for a new tensor.
+        second_moments: a tensor for each of ``tensors``, with as many elements in the same order; any floating dtype
+            and strides. Each element ``x`` then counts as ``x / (sqrt(v) + eps)``, in the sketch and in the moments:
+            with Adam's second moments (bias-corrected or not, as they are given) that is the space of its update
+            (Kingma and Ba 2015). A negative ``v`` gives NaN. None: elements count as they are.
+        eps: Adam's epsilon; 0, or 2**-126 to 2**127. Only with ``second_moments``.
 
     Returns:
-        Moments of the unscaled tensors, as :func:`moments` gives them; ``into`` itself where it is given.
+        Moments of the (weighted) tensors before ``scale``, as :func:`moments` gives them; ``into`` itself where it is
+        given.
 
     Raises:
         TypeError, ValueError: with the argument's name, what it was and what is needed.
     """
     tensors, layout, regions, starts = check_sketch(tensors, out, layout, regions, starts, seed)
+    if second_moments is not None:
+        second_moments = check_second_moments(second_moments, tensors, eps)
+        tensors = [_weighted(x, v, eps) for x, v in zip(tensors, second_moments, strict=True)]
     factor = 1.0 if scale is None else check_scalar(scale, "scale", out.device)
     sums = None if into is None else check_into(into, (len(tensors), 2) if per_tensor else (2,), out.device)
     dtype = accumulator_dtype(out.device)

@@ -13,7 +13,7 @@ from pathlib import Path
 ISA_VARIABLE = "GAC_CPU_ISA"
 """Environment variable that limits the instruction set: portable, avx2, avx512 or neon. Read when the library loads."""
 
-_ABI = 3
+_ABI = 4
 _CODES = {1: "null pointer", 2: "out of memory"}
 
 _PROTOTYPES = {
@@ -24,6 +24,7 @@ _PROTOTYPES = {
     "gac_mix": (c_void_p, c_void_p, c_int64, c_int, c_double, c_void_p, c_int),
     "gac_mix_one": (c_void_p, c_void_p, c_int64, c_double, c_void_p),
     "gac_sketch": (c_void_p, c_void_p, c_int64, c_int, c_char_p, c_void_p, c_int),
+    "gac_sketch_weighted": (c_void_p, c_void_p, c_void_p, c_int64, c_int, c_char_p, c_double, c_void_p, c_int),
     "gac_token_moments": (c_char_p, c_void_p, c_int),
     "gac_absorb": (c_void_p, c_void_p, c_void_p, c_int64, c_double, c_void_p, c_int, c_int),
 }

@@ -19,9 +19,11 @@ from torch.autograd.graph import increment_version
 
 from gac_kernels.arguments import (
     check_absorb,
+    check_eps,
     check_into,
     check_pair,
     check_scalar,
+    check_second_moments,
     check_sketch,
     check_token_inputs,
     tensor_list,
@@ -284,6 +286,18 @@ def _known_pieces(layout: SketchLayout, numels: list[int], out: Tensor, regions,
     return pieces if all(map(le, numels, pieces.room)) else None
 
 
+def _second_table(second_moments, tensors, table: Table, eps: float) -> Table:
+    """The table of second moments, checked against the tensors and their table."""
+    if isinstance(second_moments, Tensor):
+        second_moments = [second_moments]
+    seconds = plain_table(second_moments) if isinstance(second_moments, list) else None
+    if seconds is not None and seconds.numels == table.numels:
+        check_eps(eps)
+        return seconds
+    second_moments = check_second_moments(second_moments, tensor_list(tensors, "tensors"), eps)
+    return strided_table(second_moments) if seconds is None else seconds
+
+
 _MAP = struct.Struct("@qqQdPqqiiii")
 
 
@@ -299,6 +313,8 @@ def sketch(
     accumulate: bool = False,
     per_tensor: bool = False,
     into: Tensor | None = None,
+    second_moments=None,
+    eps: float = 1e-8,
 ) -> Tensor:
     """A random projection into ``out``, and moments of the same read; see :func:`gac_kernels.reference.sketch`."""
     library = require()
@@ -314,6 +330,7 @@ def sketch(
         if table is None:
             table = strided_table(tensors)
         pieces = _Pieces(layout, regions, starts)
+    weights = None if second_moments is None else _second_table(second_moments, tensors, table, eps)
     factor = 1.0 if scale is None else _number(scale, "scale")
     count = len(table.numels)
     shape = (count, 2) if per_tensor else (2,)
@@ -332,9 +349,14 @@ def sketch(
         into is not None,
     )
     elements = sum(table.numels)
-    call = library.quick.gac_sketch if elements <= _QUICK else library.call.gac_sketch
-    threads = _threads(elements)
-    check(call(table.rows, pieces.address, count, table.form, head, result.data_ptr(), threads))
+    handle, threads = library.quick if elements <= _QUICK else library.call, _threads(elements)
+    if weights is None:
+        failed = handle.gac_sketch(table.rows, pieces.address, count, table.form, head, result.data_ptr(), threads)
+    else:
+        forms = table.form | weights.form << 4
+        call = handle.gac_sketch_weighted
+        failed = call(table.rows, weights.rows, pieces.address, count, forms, head, eps, result.data_ptr(), threads)
+    check(failed)
     if into is None:
         increment_version(out)
         return result

@@ -312,15 +312,49 @@ def _flip(x, words, shifts):
     return flipped
 
 
+@triton.jit
+def _root(v):
+    """``sqrt(v)``. In float32 the fast instruction takes a subnormal for 0, so those are scaled first."""
+    if v.dtype == tl.float64:
+        root = tl.sqrt(v)
+    else:
+        small = v < 2.0**-126
+        root = tl.sqrt(tl.where(small, v * 2.0**64, v)) * tl.where(small, 2.0**-32, 1.0)
+    return root
+
+
+@triton.jit
+def _sketched(pointer, second, start, index, mask, eps, ACC: tl.constexpr, BITWISE_BF16: tl.constexpr):
+    """What the sketch takes for elements at ``pointer + start + index``: ``x``, or ``x / (sqrt(v) + eps)`` in ``ACC``.
+
+    Elements outside of ``mask`` are 0. ``start`` is a scalar: kept apart it costs no register for each element.
+    """
+    if mask is None:
+        x = _widen(tl.load(pointer + start + index), BITWISE_BF16)
+    else:
+        x = _widen(tl.load(pointer + start + index, mask=mask, other=0.0), BITWISE_BF16)
+    if second is not None:
+        if mask is None:
+            v = _widen(tl.load(second + start + index), BITWISE_BF16)
+        else:
+            v = _widen(tl.load(second + start + index, mask=mask, other=1.0), BITWISE_BF16)
+        x = x.to(ACC) / (_root(v.to(ACC)) + eps.to(ACC))
+    return x
+
+
 @triton.jit(do_not_specialize=["first_chunk", "total"])
 def sketch_kernel(
     addresses,
+    second_addresses,
     chunks,
     first_chunk,
     lane_partials,
     partials,
     total,
+    eps_high,
+    eps_low,
     ELEMENT: tl.constexpr,
+    SECOND: tl.constexpr,
     ACC: tl.constexpr,
     LANES: tl.constexpr,
     WORDS: tl.constexpr,
@@ -331,7 +365,8 @@ def sketch_kernel(
 
     Element ``i`` of the chunk, counted from the start of its first row, lies at ``address + offset + i`` and exists for
     ``begin <= i < end``. A tile is ``[WORDS, 32]``: with 128-bit loads a thread holds neighbours within one word and
-    computes that word's hash once. Rows wider than a tile are split over the second grid axis.
+    computes that word's hash once. Rows wider than a tile are split over the second grid axis. SECOND is the type of
+    the second moments; with None there are none.
     """
     chunk = (first_chunk + tl.program_id(0)).to(tl.int64)
     block = tl.program_id(1)
@@ -345,6 +380,14 @@ def sketch_kernel(
     key = tl.load(row + 6).to(tl.uint32)
     next_key = tl.load(row + 7).to(tl.uint32)
     pointer = _address(addresses, tl.load(row), ELEMENT) + offset
+    if SECOND is None:
+        second = None
+        eps = None
+        aligned = _is_aligned(pointer)
+    else:
+        second = _address(second_addresses, tl.load(row), SECOND) + offset
+        eps = _scalar(None, eps_high, eps_low)
+        aligned = _is_aligned(pointer) & _is_aligned(second)
     lane = block * (WORDS * 32) + tl.arange(0, WORDS)[:, None] * 32 + tl.arange(0, 32)[None, :]
     shifts = (31 - tl.arange(0, 32)[None, :]).to(tl.uint32)
     acc = tl.zeros([WORDS, 32], ACC)
@@ -359,18 +402,21 @@ def sketch_kernel(
         last_step = first_step
     head = tl.minimum(first_step * UNROLL, rows)
     resume = tl.minimum(last_step * UNROLL, rows)
-    if _is_aligned(pointer):
+    if aligned:
         for step in range(first_step, last_step):
             here = tl.multiple_of(pointer + step * STEP, 16)
+            there = None
+            if SECOND is not None:
+                there = tl.multiple_of(second + step * STEP, 16)
             for u in tl.static_range(UNROLL):
-                x = _widen(tl.load(here + u * LANES + lane), BITWISE_BF16)
+                x = _sketched(here, there, u * LANES, lane, None, eps, ACC, BITWISE_BF16)
                 words = _sign_words(word, block * WORDS + (step * UNROLL + u) * (LANES // 32), key, next_key, WORDS)
                 square += x * x
                 acc += _flip(x, words, shifts)
     else:
         for step in range(first_step, last_step):
             for u in tl.static_range(UNROLL):
-                x = _widen(tl.load(pointer + (step * UNROLL + u) * LANES + lane), BITWISE_BF16)
+                x = _sketched(pointer, second, (step * UNROLL + u) * LANES, lane, None, eps, ACC, BITWISE_BF16)
                 words = _sign_words(word, block * WORDS + (step * UNROLL + u) * (LANES // 32), key, next_key, WORDS)
                 square += x * x
                 acc += _flip(x, words, shifts)
@@ -378,7 +424,7 @@ def sketch_kernel(
         r = single + tl.where(single >= head, resume - head, 0)
         index = r * LANES + lane
         mask = (index >= begin) & (index < end) & (lane < LANES)
-        x = _widen(tl.load(pointer + index, mask=mask, other=0.0), BITWISE_BF16)
+        x = _sketched(pointer, second, 0, index, mask, eps, ACC, BITWISE_BF16)
         words = _sign_words(word, block * WORDS + r * (LANES // 32), key, next_key, WORDS)
         square += x * x
         acc += _flip(x, words, shifts)
@@ -393,7 +439,7 @@ def sketch_kernel(
         for r in range(rows):
             index = r * LANES + lane
             mask = (index >= begin) & (index < end) & (lane < LANES)
-            x = _widen(tl.load(pointer + index, mask=mask, other=0.0), BITWISE_BF16)
+            x = _sketched(pointer, second, 0, index, mask, eps, tl.float64, BITWISE_BF16)
             exact += x.to(tl.float64) * x.to(tl.float64)
             bad += _is_nonfinite(x).to(tl.int32)
         sum_of_squares = tl.sum(exact)

@@ -13,13 +13,14 @@ from gac_kernels.arguments import (
     check_into,
     check_pair,
     check_scalar,
+    check_second_moments,
     check_sketch,
     check_token_inputs,
     tensor_list,
 )
 from gac_kernels.layout import LANES, SketchLayout
 from gac_kernels.triton import config, kernels
-from gac_kernels.triton.launch import WIDTH, check_device, interpreted, launch, scalar_arguments
+from gac_kernels.triton.launch import WIDTH, check_device, interpreted, launch, scalar_arguments, split
 from gac_kernels.triton.tables import Chunks, addresses, device_tables, flat_chunks, sketch_chunks
 
 _ELEMENTS = {
@@ -47,6 +48,11 @@ def _supported(tensor: Tensor) -> Tensor:
 def _is_plain(tensor: Tensor) -> bool:
     """True when kernels can read the tensor as it is; host time counts here, lists have hundreds of tensors."""
     return tensor.is_contiguous() and tensor.dtype in _ELEMENTS
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    """Contiguous memory with the same elements in the same order, copied only if it has to be."""
+    return tensor if _is_plain(tensor) else _supported(tensor).contiguous()
 
 
 def _in_storage_order(*tensors: Tensor) -> tuple[Tensor, ...] | None:
@@ -168,20 +174,29 @@ def sketch(
     accumulate: bool = False,
     per_tensor: bool = False,
     into: Tensor | None = None,
+    second_moments=None,
+    eps: float = 1e-8,
 ) -> Tensor:
     """See :func:`gac_kernels.reference.sketch`. Buckets and squares are added in float32 within a chunk.
 
-    The moments have the value range of :func:`moments`. A bucket overflows where a partial sum of at most 256 of its
-    elements (before ``scale``) exceeds float32's range.
+    So are weights, in float64 where a tensor or its second moment is. The moments have the value range of
+    :func:`moments`. A bucket overflows where a partial sum of at most 256 of its elements (before ``scale``) exceeds
+    float32's range.
     """
     flat = layout is None
     tensors, layout, regions, starts = check_sketch(tensors, out, layout, regions, starts, seed)
     factor = 1.0 if scale is None else check_scalar(scale, "scale", out.device)
     sums = None if into is None else check_into(into, (len(tensors), 2) if per_tensor else (2,), out.device)
+    seconds = None if second_moments is None else check_second_moments(second_moments, tensors, eps)
     device = _indexed(out.device)
     check_device(device)
-    tensors = [t if _is_plain(t) else _supported(t).contiguous() for t in tensors]
-    order, groups = _by_dtype([t.dtype for t in tensors])
+    tensors = [_in_order(t) for t in tensors]
+    if seconds is None:
+        order, groups = _by_dtype([(t.dtype, None) for t in tensors])
+    else:
+        seconds = [_in_order(v) for v in seconds]
+        order, groups = _by_dtype([(x.dtype, v.dtype) for x, v in zip(tensors, seconds, strict=True)])
+        seconds = [seconds[k] for k in order]
     tensors = [tensors[k] for k in order]
     numels = tuple([t.numel() for t in tensors])
     rows = sum(-(-n // layout.lanes) for n in numels)
@@ -199,27 +214,31 @@ def sketch(
     words = min(-(-lanes // 32), config.COLUMN_BLOCK // 32)
     words = 1 << (words - 1).bit_length()
     blocks = -(-lanes // (words * 32))
-    wide = any(t.dtype == torch.float64 for t in tensors)
+    wide = any(torch.float64 in dtypes for dtypes, _ in groups)
     lane_partials = torch.empty(plan.count, lanes, dtype=torch.float64 if wide else torch.float32, device=device)
     partials = torch.empty(2, plan.count * blocks, dtype=torch.float64, device=device)
     if plan.count:
         table, where = _chunk_table(plan, device), addresses(tensors, device)
-        for (dtype, _), (first, chunks) in zip(groups, _ends(plan), strict=True):
+        second_where = None if seconds is None else addresses(seconds, device)
+        for (dtypes, _), (first, chunks) in zip(groups, _ends(plan), strict=True):
             launch(
                 kernels.sketch_kernel,
                 (chunks, blocks),
                 device,
                 where,
+                second_where,
                 table,
                 first,
                 lane_partials,
                 partials,
                 plan.count * blocks,
-                ELEMENT=_ELEMENTS[dtype],
-                ACC=_accumulator(dtype),
+                *((None, None) if seconds is None else split(eps)),
+                ELEMENT=_ELEMENTS[dtypes[0]],
+                SECOND=None if seconds is None else _ELEMENTS[dtypes[1]],
+                ACC=_accumulator(*dtypes),
                 LANES=lanes,
                 WORDS=words,
-                UNROLL=setup.unroll,
+                UNROLL=setup.unroll if seconds is None else max(1, setup.pair_unroll // (2 if wide else 1)),
                 BITWISE_BF16=interpreted(),
             )
     ranges, moment_rows = _ranges(plan, order, blocks, per_tensor, device)

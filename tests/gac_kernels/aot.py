@@ -78,6 +78,9 @@ def recorded_launches(capability: int) -> dict[str, tuple]:
         label = f"{name}/accumulate"
         moments = torch.zeros(2, dtype=torch.float64)
         operations.sketch([a], out, layout=layout, scale=0.5, accumulate=True, into=moments)
+        for second in (torch.float32, dtype):
+            label = f"{name}/{_TYPES[second]}"
+            operations.sketch([a], out, layout=layout, second_moments=[a.to(second)])
     m = torch.zeros(3000)
     label = ""
     operations.absorb_(m, m.clone(), m.clone(), mu)

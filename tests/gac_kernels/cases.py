@@ -66,8 +66,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def strided_tensors(device: str, dtype=torch.float32) -> dict[str, Tensor]:
-    """One tensor for each kind of stride pattern."""
+def strided_tensors(device: str, dtype=torch.float32, values=values) -> dict[str, Tensor]:
+    """One tensor for each kind of stride pattern, its numbers drawn by ``values``."""
     block = values(6, 40, 96, dtype=dtype, device=device, seed=3)
     return {
         "columns": block[0, :, 5:70],
@@ -204,6 +204,8 @@ class SketchCase:
     regions: tuple[int, ...] | None = None
     starts: tuple[int, ...] | None = None
     options: dict = field(default_factory=dict)
+    second: Callable[[list[Tensor]], list[Tensor]] | None = None
+    """The second moments of the tensors that ``make`` built."""
 
     def __str__(self) -> str:
         return self.name
@@ -279,6 +281,84 @@ def sketch_cases() -> list[SketchCase]:
     return cases
 
 
+def second_moments(tensors: list[Tensor], dtypes=DTYPES, scale: float = 1.0) -> list[Tensor]:
+    """A second moment for each tensor: its dtype the next of ``dtypes``, one element in seven 0."""
+    made = []
+    for k, tensor in enumerate(tensors):
+        second = values(*tensor.shape, seed=500 + k).square() * scale
+        second.view(-1)[::7] = 0.0
+        made.append(second.to(dtypes[k % len(dtypes)]).to(tensor.device))
+    return made
+
+
+def weighted(tensors: list[Tensor], seconds: list[Tensor], eps: float = 1e-8) -> list[Tensor]:
+    """``x / (sqrt(v) + eps)`` in float64."""
+    pairs = zip(tensors, seconds, strict=True)
+    return [x.detach().double().reshape(-1) / (v.double().reshape(-1).sqrt() + eps) for x, v in pairs]
+
+
+def weighted_cases() -> list[SketchCase]:
+    """Every pair of dtypes, addresses off by an element in either list, strides in either, pieces, options."""
+    cases = []
+
+    def add(name, make, second, rows=3, layout=None, regions=None, starts=None, **options):
+        layout = layout or SketchLayout(tuple(t.numel() for t in make("cpu")), rows, seed=rows)
+        cases.append(SketchCase(name, make, layout, layout.size, regions, starts, options, second))
+
+    sizes = (0, 1, 31, 33, 1025, 5000)
+    for a, b in itertools.product(DTYPES, DTYPES):
+        make = lambda device, a=a: [values(n, dtype=a, device=device, seed=n) for n in sizes]
+        add(f"{_dtype_name(a)}_by_{_dtype_name(b)}", make, lambda tensors, b=b: second_moments(tensors, (b,)))
+    shift = lambda tensors: [torch.cat([v.view(-1)[:1], v.view(-1)])[1:] for v in tensors]
+    for dtype in (torch.float32, torch.bfloat16):
+        name = _dtype_name(dtype)
+        aligned = lambda device, d=dtype: [values(9000, dtype=d, device=device)]
+        moved = lambda device, d=dtype: [misaligned(9000, d, device)]
+        plain = lambda tensors: second_moments(tensors, (torch.float32,))
+        shifted = lambda tensors: shift(second_moments(tensors, (torch.float32,)))
+        add(f"aligned_by_shifted_{name}", aligned, shifted)
+        add(f"shifted_by_aligned_{name}", moved, plain)
+        add(f"shifted_by_shifted_{name}", moved, shifted)
+    strided = lambda device: list(strided_tensors(device).values())
+    add("strided_by_contiguous", strided, second_moments)
+    add(
+        "contiguous_by_strided",
+        lambda device: [t.contiguous() for t in strided(device)],
+        lambda tensors: list(strided_tensors(tensors[0].device, values=lambda *a, **k: values(*a, **k).abs()).values()),
+        eps=0.5,
+    )
+    add(
+        "other_shapes",
+        lambda device: [values(40, 50, device=device), values(6, device=device)],
+        lambda tensors: [v.view(50, 40) if v.numel() > 6 else v.view(1, 6, 1) for v in second_moments(tensors)],
+    )
+    add(
+        "three_hundred_weighted",
+        lambda device: [values(1 + 37 * k % 1500, dtype=DTYPES[k % 4], device=device, seed=k) for k in range(300)],
+        lambda tensors: second_moments(tensors, DTYPES[1:]),
+    )
+    for scale in (0.0, 1e-44, 1e-30, 1e30):  # all 0, subnormal, and weights that are large or small
+        add(
+            f"second_moments_around_{scale:g}",
+            lambda device: [values(3000, device=device), values(3000, dtype=torch.bfloat16, device=device, seed=1)],
+            lambda tensors, s=scale: second_moments(tensors, (torch.float32,), s),
+        )
+    add(
+        "subnormal_by_subnormal_without_eps",
+        lambda device: [values(3000, device=device, scale=1e-40)],
+        lambda tensors: [second_moments(tensors, (torch.float32,), 1e-41)[0].clamp(min=2.0**-149)],
+        eps=0.0,
+    )
+    add("long_slab", _pieces(700_000, ()), lambda tensors: second_moments(tensors, (torch.float32,)), 10_000)
+    cuts = (1, 30, 1000, 1025, 5000)
+    layout = SketchLayout((10, 9001), 2, seed=3)
+    options = {"layout": layout, "regions": (1,) * 6, "starts": (0, *cuts)}
+    add("weighted_pieces", _pieces(9001, cuts, torch.bfloat16), second_moments, **options)
+    add("weighted_scaled", _pieces(9001, cuts), second_moments, scale=0.37, **options)
+    add("weighted_accumulate", _pieces(9001, cuts), second_moments, scale=-0.1, accumulate=True, eps=0.25, **options)
+    return cases
+
+
 def bucket_mass(case: SketchCase, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Sum of magnitudes and number of elements that land in each bucket (float64): what a rounding bound needs."""
     numels = [t.numel() for t in tensors]
@@ -298,6 +378,49 @@ def bucket_mass(case: SketchCase, tensors: list[Tensor]) -> tuple[Tensor, Tensor
         mass.index_add_(0, bucket, magnitude)
         count.index_add_(0, bucket, torch.ones_like(magnitude))
     return mass, count
+
+
+def check_weighted_nonfinite(backend, device: str, places=(0, 31, 1024, 1499)) -> None:
+    """NaN and infinity in either list, values beyond float32's range, and what is not counted."""
+    nan, inf = math.nan, math.inf
+    rows = {  # x, v: x / (sqrt(v) + eps)
+        "nan over 1": (nan, 1.0),
+        "inf over 1": (inf, 1.0),
+        "1 over nan": (1.0, nan),
+        "1 over a negative": (1.0, -1.0),
+        "inf over inf": (inf, inf),
+        "1 over inf is 0": (1.0, inf),
+        "0 over 0 is 0": (0.0, 0.0),
+    }
+    for x_dtype, v_dtype in itertools.product((torch.float32, torch.bfloat16), (torch.float32, torch.float64)):
+        for place in places:
+            for name, (x_value, v_value) in rows.items():
+                x = poisoned(values(1500, dtype=x_dtype, device=device), [place], x_value)
+                v = poisoned(second_moments([x], (v_dtype,))[0], [place], v_value)
+                layout = SketchLayout((1500,), 3)
+                out, want = torch.zeros(layout.size, device=device), torch.zeros(layout.size, device=device)
+                got = backend.sketch(x, out, layout=layout, second_moments=v)
+                expected = reference.sketch(x, want, layout=layout, second_moments=v)
+                assert got[1] == expected[1] == (0 if "is 0" in name else 1), name
+                assert torch.equal(torch.isfinite(out), torch.isfinite(want)), name
+                assert torch.isfinite(got[0]) == torch.isfinite(expected[0]), name
+
+
+def check_weighted_overflow(backend, device: str) -> None:
+    """Weighted values beyond float32 are infinite in a float32 bucket, but neither counted nor lost in the squares."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.full((5000,), 1e35, dtype=dtype, device=device)
+        v = torch.zeros(5000, device=device)
+        v[1234:] = 1.0
+        out = torch.zeros(5000, device=device)
+        got = backend.sketch(x, out, second_moments=v)
+        expected = reference.sketch(x, torch.zeros(5000, dtype=torch.float64, device=device), second_moments=v)
+        assert got[1] == 0
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+        assert torch.isinf(out[:1234]).all()
+        assert torch.isfinite(out[1234:]).all()
+    without = backend.sketch(x, out, second_moments=v, eps=0.0)
+    assert without[1] == 1234
 
 
 def moments_bound(tensors: list[Tensor], unit_roundoff: float, depth: int) -> float:

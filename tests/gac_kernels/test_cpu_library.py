@@ -5,8 +5,9 @@ accumulator over a chunk of 16,384 elements, lanes, chunks, tensors), so a sum e
 sum of magnitudes, and the reference by no more. Products of 16-bit elements are exact in float32 and are added there
 16 at a time, which adds ``16 * 2**-24``. Sketch buckets are float32 sums of at most 256 rows, emptied into
 float64: a bucket of ``n`` elements errs by at most ``min(n, 256) * 2**-24`` of its sum of magnitudes, plus one rounding
-of the result; float64 input or output takes float64 lanes. Mixing is rounded once to the output's type, after
-at most four roundings of the terms' size in float32 (float64 for float64 output), where no fused instruction exists.
+of the result; float64 input or output takes float64 lanes. Dividing an element by ``sqrt(v) + eps`` costs three
+roundings of its size, in float32 or float64 as the lanes are. Mixing is rounded once to the output's type, after at
+most four roundings of the terms' size in float32 (float64 for float64 output), where no fused instruction exists.
 """
 
 import itertools
@@ -30,6 +31,8 @@ from tests.gac_kernels.cases import (
     SketchCase,
     bucket_mass,
     check_added_moments,
+    check_weighted_nonfinite,
+    check_weighted_overflow,
     check_wrong_into,
     misaligned,
     nonfinite_cases,
@@ -39,6 +42,8 @@ from tests.gac_kernels.cases import (
     strided_tensors,
     tensor_cases,
     values,
+    weighted,
+    weighted_cases,
 )
 
 if not cpu.available():
@@ -88,14 +93,14 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(view), b.view(view))
 
 
-def assert_sums(got: torch.Tensor, expected: torch.Tensor, magnitudes: torch.Tensor, tensors) -> None:
-    """Sums within the bound for the tensors' dtypes; non-finite ones of the same kind."""
+def assert_sums(got: torch.Tensor, expected: torch.Tensor, magnitudes: torch.Tensor, tensors, error=0.0) -> None:
+    """Sums within the bound for the tensors' dtypes (``error``: that of their terms); the same ones are non-finite."""
     assert got.dtype == torch.float64
     assert got.shape == expected.shape
     finite = torch.isfinite(expected)
     assert torch.equal(finite, torch.isfinite(got))
     short = any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors)
-    bound = 2 * (DEPTH * U64 + 16 * U32 * short) * magnitudes + 1e-300
+    bound = 2 * (DEPTH * U64 + 16 * U32 * short + error) * magnitudes + 1e-300
     assert ((got - expected).abs() <= bound)[finite].all(), (got, expected)
 
 
@@ -308,6 +313,8 @@ def test_mix_with_nan_and_overflow(isa):
 
 def call(case: SketchCase, backend, tensors, out, **more):
     options = case.options | more
+    if case.second:
+        options["second_moments"] = case.second(tensors)
     return backend.sketch(tensors, out, layout=case.layout, regions=case.regions, starts=case.starts, **options)
 
 
@@ -319,15 +326,24 @@ def assert_sketch(case: SketchCase, dtype: torch.dtype, **more) -> None:
     expected, got = start.double(), start.clone()
     expected_moments = call(case, reference, tensors, expected, per_tensor=True)
     got_moments = call(case, cpu, tensors, got, per_tensor=True)
-    assert_sums(got_moments[:, 0], expected_moments[:, 0], expected_moments[:, 0], tensors)
+    wide = dtype == torch.float64 or any(t.dtype == torch.float64 for t in tensors)
+    error = 0.0
+    if case.second:
+        seconds = case.second(tensors)
+        wide = wide or any(v.dtype == torch.float64 for v in seconds)
+        tensors = weighted(tensors, seconds, case.options.get("eps", 1e-8))
+        error = 3.01 * (U64 if wide else U32)
+    assert_sums(got_moments[:, 0], expected_moments[:, 0], expected_moments[:, 0], tensors, error)
     assert torch.equal(got_moments[:, 1], expected_moments[:, 1])
     mass, count = bucket_mass(case, tensors)
     scale = abs(case.options.get("scale", 1.0))
-    wide = dtype == torch.float64 or any(t.dtype == torch.float64 for t in tensors)
     unit = U64 if wide else U32
     rows = count if wide else count.clamp(max=256)
+    vanished = 0.0 if wide or not case.second else SMALLEST[torch.float32] * count
     bound = (
-        scale * (rows * unit + (count + 64) * U64) * mass + 2 * UNIT_ROUNDOFF[dtype] * expected.abs() + SMALLEST[dtype]
+        scale * ((rows * unit + (count + 64) * U64 + error) * mass + vanished)
+        + 2 * UNIT_ROUNDOFF[dtype] * expected.abs()
+        + SMALLEST[dtype]
     )
     touched = torch.ones(case.size, dtype=torch.bool)
     if case.layout is not None and not accumulate:
@@ -340,19 +356,19 @@ def assert_sketch(case: SketchCase, dtype: torch.dtype, **more) -> None:
     assert same(got[~touched], start[~touched])
 
 
-@pytest.mark.parametrize("case", sketch_cases(), ids=str)
+@pytest.mark.parametrize("case", sketch_cases() + weighted_cases(), ids=str)
 def test_sketch(case, isa):
     assert_sketch(case, torch.float32)
 
 
-@pytest.mark.parametrize("case", [c for c in sketch_cases() if c.size < 50_000], ids=str)
+@pytest.mark.parametrize("case", [c for c in sketch_cases() + weighted_cases() if c.size < 50_000], ids=str)
 def test_sketch_into_float64(case):
     assert_sketch(case, torch.float64)
 
 
 def test_instruction_sets_agree_bit_for_bit_on_sketches():
     best = LIBRARY.isa
-    for case in sketch_cases():
+    for case in sketch_cases() + weighted_cases():
         tensors = case.make("cpu")
         outs = []
         for isa in ISAS:
@@ -381,6 +397,11 @@ def test_sketch_with_nonfinite_elements(isa):
     assert got[:, 1].tolist() == [4, 1]
     assert torch.equal(torch.isnan(out), torch.isnan(expected))
     assert torch.equal(torch.isinf(out), torch.isinf(expected))
+
+
+def test_weighted_sketch_with_nonfinite_elements(isa):
+    check_weighted_nonfinite(cpu, "cpu")
+    check_weighted_overflow(cpu, "cpu")
 
 
 def test_sign_words_beyond_2_to_the_32(isa):
@@ -510,6 +531,8 @@ def _everything(large):
         layout = SketchLayout(tuple(numels), rows)
         out = torch.zeros(layout.size)
         results += [cpu.sketch(tensors, out, layout=layout, per_tensor=True), out]
+        out = torch.zeros(layout.size)
+        results += [cpu.sketch(tensors, out, layout=layout, second_moments=[t.square() for t in other]), out]
     mixed = [t.clone() for t in tensors]
     results += [cpu.mix_(mixed, other, 0.4, moments=True), *[m.contiguous() for m in mixed]]
     logprobs = -values(64, 300).abs()
@@ -605,6 +628,19 @@ def test_sketch_is_linear(layout, seed, factor, isa):
 
 
 @QUIET
+@given(layouts, st.integers(0, 1000), st.floats(-3, 3), st.sampled_from(ISAS))
+def test_weighted_sketch_is_linear(layout, seed, factor, isa):
+    LIBRARY.select(isa)
+    numel = layout.numels[0]
+    x, y, v = (values(numel, seed=seed + k, dtype=torch.float64) for k in range(3))
+    v = v.square()
+    out = torch.empty(3, layout.size, dtype=torch.float64)
+    for row, tensor in zip(out, (x, y, factor * x + y), strict=True):
+        cpu.sketch(tensor, row, layout=layout, second_moments=v, eps=0.1)  # no element grows beyond 10 |x|
+    assert torch.allclose(out[2], factor * out[0] + out[1], rtol=0, atol=1e-11 * (1 + numel))
+
+
+@QUIET
 @given(layouts, st.lists(st.integers(0, 9000), max_size=6), st.sampled_from(ISAS))
 def test_cuts_change_nothing(layout, cuts, isa):
     LIBRARY.select(isa)
@@ -655,6 +691,15 @@ def test_errors_are_those_of_the_reference():
         lambda m: m.sketch(x, torch.zeros(3)),
         lambda m: m.sketch(x, torch.zeros(10), regions=[0]),
         lambda m: m.sketch(x, torch.zeros(10), scale=True),
+        lambda m: m.sketch(x, torch.zeros(10), second_moments=[]),
+        lambda m: m.sketch([x], torch.zeros(10), second_moments=[x[:9]]),
+        lambda m: m.sketch(x, torch.zeros(10), second_moments=3),
+        lambda m: m.sketch(x, torch.zeros(10), second_moments=torch.arange(10)),
+        lambda m: m.sketch(x, torch.zeros(10), second_moments=x.to("meta")),
+        lambda m: m.sketch(x, torch.zeros(10), second_moments=x, eps=-1.0),
+        lambda m: m.sketch(x, torch.zeros(10), second_moments=x, eps=1e-40),
+        lambda m: m.sketch(x, torch.zeros(10), second_moments=x, eps=math.nan),
+        lambda m: m.sketch(x, torch.zeros(10), second_moments=x, eps=torch.ones(())),
         lambda m: m.token_moments(x, x, x, x),
         lambda m: m.absorb_(x, None, x[:3], 1.0),
     ]
@@ -673,6 +718,8 @@ def test_tensors_elsewhere_or_without_memory_are_refused():
 
     with pytest.raises(TypeError, match="no memory of its own"):
         cpu.moments([TwoTensor(values(5), values(5))])
+    with pytest.raises(TypeError, match="no memory of its own"):
+        cpu.sketch([values(5)], torch.zeros(5), second_moments=[TwoTensor(values(5), values(5))])
 
 
 def test_unusual_values_are_read_rightly():

@@ -27,6 +27,7 @@ def one_backward(tensors, others, layout, out, mu):
     return (
         gac_kernels.moments(tensors),
         gac_kernels.sketch(tensors, out, layout=layout, scale=mu),
+        gac_kernels.sketch(tensors, torch.empty_like(out), layout=layout, second_moments=tensors, eps=0.5),
         gac_kernels.pair_moments(tensors, others),
         gac_kernels.mix_(tensors, others, mu, moments=True),
         gac_kernels.absorb_(out, None, m, mu),
@@ -97,6 +98,23 @@ def test_the_same_sketch_as_the_reference_on_the_host():
     torch.testing.assert_close(got.cpu(), expected, rtol=2 * 257 * 2.0**-24, atol=0)
     # At most `rows` numbers below 6 in a bucket, as many roundings, and one of the result.
     torch.testing.assert_close(out.cpu(), want, rtol=2.0**-24, atol=rows * rows * 6 * 2.0**-24)
+
+
+@pytest.mark.parametrize("second_dtype", [torch.float32, torch.bfloat16])
+def test_the_same_weighted_sketch_as_the_reference_on_the_host(second_dtype):
+    tensors = gradients(count=20)
+    seconds = [t.float().roll(1).square().to(second_dtype) + 0.01 for t in tensors]
+    layout = SketchLayout.per_tensor([t.numel() for t in tensors], size=50_000, seed=5)
+    out, want = torch.empty(layout.size, device="cuda"), torch.empty(layout.size)
+    got = gac_kernels.sketch(tensors, out, layout=layout, second_moments=seconds)
+    seconds = [v.cpu() for v in seconds]
+    expected = reference.sketch([t.cpu() for t in tensors], want, layout=layout, second_moments=seconds)
+    rows = layout.rows_per_slab
+    # An element errs by 7 units (see test_triton.py) and is below 6 / 0.1; the rest as above.
+    torch.testing.assert_close(got.cpu(), expected, rtol=2 * (257 + 7) * 2.0**-24, atol=0)
+    torch.testing.assert_close(out.cpu(), want, rtol=2.0**-24, atol=(rows + 7) * rows * 60 * 2.0**-24)
+    call = lambda: gac_kernels.sketch(tensors, out, layout=layout, second_moments=tensors)
+    assert len(kernels_of(call)) == 2
 
 
 def test_more_elements_than_32_bits_count():

@@ -40,6 +40,7 @@ TOKENS = (values(3, 5), values(3), torch.ones(3, 5, dtype=torch.bool), torch.ten
 def operator_calls():
     a, b = inputs()
     parameters = [torch.nn.Parameter(t) for t in inputs()[0]]
+    seconds, none = [t.square() for t in (b[2], b[0], b[1])], (None, 1e-8)
     numbers = [list(LAYOUT.numels), 2, 1024, [2, 0, 1], [0, 0, 0], 7]
     c, p, t = (values(1500, seed=s) for s in (1, 2, 3))
     two, rows, cells = (torch.ones(shape, dtype=torch.float64) for shape in (2, (3, 2), 2))
@@ -47,15 +48,22 @@ def operator_calls():
         "moments": (OPERATORS.moments, (a, True)),
         "moments_of_parameters": (OPERATORS.moments, (parameters, False)),
         "moments_of_nothing": (OPERATORS.moments, ([], False)),
-        "sketch_flat": (OPERATORS.sketch, (a, torch.zeros(126), None, 0, 0, None, None, 3, MU, 1.0, False, True)),
-        "sketch": (OPERATORS.sketch, ([a[2], a[0], a[1]], torch.zeros(126), *numbers, None, 2.0, True, False)),
+        "sketch_flat": (
+            OPERATORS.sketch,
+            (a, torch.zeros(126), None, 0, 0, None, None, 3, MU, 1.0, False, True, *none),
+        ),
+        "sketch": (OPERATORS.sketch, ([a[2], a[0], a[1]], torch.zeros(126), *numbers, None, 2.0, True, False, *none)),
+        "sketch_weighted": (
+            OPERATORS.sketch,
+            ([a[2], a[0], a[1]], torch.zeros(126), *numbers, None, 2.0, True, False, seconds, 1e-8),
+        ),
         "sketch_into_": (
             OPERATORS.sketch_into_,
-            ([a[2], a[0], a[1]], torch.zeros(126), two, *numbers, MU, 1.0, False, False),
+            ([a[2], a[0], a[1]], torch.zeros(126), two, *numbers, MU, 1.0, False, False, seconds, 0.1),
         ),
         "sketch_into_flat": (
             OPERATORS.sketch_into_,
-            (a, torch.zeros(126), rows, None, 0, 0, None, None, 3, None, 2.0, True, True),
+            (a, torch.zeros(126), rows, None, 0, 0, None, None, 3, None, 2.0, True, True, *none),
         ),
         "pair_moments": (OPERATORS.pair_moments, (a, b, True)),
         "mix_": (OPERATORS.mix_, (a, b, MU, 1.0)),
@@ -86,6 +94,10 @@ def everything(a, b, mu, out, flat, c, p, t, two, rows, cells):
         gac_kernels.sketch(a, flat, seed=5, per_tensor=True),
         gac_kernels.sketch(a, out, layout=LAYOUT, scale=mu, into=two),
         gac_kernels.sketch(a, flat, seed=5, per_tensor=True, into=rows),
+        gac_kernels.sketch(a, out, layout=LAYOUT, second_moments=[x * x for x in b]),
+        gac_kernels.sketch(
+            a, out, layout=LAYOUT, second_moments=[x * x for x in b], eps=0.1, accumulate=True, into=two
+        ),
         gac_kernels.pair_moments(a, b),
         gac_kernels.mix_(a, b, mu, moments=True),
         gac_kernels.mix_(a, b, 0.5),
@@ -129,6 +141,7 @@ def test_fake_tensors_go_through_the_operators():
         assert gac_kernels.absorb_(torch.empty(1025), None, torch.empty(1025), 1.0).shape == (2,)
         into = torch.empty(2, dtype=torch.float64)
         assert gac_kernels.sketch(x, torch.empty(13), into=into) is into
+        assert gac_kernels.sketch(x, torch.empty(13), second_moments=x).shape == (2,)
         assert gac_kernels.absorb_(torch.empty(1025), None, torch.empty(1025), 1.0, into=into) is into
 
 
@@ -151,6 +164,11 @@ def test_generators_and_single_tensors_are_lists():
     assert torch.equal(gac_kernels.moments(t for t in a), gac_kernels.moments(a))
     assert torch.equal(gac_kernels.pair_moments(tuple(a), iter(b)), gac_kernels.pair_moments(a, b))
     assert torch.equal(gac_kernels.moments(a[0]), gac_kernels.moments([a[0]]))
+    squares = [t.square() for t in a]
+    outs = torch.zeros(2, 126)
+    for out, second_moments in zip(outs, (squares, (t for t in squares)), strict=True):
+        gac_kernels.sketch(a, out, second_moments=second_moments)
+    assert torch.equal(*outs)
     with pytest.raises(TypeError, match="tensors"):
         gac_kernels.moments(3)
 

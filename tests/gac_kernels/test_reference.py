@@ -49,6 +49,20 @@ def test_flat_sketches_zero_what_is_left_over():
     assert (out[:1100] != 0).all()
 
 
+def test_weighted_sketch_by_hand():
+    x, v = torch.tensor([3.0, -4.0, 5.0, 1.0]), torch.tensor([[4.0, 0.0], [0.25, 1.0]], dtype=torch.bfloat16)
+    out = torch.zeros(4)
+    moments = reference.sketch(x, out, second_moments=v, eps=0.5)
+    want = torch.tensor([1.2, 8.0, 5.0, 2.0 / 3.0], dtype=torch.float64)
+    torch.testing.assert_close(out.abs().double(), want, rtol=2.0**-23, atol=0)
+    torch.testing.assert_close(moments, torch.tensor([want.square().sum(), 0.0]).double(), rtol=2.0**-22, atol=0)
+    plain = torch.zeros(4)
+    reference.sketch(x, plain)
+    assert torch.equal(plain.sign(), out.sign())  # the same map
+    assert reference.sketch([x, x[:0]], torch.zeros(4), second_moments=[v, v[:0]]).shape == (2,)
+    assert reference.sketch(x, out, second_moments=torch.tensor([1.0, -1.0, math.nan, 0.0]), eps=0.0)[1] == 3
+
+
 def test_token_moments_by_hand():
     half, quarter = math.log(0.5), math.log(0.25)
     logprobs = torch.tensor([[half, quarter, math.nan], [half, half, half]], dtype=torch.float64)
@@ -111,6 +125,24 @@ LAYOUT = SketchLayout((10,), 1)
         ),
         (lambda: reference.sketch(X, torch.zeros(10), layout=LAYOUT, regions=[1]), ValueError, "has 1 regions"),
         (lambda: reference.sketch(X, torch.zeros(10), layout=LAYOUT, regions=[]), ValueError, "as many regions"),
+        (lambda: reference.sketch(X, torch.zeros(10), second_moments=[]), ValueError, "second_moments has 0 tensors"),
+        (
+            lambda: reference.sketch(X, torch.zeros(10), second_moments=X[:9]),
+            ValueError,
+            r"second_moments\[0\] has 9 elements, tensors\[0\] 10",
+        ),
+        (
+            lambda: reference.sketch(X, torch.zeros(10), second_moments=X.int()),
+            TypeError,
+            r"second_moments\[0\] must be floating point",
+        ),
+        (
+            lambda: reference.sketch(X, torch.zeros(10), second_moments=X.to("meta")),
+            ValueError,
+            r"second_moments\[0\] is on meta, tensors\[0\] on cpu",
+        ),
+        (lambda: reference.sketch(X, torch.zeros(10), second_moments=X, eps=-1e-8), ValueError, "eps must be 0 or"),
+        (lambda: reference.sketch(X, torch.zeros(10), second_moments=X, eps=X[0]), TypeError, "eps must be a number"),
         (lambda: reference.token_moments(X, X, X, X), ValueError, r"shape \[B, T\]"),
         (lambda: reference.absorb_(X, None, X.double(), 1.0), TypeError, "total must be a float32 tensor"),
         (lambda: reference.absorb_(X, X[:5], X, 1.0), ValueError, "previous has 5 elements, current 10"),

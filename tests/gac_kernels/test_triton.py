@@ -8,10 +8,13 @@ Error bounds (u = 2**-24, or 2**-53 where float64 is involved; see ``kernels.py`
   256, doubled for higher orders, and squares below float32's range may vanish: 2**-149 for each element.
 - Float64 sums in later stages pass fewer than 200 roundings: lanes (10), chunks (1,024 strands, 10), tensors.
 - A bucket of n elements errs by min(n, 256) u times its sum of magnitudes, and is rounded once to ``out``'s dtype.
+- A weighted element errs by 7 u: the square root 2 u (PTX: ``sqrt.approx``), eps no more, their sum u, the division 4 u
+  (``div.full``); in the interpreter and in float64 by less. What is subnormal may be off by the smallest number.
 - ``mix_``: weight, product and sum are each rounded once in the compute type, then the result to ``a``'s dtype.
 """
 
 import copy
+import dataclasses
 import itertools
 import math
 import warnings
@@ -33,15 +36,20 @@ from tests.gac_kernels.cases import (
     SketchCase,
     bucket_mass,
     check_added_moments,
+    check_weighted_nonfinite,
+    check_weighted_overflow,
     check_wrong_into,
     misaligned,
     nonfinite_cases,
     pair_cases,
     poisoned,
+    second_moments,
     sketch_cases,
     strided_tensors,
     tensor_cases,
     values,
+    weighted,
+    weighted_cases,
 )
 
 INTERPRETED = launch.interpreted()
@@ -49,7 +57,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 U32, U64 = 2.0**-24, 2.0**-53
-STRAND, ROWS, LATER = 64, 256, 200
+STRAND, ROWS, LATER, WEIGHT = 64, 256, 200, 7
 PROPERTY = settings(
     max_examples=5 if INTERPRETED else 60,
     deadline=None,
@@ -86,14 +94,18 @@ def sum_bound(magnitude: float, tensors, terms: int) -> float:
     return 2 * ((terms + 1) * u + LATER * U64) * magnitude + vanished
 
 
-def assert_moments(got, tensors, terms):
+def assert_moments(got, tensors, terms, units=()):
+    """``units``: of each tensor, where the terms of its sum were rounded more coarsely than its dtype tells."""
     expected = reference.moments(tensors, per_tensor=True)
     assert got.dtype == torch.float64
     assert got.shape == expected.shape
     assert torch.equal(got[:, 1], expected[:, 1])
-    for row, want, tensor in zip(got[:, 0].tolist(), expected[:, 0].tolist(), tensors, strict=True):
+    for k, (row, want, tensor) in enumerate(zip(got[:, 0].tolist(), expected[:, 0].tolist(), tensors, strict=True)):
         if math.isfinite(want):
-            assert abs(row - want) <= sum_bound(want, [tensor], terms)
+            coarser = (
+                2 * (WEIGHT + terms + 1) * units[k] * want + tensor.numel() * SMALLEST[torch.float32] if units else 0
+            )
+            assert abs(row - want) <= sum_bound(want, [tensor], terms) + coarser
         else:
             assert not math.isfinite(row)
 
@@ -227,19 +239,27 @@ def check_sketch(case: SketchCase):
     if "scale" in options and not options.get("accumulate"):
         options["scale"] = torch.tensor(options["scale"], device=DEVICE)
     call = {"layout": case.layout, "regions": case.regions, "starts": case.starts, **options}
+    taken, units, weight = tensors, (), 0.0
+    if case.second:
+        seconds = call["second_moments"] = case.second(tensors)
+        taken = weighted(tensors, seconds, options.get("eps", 1e-8))
+        units = [unit(x, v) for x, v in zip(tensors, seconds, strict=True)]
+        weight = WEIGHT * max(units)
     start = values(case.size, seed=123).to(DEVICE)
     for out_dtype in (torch.float32, torch.float64):
         before = start.to(out_dtype) if case.regions or options.get("accumulate") else None
         before = torch.full((case.size,), math.nan, dtype=out_dtype, device=DEVICE) if before is None else before
         out, want = before.clone(), before.double()
         got = operations.sketch(tensors, out, per_tensor=True, **call)
-        assert_moments(got, tensors, ROWS)
+        assert_moments(got, taken, ROWS, units)
         reference.sketch(tensors, want, **call)
-        mass, count = (x.to(DEVICE) for x in bucket_mass(case, tensors))
+        mass, count = (x.to(DEVICE) for x in bucket_mass(case, taken))
         factor = abs(float(options.get("scale", 1.0)))
         # One strand adds at most 256 rows; beyond float32 input there is none whose partial sums are rounded so.
-        u = U64 if tensors and all(t.dtype == torch.float64 for t in tensors) else U32
-        rounded = (count.clamp(max=ROWS) * u + LATER * U64) * factor * mass
+        u = max(units) if units else U64 if tensors and all(t.dtype == torch.float64 for t in tensors) else U32
+        rounded = (count.clamp(max=ROWS) * u + LATER * U64 + weight) * factor * mass
+        if units:
+            rounded += factor * count * SMALLEST[torch.float32]
         bound = 1.01 * rounded + UNIT_ROUNDOFF[out_dtype] * want.abs() + SMALLEST[out_dtype]
         assert ((out.double() - want).abs() <= bound).all()
         if INTERPRETED and out_dtype == torch.float32 and not options:
@@ -261,6 +281,21 @@ def check_sketch(case: SketchCase):
     ids=str,
 )
 def test_sketch(case):
+    check_sketch(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    some(
+        weighted_cases(),
+        "float32_by_float32 bfloat16_by_float32 bfloat16_by_bfloat16 float16_by_float64 float64_by_bfloat16 "
+        "float64_by_float64 aligned_by_shifted_bfloat16 shifted_by_aligned_float32 shifted_by_shifted_bfloat16 "
+        "other_shapes second_moments_around_0 second_moments_around_1e-44 second_moments_around_1e+30 "
+        "subnormal_by_subnormal_without_eps weighted_pieces weighted_scaled weighted_accumulate",
+    ),
+    ids=str,
+)
+def test_weighted_sketch(case):
     check_sketch(case)
 
 
@@ -289,6 +324,8 @@ def test_sketch_edges_of_rows_steps_chunks_and_slabs(dtype, monkeypatch):
     check_sketch(case)
     shifted = SketchCase("shifted", pieces(numel, (), dtype, by=1), layout, layout.size, (0,), (0,))
     check_sketch(shifted)
+    if dtype != torch.float64:
+        check_sketch(dataclasses.replace(case, second=lambda tensors: second_moments(tensors, (torch.float32,))))
 
 
 def test_sketch_where_the_sign_index_passes_32_bits():
@@ -325,6 +362,11 @@ def test_sketch_with_nonfinite_elements():
         assert torch.equal(torch.isfinite(out), torch.isfinite(want))
 
 
+def test_weighted_sketch_with_nonfinite_elements():
+    check_weighted_nonfinite(operations, DEVICE, *(((1024,),) if INTERPRETED else ()))
+    check_weighted_overflow(operations, DEVICE)
+
+
 def test_sketch_equals_the_cpu_library():
     if not cpu.available():
         pytest.skip("no CPU library")
@@ -335,6 +377,13 @@ def test_sketch_equals_the_cpu_library():
     expected = cpu.sketch(tensors, want, layout=layout)
     torch.testing.assert_close(got.cpu(), expected, rtol=2 * ROWS * U32, atol=0)
     torch.testing.assert_close(out.cpu(), want, rtol=0, atol=4 * U32 * 4 * 5)  # 3 rows of magnitudes below 5
+    seconds = [t.square().float() + 0.01 for t in reversed([tensors[0][:70], values(5000, seed=2)])]
+    got = operations.sketch(
+        [t.to(DEVICE) for t in tensors], out, layout=layout, second_moments=[v.to(DEVICE) for v in seconds]
+    )
+    expected = cpu.sketch(tensors, want, layout=layout, second_moments=seconds)
+    torch.testing.assert_close(got.cpu(), expected, rtol=2 * (ROWS + 2 * WEIGHT) * U32, atol=0)
+    torch.testing.assert_close(out.cpu(), want, rtol=0, atol=(4 + 2 * WEIGHT) * U32 * 4 * 50)  # weights below 10
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -432,7 +481,10 @@ def test_the_same_bits_every_time():
     def everything():
         out = torch.full((layout.size,), math.nan, device=DEVICE)
         moments = operations.sketch(tensors, out, layout=layout, per_tensor=True)
-        return [operations.moments(tensors), moments, out, operations.pair_moments(tensors, others)]
+        seconds, weighted_out = [t.square() for t in others], torch.empty_like(out)
+        weighted = operations.sketch(tensors, weighted_out, layout=layout, second_moments=seconds)
+        pairs = operations.pair_moments(tensors, others)
+        return [operations.moments(tensors), moments, out, weighted, weighted_out, pairs]
 
     assert all(torch.equal(a, b) for a, b in zip(everything(), everything(), strict=True))
 
@@ -464,8 +516,10 @@ def test_launches_do_not_grow_with_the_list(launches):
     operations.moments(tensors)
     operations.sketch(tensors, out)
     operations.pair_moments(tensors, tensors)
+    operations.sketch(tensors, out, second_moments=tensors)
     assert launches == [
-        *("moments_kernel", "reduce_kernel", "sketch_kernel", "sketch_finish_kernel", "pair_kernel", "reduce_kernel")
+        *("moments_kernel", "reduce_kernel", "sketch_kernel", "sketch_finish_kernel", "pair_kernel", "reduce_kernel"),
+        *("sketch_kernel", "sketch_finish_kernel"),
     ]
     launches.clear()
     operations.mix_(tensors, tensors, 0.5)
@@ -534,6 +588,8 @@ def test_errors_name_the_argument():
         operations.sketch(x, torch.zeros(3, device=DEVICE))
     with pytest.raises(TypeError, match="total"):
         operations.absorb_(x, None, x.double(), 1.0)
+    with pytest.raises(ValueError, match="second_moments has 2 tensors"):
+        operations.sketch(x, torch.zeros(10, device=DEVICE), second_moments=[x, x])
 
 
 # ------------------------------------------------------------------------------------------------------- properties
@@ -558,6 +614,18 @@ def test_the_sketch_is_linear(numel, rows, c, seed):
     accumulated = torch.empty_like(sy)
     operations.sketch([y, x], accumulated.zero_(), layout=layout, regions=[0, 0], starts=[0, 0])
     assert ((sy - (accumulated - sx + c * sx)).abs() <= 20 * rows * U64 * 6 * (1 + abs(c)) * rows).all()
+
+
+@PROPERTY
+@given(numel=st.integers(1, 4000), rows=st.integers(1, 5), c=st.floats(-3, 3), seed=st.integers(0, 99))
+def test_the_weighted_sketch_is_linear(numel, rows, c, seed):
+    x, y, v = (random_tensor(seed + k, numel, torch.float64) for k in range(3))
+    layout = SketchLayout((numel,), rows, seed)
+    outs = torch.empty(3, layout.size, dtype=torch.float64, device=DEVICE)
+    for out, tensor in zip(outs, (x, y, x + c * y), strict=True):
+        operations.sketch(tensor, out, layout=layout, second_moments=v.square(), eps=0.1)
+    # as without weights, of terms up to 10 times as large with a few roundings more
+    assert ((outs[2] - (outs[0] + c * outs[1])).abs() <= 20 * rows * U64 * 60 * (1 + abs(c)) * rows).all()
 
 
 @PROPERTY
