@@ -78,7 +78,7 @@ def recorded_launches(capability: int) -> dict[str, tuple]:
         label = f"{name}/accumulate"
         moments = torch.zeros(2, dtype=torch.float64)
         operations.sketch([a], out, layout=layout, scale=0.5, accumulate=True, into=moments)
-        for second in (torch.float32, dtype):
+        for second in (dtype,) if dtype == torch.float64 else (torch.float32, dtype):
             label = f"{name}/{_TYPES[second]}"
             operations.sketch([a], out, layout=layout, second_moments=[a.to(second)])
     m = torch.zeros(3000)
@@ -109,13 +109,14 @@ def _wide_accesses(ptx: str, kind: str) -> int:
 
 
 _HEAVIEST = ("sketch_kernel/", "mix+moments", "token_kernel")
+_LIGHTER = ("fp16", "bf16/bf16", "fp64/fp64")
 
 
 def compile_all(capability: int, heaviest: bool) -> dict[str, dict]:
     """Compiles for ``sm_<capability>``; what each kernel uses, by name."""
     report = {}
     for name, (kernel, signature, constants, attributes) in recorded_launches(capability // 10).items():
-        if heaviest and ("fp16" in name or not any(part in name for part in _HEAVIEST)):
+        if heaviest and (any(part in name for part in _LIGHTER) or not any(part in name for part in _HEAVIEST)):
             continue
         source = ASTSource(
             kernel,
