@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +117,19 @@ def run_warm_start(setup: Setup, folder: Path, reporter: Reporter) -> float:
     return read_json(result)["accuracy"]
 
 
-def run_hybrid(setup: Setup, out: Path, warm_accuracy: float, reporter: Reporter, *, started: float) -> dict[str, Any]:
-    """The hybrid phase, from the last complete checkpoint if there is one; returns and writes the summary."""
+def run_hybrid(
+    setup: Setup,
+    out: Path,
+    warm_accuracy: float,
+    reporter: Reporter,
+    *,
+    started: float,
+    trainer_class: Callable[..., Any] | None = None,
+) -> dict[str, Any]:
+    """The hybrid phase, from the last complete checkpoint if there is one; returns and writes the summary.
+
+    `trainer_class` stands in for `HybridGRPOTrainer`.
+    """
     from datasets import Dataset, disable_progress_bars
     from transformers import PrinterCallback
     from transformers.utils import logging as transformers_logging
@@ -162,7 +173,7 @@ def run_hybrid(setup: Setup, out: Path, warm_accuracy: float, reporter: Reporter
             disable_tqdm=True,
             dataloader_pin_memory=setup.device == "cuda",
         )
-        trainer = HybridGRPOTrainer(
+        trainer = (trainer_class or HybridGRPOTrainer)(
             setup.model,
             exact_match_reward,
             arguments,

@@ -1,0 +1,91 @@
+"""Laws that run beside the one in charge: on the same steps, each with the estimator it is fed from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from gac.audit.panel import COEFFICIENT, COEFFICIENT_RAW, EXACT, INCOMING, SKETCH, TEMPORAL
+from gac.controller import Controller
+from gac.laws.gac import GacLaw
+from gac.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A law with options and the estimator that feeds it."""
+
+    label: str
+    law: str
+    estimator: str = EXACT
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+UNGUARDED = {"cap": 1.0, "mu_min": 0.0, "mu_max": 1.0}
+"""Options of ``gac`` that leave its averages and closed form alone."""
+
+
+def default_contenders(gac_options: Mapping[str, Any]) -> list[Contender]:
+    """The laws that an audit compares.
+
+    Args:
+        gac_options: of every contender that is law ``gac``: those of the run, if that is its law.
+    """
+    gac = lambda label, estimator, **more: Contender(label, "gac", estimator, {**gac_options, **more})
+    return [
+        gac("gac on exact", EXACT),
+        gac("gac on sketch", SKETCH),
+        gac("gac on sketch, incoming", INCOMING),
+        gac("gac on temporal", TEMPORAL),
+        gac("gac on coefficient", COEFFICIENT),
+        gac("gac on coefficient, raw", COEFFICIENT_RAW),
+        gac("gac without guardrails", EXACT, **UNGUARDED),
+        Contender("paper on coefficient, raw", "paper", COEFFICIENT_RAW),
+        Contender("paper on exact", "paper", EXACT),
+        Contender("chord-mu", "chord-mu"),
+        Contender("sequential", "sequential"),
+        Contender("kl-ctrl", "kl-ctrl"),
+        Contender("entropy-ctrl", "entropy-ctrl"),
+        *(Contender(f"fixed {mu}", "fixed", EXACT, {"mu": mu}) for mu in (0.1, 0.5, 0.9)),
+    ]
+
+
+class Shadows:
+    """Controllers of the contenders, moved along with training and acting on nothing.
+
+    A contender that needs a signal the run does not have (``kl`` without a reference model) is left out.
+
+    Args:
+        contenders: see :func:`default_contenders`.
+        signals: names of the signals that :meth:`update` is going to bring.
+
+    Attributes:
+        left_out: labels of the contenders without their signals, and which these are.
+    """
+
+    def __init__(self, contenders: list[Contender], signals: frozenset[str]) -> None:
+        self._running: list[tuple[Contender, Controller]] = []
+        self.left_out: dict[str, list[str]] = {}
+        for contender in contenders:
+            controller = Controller(contender.law, **contender.options)
+            missing = sorted(set(controller.law.needs) - signals)
+            if missing:
+                self.left_out[contender.label] = missing
+            else:
+                self._running.append((contender, controller))
+
+    def mu(self) -> dict[str, float]:
+        """Each contender's mu for the step to come."""
+        return {c.label: float(x.mu) for c, x in self._running}
+
+    def averages(self) -> dict[str, Tensor]:
+        """``[3]`` for each estimator that feeds a law ``gac``: its averages so far."""
+        return {c.estimator: x.law.smoothed().cpu() for c, x in self._running if isinstance(x.law, GacLaw)}
+
+    def update(self, statistics: Mapping[str, Statistics], signals: Mapping[str, float]) -> None:
+        """Ends a step: every contender takes in what its estimator says."""
+        for contender, controller in self._running:
+            controller.update(statistics[contender.estimator], **{name: signals[name] for name in controller.law.needs})
