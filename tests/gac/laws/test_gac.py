@@ -1,4 +1,4 @@
-"""The default law: hand-computed values, and mu finite and bounded whatever it is fed."""
+"""The default law: its rule by hand-computed values. test_edges.py feeds it impossible numbers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import gac
 
@@ -89,27 +87,10 @@ def test_a_branch_missing_for_a_hundred_steps():
     assert float(controller.mu) == pytest.approx(known)
 
 
-edge = st.sampled_from([0.0, 1e-30, 1e-300, 5e-324, 1e30, 1.0, -1.0, -1e30, NAN, math.inf, -math.inf])
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(edge, edge, edge, st.sampled_from([0.0, 0.0, 0.0, 2.0])), min_size=1, max_size=8))
-def test_mu_is_finite_and_bounded_whatever_comes(rows):
-    controller = gac.Controller(law="gac", prior=0.3)
-    last = 0.5
-    for sigma_s2, sigma_r2, delta_g2, nonfinite in rows:
-        mu = float(controller.update(S(sigma_s2, sigma_r2, delta_g2, nonfinite=nonfinite)))
-        assert 0.05 <= mu <= 0.95
-        assert abs(mu - last) <= 0.02 + 1e-12
-        if nonfinite:
-            assert mu == last
-        last = mu
-
-
 def test_smoothing_before_clamping_is_less_biased():
     """delta_g2 = 0.2 under noise of size 1: the clamped values average far above the truth."""
     generator = torch.Generator().manual_seed(0)
-    draws = 0.2 + torch.randn(4000, generator=generator)
+    draws = 0.2 + torch.randn(2500, generator=generator)
     controller = free(half_life=50.0)
     ours, clamped_first = [], 0.0
     for k, draw in enumerate(draws.tolist()):
@@ -121,21 +102,10 @@ def test_smoothing_before_clamping_is_less_biased():
     assert clamped_first > 0.45
 
 
-def test_state_round_trip(tmp_path):
-    a, b = gac.Controller(law="gac"), gac.Controller(law="gac")
-    for k in range(5):
-        a.update(S(sigma_s2=1.0 + k, sigma_r2=2.0, delta_g2=0.5))
-    torch.save(a.state_dict(), tmp_path / "c.pt")
-    b.load_state_dict(torch.load(tmp_path / "c.pt", weights_only=True))
-    statistics = S(sigma_s2=7.0, sigma_r2=2.0, delta_g2=0.5)
-    assert torch.equal(a.update(statistics), b.update(statistics))
-    assert a.steps == b.steps == 6
-    with pytest.raises(ValueError, match="lacks"):
-        b.load_state_dict({"law": "gac"})
-
-
 def test_wrong_arguments():
     controller = gac.Controller()
+    with pytest.raises(ValueError, match="lacks"):
+        controller.load_state_dict({"law": "gac"})
     with pytest.raises(TypeError, match=r"gac.Statistics"):
         controller.update({"sigma_s2": 1.0})
     with pytest.raises(ValueError, match=r"prior must be in \[0, 1\]"):

@@ -42,12 +42,25 @@ def test_trajectories_of_the_authors_controller(name):
             assert warmup_cosine(entry["step"], *run["prior"]) == pytest.approx(entry["prior"], rel=1e-12)
 
 
+def test_by_hand():
+    """raw = 3/4; ada = .99*.5 + .01*raw = .5025; half of it and half of the prior .2 are .35125; the cap allows .01."""
+    told = gac.Statistics(sigma_s2=1.0, sigma_r2=3.0, delta_g2=0.0)
+    free = gac.Controller(law="paper", prior=0.2, mu_change_cap=1.0)
+    assert float(free.update(told)) == pytest.approx(0.35125, rel=1e-8)
+    assert float(gac.Controller(law="paper", prior=0.2).update(told)) == pytest.approx(0.49)
+    for _ in range(9):
+        free.update(gac.Statistics(sigma_s2=9.0, sigma_r2=3.0, delta_g2=0.0))
+    assert float(free.law.state["raw"]) == pytest.approx(0.75, rel=1e-8), "taken over in every tenth step"
+    free.update(gac.Statistics(sigma_s2=2.0, sigma_r2=3.0, delta_g2=0.0))
+    assert float(free.law.state["raw"]) == pytest.approx(3 / 4.01, rel=1e-8)
+
+
 def test_with_its_defaults_the_statistics_move_mu_by_at_most_a_hundredth():
     """lambda*(1-beta)/(1-lambda*beta) = 0.0099: the span between raw = 0 and raw = 1 in steady state."""
     ends = []
     for sigma_s2, sigma_r2 in ((1.0, 0.0), (0.0, 1.0)):
         controller = gac.Controller(law="paper", prior=0.5)
-        for _ in range(2000):
+        for _ in range(200):
             controller.update(gac.Statistics(sigma_s2=sigma_s2, sigma_r2=sigma_r2, delta_g2=0.0))
         ends.append(float(controller.mu))
     assert ends[1] - ends[0] == pytest.approx(0.5 * 0.01 / (1 - 0.5 * 0.99), abs=2e-4)

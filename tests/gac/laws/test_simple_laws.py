@@ -63,22 +63,3 @@ def test_entropy_control():
     assert float(controller.update(None, entropy=4.0)) == pytest.approx(0.35)
     with pytest.raises(ValueError, match="follows entropy"):
         controller.update(None)
-
-
-def test_alpha_follows_kl():
-    controller = gac.Controller(law="gac", alpha="kl", cap=1.0)
-    statistics = gac.Statistics(sigma_s2=1.0, sigma_r2=1.0, delta_g2=98.0)
-    alpha = lambda: float(controller.law.state["alpha"])
-    controller.update(statistics, kl=0.021)
-    assert alpha() == 0.5, "inside the dead band"
-    controller.update(statistics, kl=0.121)  # smoothed: 0.9 * 0.021 + 0.1 * 0.121 = 0.031, error 0.55
-    assert alpha() == pytest.approx(0.5 + 0.2 * 0.45 * 0.45)
-    assert float(controller.mu) == pytest.approx((alpha() * 98 + 1) / 100)
-    for _ in range(300):
-        controller.update(statistics, kl=1.0)
-    assert 0.9 < alpha() <= 0.95
-    for _ in range(300):
-        controller.update(statistics, kl=0.0)
-    assert 0.10 <= alpha() < 0.11
-    with pytest.raises(ValueError, match="follows kl"):
-        controller.update(statistics)
