@@ -1,0 +1,303 @@
+"""One loss over a batch of demonstrations and rollouts, for trainers that run one backward pass over both.
+
+Such a pass adds both branches into one gradient, so mu comes from the coefficient estimator, which reads
+log-probabilities and advantages and no gradient: it works under any engine, sharded parameters or not. Data parallelism
+costs one small exchange per optimizer step, and every rank takes part in it whatever its batches held.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import gac
+from gac.controller import Controller
+
+METRICS = ("mu", "mu_raw", "mu_se", "sigma_s2", "sigma_r2", "delta_g2", "n_s", "n_r", "skipped")
+"""What :meth:`MixedBatch.metrics` holds, each under ``gac/``."""
+
+
+class StepCounts(NamedTuple):
+    """What an optimizer step holds of each branch over all its micro-batches and ranks: 0-dim int64 tensors."""
+
+    sft_tokens: Tensor
+    rl_tokens: Tensor
+    sft_rows: Tensor
+    rl_rows: Tensor
+
+
+class MixedLoss(NamedTuple):
+    """Three scalars: what to call ``backward`` on, and its two unweighted parts."""
+
+    loss: Tensor
+    sft_loss: Tensor
+    rl_loss: Tensor
+
+
+def count_step(
+    masks: Iterable[Tensor], is_expert: Iterable[Tensor], group: dist.ProcessGroup | None = None
+) -> StepCounts:
+    """Tokens and rows of both branches, summed over micro-batches and ranks: the divisors of their losses.
+
+    With several ranks it is one all-reduce of four numbers, so every rank calls it in every step.
+
+    Args:
+        masks: ``[B, T]`` of each micro-batch, non-zero where a token counts. is_expert: ``[B]`` of each. At least one.
+        group: the data-parallel ranks; the default group when several processes run.
+    """
+    counts = []
+    for mask, expert in zip(masks, is_expert, strict=True):
+        tokens = (mask != 0).sum(1)
+        expert = expert.to(device=tokens.device, dtype=torch.bool)
+        rows = (tokens > 0).long()
+        counts.append(torch.stack([x[e].sum() for x in (tokens, rows) for e in (expert, ~expert)]))
+    total = torch.stack(counts).sum(0)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(total, group=group)
+    return StepCounts(*total)
+
+
+def coefficient_mixer(device: torch.device | str, **options) -> gac.Mixer:
+    """A mixer with ``estimator="coefficient"`` that needs no model: it reads no gradients.
+
+    Args:
+        device: where the losses are computed.
+        **options: of :func:`gac.patch`, except ``estimator``.
+    """
+    anchor = nn.Module()
+    anchor.register_parameter("anchor", nn.Parameter(torch.zeros(1, device=device)))
+    return gac.patch(anchor, estimator="coefficient", **options)
+
+
+class MixedBatch:
+    """Mixes the losses of both branches of a batch and follows mu; one for each training process.
+
+    It can be pickled before its first loss (Ray sends loss functions to workers that way). The mixer is made at the
+    first loss, on that loss's device. After each optimizer step mu is updated, by a hook on whichever optimizer of this
+    process steps first once losses were seen: trainers hand a loss function neither the model nor the optimizer.
+
+    Args:
+        law: how mu follows from the statistics; a name of :func:`gac.laws.available`, except those that follow KL or
+            entropy.
+        phi: weight each demonstration token's loss with its detached ``p * (1 - p)``.
+        interval, coefficient: as for :func:`gac.patch`.
+        follow_optimizer: False where the trainer calls :meth:`step` itself.
+        **law_options: options of the law.
+
+    Raises:
+        TypeError, ValueError: unknown law or options; a law that follows a number which a batch does not give.
+    """
+
+    def __init__(
+        self,
+        *,
+        law: str = "gac",
+        phi: bool = False,
+        interval: int = 1,
+        coefficient: Mapping | None = None,
+        follow_optimizer: bool = True,
+        **law_options,
+    ) -> None:
+        controller = Controller(law, **law_options)
+        if controller.law.needs:
+            raise ValueError(
+                f"law={law!r} follows {' and '.join(controller.law.needs)}, which a mixed batch does not give; "
+                "use 'gac', 'paper', 'fixed' or a schedule"
+            )
+        self.phi = phi
+        self._start = float(controller.mu)
+        self._options = dict(law=law, interval=interval, coefficient=coefficient, report_interval=None, **law_options)
+        self._follow = follow_optimizer
+        self._mixer: gac.Mixer | None = None
+        self._hook = None
+        self._pending = False
+        self._restored: dict | None = None
+        self._metrics: dict[str, float] = {}
+
+    @property
+    def mixer(self) -> gac.Mixer:
+        """The mixer. Raises RuntimeError before the first loss."""
+        if self._mixer is None:
+            raise RuntimeError("the mixer is made at the first loss: it needs to know the device")
+        return self._mixer
+
+    @property
+    def mu(self) -> float | Tensor:
+        """The SFT weight of this step: a 0-dim tensor on the device, a number before the first loss."""
+        return self._start if self._mixer is None else self._mixer.mu
+
+    def open(self, device: torch.device, group: dist.ProcessGroup | None = None) -> gac.Mixer:
+        """Makes the mixer unless it exists, and returns it.
+
+        Args:
+            device: of the losses.
+            group: ranks whose batches are parts of one step: the data-parallel ones. Default group when None.
+        """
+        if self._mixer is None:
+            self._mixer = coefficient_mixer(device, process_group=group, **self._options)
+            if self._restored is not None:
+                self._mixer.load_state_dict(self._restored)
+            if self._follow:
+                reference = weakref.ref(self)
+                self._hook = register_optimizer_step_post_hook(lambda *_: _step(reference))
+        return self._mixer
+
+    def loss(
+        self,
+        *,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        is_expert: Tensor,
+        policy_loss: Callable[..., Tensor],
+        sft_tokens: float | Tensor,
+        ranks: int = 1,
+        group: dist.ProcessGroup | None = None,
+    ) -> MixedLoss:
+        """``mu * sft_loss + (1 - mu) * rl_loss`` of one micro-batch, and feeds the estimator.
+
+        No collective, nothing read on the host. Without gradients (evaluation) it feeds nothing. A batch without
+        demonstrations, without rollouts or without rows gives zeros with a graph, never NaN.
+
+        Args:
+            logprobs: ``[B, T]`` of the taken tokens, with a graph.
+            old_logprobs: ``[B, T]``; demonstrations may hold anything.
+            advantages: ``[B, T]`` or ``[B]``; demonstrations may hold anything.
+            mask: ``[B, T]``, non-zero where a token counts.
+            is_expert: ``[B]``, True for demonstrations.
+            policy_loss: the trainer's own: called with ``logprobs, old_logprobs, advantages, mask`` by name, all
+                ``[B, T]`` with zeros outside the rollouts' tokens; returns the scalar loss of the rollouts. It must
+                divide by what the whole *step* has of rollouts (:func:`count_step`), or micro-batches count unequally.
+                Where the batch has none, one token with a zero advantage stands in and the result is dropped.
+            sft_tokens: what the demonstrations' summed NLL is divided by: demonstration tokens of the whole step, over
+                all micro-batches and ranks. At least 1 is used.
+            ranks: factor against the average that data parallelism takes of gradients (its size), given that
+                ``sft_tokens`` counts all ranks.
+            group: see :meth:`open`; used at the first loss only.
+
+        Raises:
+            ValueError: shapes that do not belong together.
+        """
+        _check_shapes(logprobs, old_logprobs, advantages, mask, is_expert)
+        mixer = self.open(logprobs.device, group)
+        if advantages.dim() == 1:
+            advantages = advantages[:, None].expand_as(logprobs)
+        is_expert = is_expert.to(device=logprobs.device, dtype=torch.bool)
+        kept = mask != 0
+        expert, rollout = kept & is_expert[:, None], kept & ~is_expert[:, None]
+        sft_loss = _sft_loss(logprobs, expert, self.phi) / _at_least_one(sft_tokens) * ranks
+        rl_loss = _rl_loss(logprobs, old_logprobs, advantages, mask, rollout, policy_loss)
+        if torch.is_grad_enabled():
+            self.observe(logprobs, advantages, mask, is_expert)
+        return MixedLoss(mixer.mixed_loss(sft_loss=sft_loss, rl_loss=rl_loss), sft_loss, rl_loss)
+
+    def observe(self, logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor) -> None:
+        """Feeds the estimator with a micro-batch whose loss the trainer weights itself; arguments as for :meth:`loss`.
+
+        Every rank calls it at least once in every step, if need be with no rows.
+        """
+        mixer = self.open(logprobs.device)
+        expert = is_expert.to(device=logprobs.device, dtype=torch.bool)
+        per_row = expert if advantages.dim() == 1 else expert[:, None]
+        advantages = torch.where(per_row, 0.0, advantages)
+        mixer.observe_tokens(logprobs.detach(), advantages.detach(), mask, expert)
+        self._pending = True
+
+    def step(self) -> None:
+        """Ends the optimizer step, if losses were seen since the last: a collective over the group."""
+        if self._pending:
+            self._pending = False
+            self.mixer.step()
+            self._metrics = self.mixer.metrics()
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the newest step that has reached the host, under ``gac/``; the same keys always, NaN for unknown.
+
+        They change only with the optimizer step. ``gac/mu`` is the weight of the step to come.
+        """
+        known = self._metrics or {"mu": self._start}
+        return {f"gac/{name}": float(known.get(name, float("nan"))) for name in METRICS}
+
+    def state_dict(self) -> dict | None:
+        """What continues a run, to be saved between optimizer steps; None before the first loss."""
+        return self._restored if self._mixer is None else self._mixer.state_dict()
+
+    def load_state_dict(self, state: dict | None) -> None:
+        """Continues where :meth:`state_dict` left off; before or after the first loss."""
+        self._restored = state
+        if state is not None and self._mixer is not None:
+            self._mixer.load_state_dict(state)
+            self._pending = False
+
+    def close(self) -> None:
+        """Stops following the optimizer."""
+        if self._hook is not None:
+            self._hook.remove()
+        if self._mixer is not None:
+            self._mixer.unpatch()
+        self._hook = self._mixer = None
+        self._pending = False
+
+
+def _step(reference: weakref.ref) -> None:
+    batch = reference()
+    if batch is not None:
+        batch.step()
+
+
+def _sft_loss(logprobs: Tensor, expert: Tensor, phi: bool) -> Tensor:
+    """Sum of the demonstrations' NLL."""
+    nll = torch.where(expert, -logprobs, 0.0)
+    if phi:
+        p = torch.where(expert, logprobs.detach().exp(), 0.0)
+        nll = nll * (p * (1 - p))
+    return nll.sum()
+
+
+def _rl_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    rollout: Tensor,
+    policy_loss: Callable[..., Tensor],
+) -> Tensor:
+    """The trainer's loss of the rollouts, 0 without them."""
+    if not logprobs.numel():
+        return logprobs.sum()
+    # zeros, so that nothing behind the mask can turn a product with it into NaN
+    logprobs, old_logprobs, advantages = (
+        torch.where(rollout, x, 0.0) for x in (logprobs, old_logprobs.detach(), advantages.detach())
+    )
+    empty = ~rollout.any()
+    stand_in = torch.zeros_like(rollout)
+    stand_in[0, 0] = True
+    rollout = rollout | (stand_in & empty)
+    loss = policy_loss(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=rollout.to(mask.dtype))
+    return torch.where(empty, 0.0, loss)
+
+
+def _at_least_one(tokens: float | Tensor) -> float | Tensor:
+    return tokens.clamp(min=1) if isinstance(tokens, Tensor) else max(tokens, 1)
+
+
+def _check_shapes(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor) -> None:
+    shape = tuple(logprobs.shape)
+    if len(shape) != 2:
+        raise ValueError(f"logprobs must be [B, T], got {shape}")
+    for name, tensor, allowed in (
+        ("old_logprobs", old_logprobs, (shape,)),
+        ("advantages", advantages, (shape, shape[:1])),
+        ("mask", mask, (shape,)),
+        ("is_expert", is_expert, (shape[:1],)),
+    ):
+        if tuple(tensor.shape) not in allowed:
+            wanted = " or ".join(map(str, allowed))
+            raise ValueError(f"{name} must have the shape {wanted} of these logprobs, got {tuple(tensor.shape)}")
