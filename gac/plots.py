@@ -95,7 +95,8 @@ def draw_modules(maps: Mapping[str, Any], path: str | Path, *, title: str = "") 
         path: where the picture goes; the suffix says in which format.
         title: a line above all panels.
     """
-    panels = [(name, *_PANELS[name]) for name in _PANELS if _any_number(maps[name][0]) or _any_number([maps[name][1]])]
+    panels = [(name, *_PANELS[name]) for name in _PANELS if _any_number(maps[name][0])]
+    missing = [name.replace("_", " of ") for name in _PANELS if not _any_number(maps[name][0])]
     if not panels:
         raise ValueError("draw_modules: nothing was measurable in any module; measure more steps")
     plt = _pyplot()
@@ -113,7 +114,9 @@ def draw_modules(maps: Mapping[str, Any], path: str | Path, *, title: str = "") 
         _module_ticks(axes[1, 0], labels, height)
         for image in axes[1, 1:]:
             image.set_yticks([])
-        figure.supxlabel("grey: not measured, or not to be told from noise", x=0.01, ha="left", fontsize=7)
+        note = "grey: not measured, or not to be told from noise"
+        note += f"; so everywhere, and left out: {', '.join(missing)}" if missing else ""
+        figure.supxlabel(note, x=0.01, ha="left", fontsize=7)
         figure.get_layout_engine().set(w_pad=0.08)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11)
@@ -137,7 +140,8 @@ def _any_number(rows: Sequence[Sequence[float]]) -> bool:
 def _whole_panel(axis, steps: Sequence[float], values: Sequence[float], heading: str, what: str, limits) -> None:
     axis.set_title(heading)
     axis.plot(steps, values, color="#333333", linewidth=1.2, marker="." if len(steps) < 3 else None)
-    axis.set_ylim(limits[0] - 0.05, 1.05)
+    known = [value for value in values if math.isfinite(value)]
+    axis.set_ylim(min([limits[0], *known]) - 0.05, max([1.0, *known]) + 0.05)
     axis.set_ylabel(what, fontsize=7)
     axis.tick_params(labelsize=7)
     if limits[0] < 0:

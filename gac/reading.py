@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
+
+from gac.estimates import digits
 
 if TYPE_CHECKING:
     from gac.report import BranchSignal, Report
 
 TITLES = {"sft": "SFT", "rl": "RL"}
-
 
 OPPOSED = 3.0
 """Standard errors below zero from which a cosine is called negative: among dozens of modules two are chance."""
@@ -80,7 +82,12 @@ def _disagreement(report: Report) -> list[str]:
     if not whole.disagreement.known:
         return ["The disagreement of the branches was not measured: it needs the noise of both in the same step."]
     if not whole.disagreement.measurable:
-        return ["The branches' gradients cannot be told apart: what lies between them is within the noise."]
+        found = "No disagreement of the branches stands out from the noise"
+        if math.isnan(whole.disagreement.se):
+            return [found + "."]
+        noise = whole.sft.noise.value + whole.rl.noise.value
+        most = digits(whole.disagreement.upper, 2)
+        return [f"{found}: |g_s - g_r|^2 is below {most}, beside a noise of {digits(noise, 2)} of both together."]
     found = []
     ranked = [row for row in report.modules if row.disagreement_share.measurable]
     ranked.sort(key=lambda row: row.disagreement_share.value, reverse=True)

@@ -168,14 +168,14 @@ class Report:
         self,
         history: Sequence[ModuleStatistics],
         *,
-        half_life: float = 20.0,
+        half_life: float = 200.0,
         sizes: Mapping[str, float] | None = None,
         unit: str | None = None,
     ) -> None:
         """
         Args:
             history: statistics by module of measured steps, oldest first; all of one model.
-            half_life: a measured step that lies so many back counts half; ``math.inf`` counts all alike.
+            half_life: a measurement that lies so many optimizer steps back counts half; ``math.inf`` counts all alike.
             sizes: for ``"sft"`` and ``"rl"`` how many of ``unit`` a contribution holds (sequences or tokens of a
                 micro-batch of one rank). Without it noise scales are in contributions.
             unit: the name of what ``sizes`` counts, in the plural.
@@ -184,7 +184,7 @@ class Report:
             ValueError: no steps, steps of different models, or an impossible option.
         """
         if not half_life > 0:
-            raise ValueError(f"half_life must be a positive number of measured steps, got {half_life!r}")
+            raise ValueError(f"half_life must be a positive number of optimizer steps, got {half_life!r}")
         if sizes is not None and (set(sizes) != {"sft", "rl"} or not all(0 < v < math.inf for v in sizes.values())):
             raise ValueError(f"sizes must hold positive numbers for 'sft' and 'rl', got {dict(sizes)!r}")
         if (sizes is None) != (unit is None):
@@ -206,8 +206,8 @@ class Report:
         self.counted = self._counts is not None
         self.unit = (unit or "contributions") if self.counted else "batches of a step"
         self._series = _series(self.history, self._counts, self.sizes)
-        age = torch.arange(len(self.history) - 1, -1, -1, dtype=torch.float64)
-        weights = torch.exp2(-age / self.half_life)
+        steps = torch.tensor([s.step for s in self.history], dtype=torch.float64)
+        weights = torch.exp2((steps - steps[-1]) / self.half_life)
         self.batch = self._batch(weights)
         self.whole, *self.modules = _summaries((WHOLE, *labels), self._series, weights)
 
@@ -243,11 +243,11 @@ class Report:
 
     # -- over time ----------------------------------------------------------------------------------------------
 
-    def maps(self, *, columns: int = 120, half_life: float = 1.5) -> dict[str, Any]:
+    def maps(self, *, columns: int = 120, half_life: float | None = None) -> dict[str, Any]:
         """Numbers by module and time, for a picture.
 
         Neighbouring steps are averaged into at most ``columns`` columns, and each column with its neighbours, weighted
-        ``2^-(distance/half_life)``.
+        ``2^-(distance/half_life)``: a distance in columns, by default a twentieth of them and at least 1.5.
 
         Returns:
             ``steps``, the ``C`` columns' middle steps; ``labels``; and for each of ``disagreement`` (share of the
@@ -261,6 +261,7 @@ class Report:
         x = {name: torch.stack([c[chunk].nanmean(0) for chunk in chunks]) for name, c in self._series.items()}
         steps = torch.tensor([float(s.step) for s in self.history], dtype=torch.float64)
         at = torch.arange(len(chunks), dtype=torch.float64)
+        half_life = max(1.5, len(chunks) / 20) if half_life is None else half_life
         parts: dict[str, list[Tensor]] = {"disagreement": [], "cosine": [], "noise_sft": [], "noise_rl": []}
         for column in at:
             weights = torch.exp2(-(at - column).abs() / half_life)
@@ -288,7 +289,7 @@ class Report:
             return f"Gradients of step {last}, measured once: no standard errors"
         text = f"Gradients of {count} measured steps from {first} to {last}"
         if math.isfinite(self.half_life):
-            text += f", one that lies {self.half_life:g} back counting half"
+            text += f"; what lies {self.half_life:g} steps back counts half"
         return text + ("" if count >= FEWEST else "; too few for standard errors")
 
     def tables(self) -> list[tuple[list[str], list[list[str]]]]:
