@@ -56,7 +56,7 @@ def topology_of(
     """Reads the topology off the parameters.
 
     Raises:
-        ValueError: FSDP1, parameters on different device meshes, parameters that FSDP2 leaves out, or a process group
+        ValueError: FSDP1, parameters on unrelated device meshes, parameters that FSDP2 leaves out, or a process group
             beside DTensors.
     """
     _refuse_fsdp1(model)
@@ -69,12 +69,13 @@ def topology_of(
             "process_group= belongs to replicas (DDP); this model has DTensor parameters, whose device mesh says which "
             "ranks take part: leave it out"
         )
-    mesh = sharded[0][1].device_mesh
+    largest = max(sharded, key=lambda item: item[1].device_mesh.size())
+    mesh = largest[1].device_mesh
     for name, parameter in sharded:
-        if parameter.device_mesh != mesh:
+        if not _is_part(parameter.device_mesh, mesh):
             raise ValueError(
-                f"parameters {sharded[0][0]!r} and {name!r} lie on different device meshes, which is not supported: "
-                "shard the model over one mesh (of one or more dimensions)"
+                f"parameters {largest[0]!r} and {name!r} lie on device meshes of which neither is a part of the other "
+                f"({mesh} and {parameter.device_mesh}): take both from one mesh with named dimensions"
             )
     if len(sharded) < len(parameters) and fsdp2_modules(model):
         name = next(name for name, p in parameters if not is_dtensor(p))
@@ -87,10 +88,18 @@ def topology_of(
     return Topology(mesh.size(), groups, True, tuple(_copies(p, mesh) for _, p in parameters))
 
 
+def _is_part(mesh, whole) -> bool:
+    """Whether a mesh is some of the dimensions of another, or all."""
+    return mesh == whole or set(mesh.mesh_dim_names or ("",)) < set(whole.mesh_dim_names or ())
+
+
 def _copies(parameter: nn.Parameter, mesh) -> int:
+    """Ranks of ``mesh`` that hold the same piece: tensor parallelism leaves norms and the like whole on every rank."""
     if not is_dtensor(parameter):
-        return mesh.size()  # tensor parallelism leaves norms and the like whole on every rank
-    return math.prod(mesh.size(dim) for dim, place in enumerate(parameter.placements) if place.is_replicate())
+        return mesh.size()
+    own = parameter.device_mesh
+    # a strided shard, as FSDP2 over tensor parallelism makes it, does not call itself a shard
+    return mesh.size() // math.prod(own.size(d) for d, p in enumerate(parameter.placements) if not p.is_replicate())
 
 
 def fsdp2_modules(model: nn.Module) -> list[nn.Module]:
