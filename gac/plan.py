@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gac.bench.shapes import MODELS
 from gac.laws.gac import GacLaw
 from gac.ledger import Branch, Ledger
-from gac.mixer import EXACT_BYTES, EXACT_SHARE
+from gac.mixer import EXACT_BYTES, EXACT_BYTES_REDUCED, EXACT_SHARE
 from gac.observer import BUCKET_BYTES
 from gac_kernels.layout import LANES, SketchLayout
 
@@ -37,14 +37,14 @@ TENSOR_SECONDS = 1.4e-6
 LAUNCH_SECONDS = 10e-6
 """Host time of one kernel launch; the range seen for Triton is 6 to 30 us."""
 
-STEP_OPERATIONS = 170
+STEP_OPERATIONS = 180
 """Small tensor operations of one ``mixer.step()``; counted by the tests."""
 
-OPERATION_SECONDS = 5e-6
-"""Host time of one of them."""
+OPERATION_SECONDS = 7e-6
+"""Host time of one of them; measured, 1.3 ms a step on the CPU of cpu.json."""
 
-STEP_NUMBERS = 7
-"""Numbers that travel with the sketches: power, tokens and contributions of both branches, non-finite elements."""
+REPLICA_NUMBERS, SHARD_NUMBERS = 10, 7
+"""Numbers in the message of replicas, beside both branches' sketches, and of shards, beside two a contribution."""
 
 SKETCH_LAUNCHES, ABSORB_LAUNCHES = 2, 1
 """Kernels of one call of ``sketch`` (for gradients of one dtype) and of ``absorb_``."""
@@ -218,14 +218,17 @@ def sketch_chunk_rows(rows: int) -> int:
     return chunk
 
 
-def buckets(numels: Sequence[int], itemsize: int) -> list[list[int]]:
-    """Parameters (by index) of each kernel call of a backward pass, which reaches the last parameter first."""
+def buckets(numels: Sequence[int], itemsize: int, *, sharded: bool = False) -> list[list[int]]:
+    """Parameters (by index) of each kernel call of a backward pass, which reaches the last parameter first.
+
+    Shards are read in one call when the pass is over.
+    """
     found: list[list[int]] = [[]]
     pending = 0
     for index in reversed(range(len(numels))):
         found[-1].append(index)
         pending += numels[index] * itemsize
-        if pending >= BUCKET_BYTES:
+        if pending >= BUCKET_BYTES and not sharded:
             found.append([])
             pending = 0
     return [bucket for bucket in found if bucket]
@@ -391,13 +394,24 @@ class Setup:
         """Bytes of a gradient element."""
         return DTYPES[self.dtype].itemsize
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds a piece of every contribution."""
+        return self.sharding == "fsdp" and self.ranks > 1
+
+    def on_this_rank(self, parameters: Parameters) -> Parameters:
+        """What the rank that holds most has of them."""
+        return parameters.shard(self.ranks) if self.sharded else parameters
+
     def chosen_estimator(self) -> str:
         """What ``auto`` stands for, by the rule of :func:`gac.patch`."""
         if self.estimator != "auto":
             return self.estimator
-        trainable = self.observed.total
-        whole = self.parameters.total * self.itemsize
-        return "exact" if 8 * trainable <= max(EXACT_BYTES, EXACT_SHARE * whole) else "sketch"
+        buffers = 8 * self.on_this_rank(self.observed).total
+        if self.ranks > 1 and not self.sharded:
+            return "exact" if buffers <= EXACT_BYTES_REDUCED else "sketch"
+        whole = self.on_this_rank(self.parameters).total * self.itemsize
+        return "exact" if buffers <= max(EXACT_BYTES, EXACT_SHARE * whole) else "sketch"
 
 
 @dataclass(frozen=True)
@@ -462,8 +476,8 @@ class Plan:
 def make_plan(setup: Setup) -> Plan:
     """Predicts; allocates nothing of a model's size."""
     device, backwards = setup.device, 2 * setup.micro_batches
-    whole, sharded = setup.observed, setup.sharding == "fsdp" and setup.ranks > 1
-    local = whole.shard(setup.ranks) if sharded else whole
+    whole, sharded = setup.observed, setup.sharded
+    local = setup.on_this_rank(whole)
     estimator = setup.chosen_estimator()
     lossless = estimator == "exact"
     running = sharded or (not lossless and setup.ranks == 1)
@@ -473,7 +487,7 @@ def make_plan(setup: Setup) -> Plan:
 
     gradient_bytes = setup.itemsize * local.total
     read = gradient_bytes + (4 * local.total if setup.metric == "optimizer" else 0)
-    calls = buckets(local.numels, setup.itemsize)
+    calls = buckets(local.numels, setup.itemsize, sharded=sharded)
     moved = read + _kernel_bytes(local, calls, ledger, device)
     launches = SKETCH_LAUNCHES * len(calls) + (0 if ledger.direct else ABSORB_LAUNCHES)
     # the end of a step: inner products of the totals, zeros over everything, and the message with its way back
@@ -481,7 +495,7 @@ def make_plan(setup: Setup) -> Plan:
     finish = 4 * size * (2 + vectors + (8 if reduced else 0))
     message = 0
     if setup.ranks > 1:
-        message = 4 * (STEP_NUMBERS + (2 * size if reduced else 3))
+        message = 4 * (SHARD_NUMBERS + 2 * backwards if sharded else REPLICA_NUMBERS + 2 * size)
 
     host = backwards * (len(local.numels) * (HOOK_SECONDS + TENSOR_SECONDS) + launches * LAUNCH_SECONDS)
     host += STEP_OPERATIONS * OPERATION_SECONDS
@@ -503,6 +517,7 @@ def make_plan(setup: Setup) -> Plan:
         half_life=setup.half_life,
         interval=setup.interval,
     )
+    sketches = ledger.nbytes + (2 * 4 * size if n == 1 else 0)  # moving means of both branches serve as replicates
     return Plan(
         parameters=setup.parameters.total,
         trainable=whole.total,
@@ -518,8 +533,8 @@ def make_plan(setup: Setup) -> Plan:
         launches_per_backward=launches,
         host_seconds_per_step=host,
         sketch_size=size,
-        sketch_bytes=ledger.nbytes,
-        sketch_share=ledger.nbytes / gradient_bytes,
+        sketch_bytes=sketches,
+        sketch_share=sketches / gradient_bytes,
         all_reduce_bytes=message,
         all_reduce_share=message / (setup.itemsize * whole.total),
         all_reduce_seconds=sending,

@@ -3,31 +3,28 @@
 ``python -m gac.bench.prediction > benchmarks/results/h100_prediction.json`` writes it for an H100. Assumptions, each to
 be checked by the suite: kernels read at ``READ`` bytes a second (90% of 3.35 TB/s); a dependent launch costs ``GAP``
 seconds of device time; a training step runs at ``COMPUTE`` operations a second, six for each parameter and token.
+Whole steps are those of :mod:`gac.plan`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
 
 from gac.bench.shapes import MODELS
 from gac.ledger import ELEMENTS_PER_BUCKET, SMALLEST_SKETCH
-from gac.observer import BUCKET_BYTES
+from gac.plan import DEVICES, Parameters, Setup, make_plan, workspace_bytes
 from gac_kernels import SketchLayout
 
 READ = 3.0e12
 GAP = 3e-6
 COMPUTE = 4e14
 _BF16 = 2
-
-
-def _sketch_chunk_rows(rows: int) -> int:
-    """Rows of one chunk of the sketch's first stage, as :mod:`gac_kernels.triton.config` chooses them."""
-    chunk = 64
-    while chunk * 2 <= 256 and rows // (chunk * 2) >= 4096:
-        chunk *= 2
-    return chunk
+_DEVICE = dataclasses.replace(
+    DEVICES["h100"], bandwidth=READ, flops=COMPUTE, read_efficiency=1.0, compute_efficiency=1.0, gap=GAP
+)
 
 
 def operations(name: str) -> list[dict]:
@@ -35,8 +32,7 @@ def operations(name: str) -> list[dict]:
     numels = [math.prod(shape) for shape in MODELS[name].shapes()]
     total = sum(numels)
     layout = SketchLayout.per_tensor(numels, size=max(SMALLEST_SKETCH, total // ELEMENTS_PER_BUCKET))
-    rows = sum(-(-n // layout.lanes) for n in numels)
-    partials = 2 * 4 * layout.lanes * -(-rows // _sketch_chunk_rows(rows))  # written and read again
+    partials = workspace_bytes(numels, layout)
     counted = {
         "moments": (_BF16 * total, 2),
         "sketch": (_BF16 * total + partials + 4 * layout.size, 2),
@@ -56,26 +52,19 @@ def operations(name: str) -> list[dict]:
 
 
 def step(name: str, tokens: int, micro_batches: int = 4) -> dict:
-    """One optimizer step: time of the model, of GAC's reads, and the share at intervals 1 and 10."""
-    numels = [math.prod(shape) for shape in MODELS[name].shapes()]
-    total = sum(numels)
-    layout = SketchLayout.per_tensor(numels, size=max(SMALLEST_SKETCH, total // ELEMENTS_PER_BUCKET))
-    buckets = math.ceil(_BF16 * total / BUCKET_BYTES)
-    read = operations(name)[1]["bytes"] / READ
-    absorb = 5 * 4 * layout.size / READ
-    launches = 2 * buckets + 1  # two kernels a bucket, then absorb_
-    contribution = read + absorb + GAP * launches
-    model = 6 * total * tokens / COMPUTE
+    """One optimizer step of so many backward passes: the model's time, GAC's, and the share at intervals 1 and 10."""
+    setup = Setup(Parameters.of(name), _DEVICE, tokens=tokens, micro_batches=micro_batches // 2, estimator="sketch")
+    found = make_plan(setup)
     return {
         "model": name,
         "tokens": tokens,
         "micro_batches": micro_batches,
-        "step_seconds": micro_batches * model,
-        "gac_seconds": micro_batches * contribution,
-        "launches_per_backward": launches,
-        "share_interval_1": contribution / model,
-        "share_interval_10": contribution / model / 10,
-        "sketch_bytes_share": 4 * 4 * layout.size / (_BF16 * total),
+        "step_seconds": found.step_seconds,
+        "gac_seconds": found.gac_seconds,
+        "launches_per_backward": found.launches_per_backward,
+        "share_interval_1": found.share,
+        "share_interval_10": found.share / 10,
+        "sketch_bytes_share": found.sketch_share,
     }
 
 

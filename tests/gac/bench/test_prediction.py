@@ -2,6 +2,7 @@
 
 import pytest
 
+from gac import plan
 from gac.bench import prediction
 from gac_kernels.triton import config
 
@@ -23,4 +24,4 @@ def test_step_share_is_bytes_over_operations():
 
 @pytest.mark.parametrize("rows", [1, 5000, 600_000, 1_200_000, 8_000_000])
 def test_chunks_are_those_of_the_kernels(rows):
-    assert prediction._sketch_chunk_rows(rows) == config.sketch_chunk_rows(rows, 1024)
+    assert plan.sketch_chunk_rows(rows) == config.sketch_chunk_rows(rows, 1024)
