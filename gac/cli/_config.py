@@ -93,7 +93,13 @@ def add_training_options(parser: argparse.ArgumentParser, *, leave_out: tuple[st
         "given (default: spelling words of 3 to 6 letters backwards)",
         nargs="+", metavar="NAME[:KEY=VALUE,...]",
     )  # fmt: skip
-    add(data, "--demonstrations", "worked examples for the supervised branch", type=positive, metavar="N")
+    add(
+        data,
+        "--demonstrations",
+        "worked examples for the warm start and the supervised branch",
+        type=positive,
+        metavar="N",
+    )
     add(data, "--prompts", "problems for the reinforcement branch", type=positive, metavar="N")
     add(data, "--heldout", "problems kept for evaluation, never trained on", type=positive, metavar="N")
 
@@ -111,8 +117,8 @@ def add_training_options(parser: argparse.ArgumentParser, *, leave_out: tuple[st
     mix = parser.add_argument_group("mix of the branches")
     add(
         mix, "--law",
-        "how mu, the weight of the supervised branch, is set; options after a colon, such as fixed:0.1 or "
-        "gac:half_life=20",
+        "how mu, the weight of the supervised branch, is set, or a rule that acts per prompt; options after a colon, "
+        "such as fixed:0.1, gac:half_life=20 or hpt:gate=2",
         metavar="NAME[:...]",
     )  # fmt: skip
     add(mix, "--mu", "a constant weight in [0, 1]; short for --law fixed:MU", type=float, metavar="MU")
@@ -122,7 +128,7 @@ def add_training_options(parser: argparse.ArgumentParser, *, leave_out: tuple[st
         metavar="NUMBER|W,D,P,V",
     )  # fmt: skip
     add(mix, "--law-option", "another option of the law; may be repeated", action="append", metavar="KEY=VALUE")
-    add(mix, "--estimator", "how gradients are measured: auto, exact or sketch", metavar="NAME")
+    add(mix, "--estimator", "how gradients are measured: auto, exact, sketch or coefficient", metavar="NAME")
     add(mix, "--interval", "measure in every N-th step", type=positive, metavar="N")
     add(mix, "--sft-loss", "token loss of the supervised branch", choices=("nll", "phi"))
 
@@ -168,14 +174,17 @@ def config_from(args: argparse.Namespace, base: TrainConfig | None = None) -> Tr
 def check(config: TrainConfig) -> None:
     """Raises `UsageError` for anything that would fail later; knows tasks, laws and estimators by name."""
     from gac.controller import Controller
+    from gac.laws.rules import carried_out
     from gac.mixer import ESTIMATORS
     from gac.tasks.problems import parse_task
+    from gac.trainers.rules import rule_of
 
     with usage_errors():
         for task in config.task:
             parse_task(task)
         name, options = config.law_and_options()
-        Controller(name, **options)
+        with carried_out():
+            rule_of(Controller(name, **options).law).check(config.generations)
     if config.estimator not in ESTIMATORS:
         raise UsageError(f"unknown estimator {config.estimator!r}; known: {', '.join(ESTIMATORS)}")
     if config.generations < 2:

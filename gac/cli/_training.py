@@ -138,6 +138,8 @@ def run_hybrid(
     from gac.tasks.models import load_model
     from gac.tasks.problems import exact_match_reward
     from gac.trainers.hybrid_grpo import HybridGRPOConfig, HybridGRPOTrainer, complete_checkpoints
+    from gac.trainers.prompts import COLUMN
+    from gac.trainers.rules import rule_of
 
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
@@ -173,12 +175,15 @@ def run_hybrid(
             disable_tqdm=True,
             dataloader_pin_memory=setup.device == "cuda",
         )
+        # a rule's demonstrations are those of the prompts: every prompt has its answer as one
+        from_prompts = rule_of(arguments.build_controller().law).from_prompts
+        rows = [row | {COLUMN: row["completion"]} for row in setup.prompts] if from_prompts else setup.prompts
         trainer = (trainer_class or HybridGRPOTrainer)(
             setup.model,
             exact_match_reward,
             arguments,
-            Dataset.from_list(setup.prompts),
-            setup.demonstrations,
+            Dataset.from_list(rows),
+            None if from_prompts else setup.demonstrations,
             processing_class=setup.tokenizer,
         )
     trainer.remove_callback(PrinterCallback)

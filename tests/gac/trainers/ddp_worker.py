@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from gac.tasks.characters import build_character_tokenizer
 from gac.trainers import HybridGRPOConfig, HybridGRPOTrainer
-from tests.gac.trainers.conftest import DEMONSTRATIONS, PROMPTS, last_digit_reward, tiny_model
+from tests.gac.trainers.conftest import DEMONSTRATIONS, PROMPTS, last_digit_reward, tiny_model, with_demonstrations
 
 
 class Gradients(TrainerCallback):
@@ -22,12 +22,12 @@ class Gradients(TrainerCallback):
         self.steps.append({name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters()})
 
 
-def train(folder: str, **options) -> dict:
-    """Trains two steps of two micro-batches; returns what this rank saw."""
+def train(folder: str, *, prompts_demonstrate: bool = False, **options) -> dict:
+    """Trains a few steps of two micro-batches; returns what this rank saw."""
     kept = Gradients()
     trainer = HybridGRPOTrainer(
         tiny_model(),
-        last_digit_reward,
+        unsolved_with_an_even_number if prompts_demonstrate else last_digit_reward,
         HybridGRPOConfig(
             output_dir=os.path.join(folder, "out"),
             use_cpu=True,
@@ -37,7 +37,7 @@ def train(folder: str, **options) -> dict:
             disable_tqdm=True,
             save_strategy="no",
             logging_steps=1,
-            max_steps=2,
+            max_steps=4 if prompts_demonstrate else 2,
             per_device_train_batch_size=4,
             gradient_accumulation_steps=2,
             num_generations=4,
@@ -46,27 +46,39 @@ def train(folder: str, **options) -> dict:
             sft_seed=5,
             **options,
         ),
-        Dataset.from_list(PROMPTS),
-        DEMONSTRATIONS,
+        Dataset.from_list(with_demonstrations() if prompts_demonstrate else PROMPTS),
+        None if prompts_demonstrate else DEMONSTRATIONS,
         processing_class=build_character_tokenizer(),
         callbacks=[kept],
     )
+    queues = []
+    if options.get("law") == "relift":
+        enqueue = trainer._rule.enqueue
+        trainer._rule.enqueue = lambda rows: (enqueue(rows), queues.append(list(trainer._rule.queue)))
     trainer.train()
     metrics = trainer.mixer.metrics(wait=True)
     return {
         "world": trainer.accelerator.num_processes,
         "gradients": kept.steps,
+        "queues": queues,
         "mu": trainer.mixer.mu,
         "statistics": {k: metrics[k] for k in ("sigma_s2", "sigma_r2", "delta_g2", "cosine", "n_s", "n_r", "mu_raw")},
         "weights": trainer.model.state_dict(),
     }
 
 
+def unsolved_with_an_even_number(prompts, **_):
+    """Prompts that begin with an even digit are never solved, others by every second rollout."""
+    return [float(int(prompt[0]) % 2 and i % 2) for i, prompt in enumerate(prompts)]
+
+
 def main() -> None:
-    """Trains once with the supervised branch alone, once with the default law."""
+    """Trains with the supervised branch alone, with the default law, and with rules that differ by prompt."""
     folder, rank = sys.argv[1], os.environ["RANK"]
     torch.set_num_threads(1)
-    result = {"sft": train(folder, mu=1.0), "gac": train(folder, law="gac")}
+    result = {"sft": train(folder, mu=1.0), "gac": train(folder, law="gac", observe_tokens=True)}
+    for law, law_options in (("hpt", {}), ("luffy", {}), ("relift", {"queue": 3})):
+        result[law] = train(folder, law=law, law_options=law_options, prompts_demonstrate=True)
     torch.save(result, os.path.join(folder, f"rank{rank}.pt"))
 
 

@@ -56,3 +56,13 @@ def test_ranks_agree_and_the_sft_gradient_is_the_token_mean_over_all_of_them(tmp
     assert left["statistics"] == right["statistics"]
     assert left["statistics"]["n_s"] == left["statistics"]["n_r"] == 4
     assert all(torch.equal(value, right["weights"][name]) for name, value in left["weights"].items())
+
+    # prompts of the two ranks go different ways, yet every rank runs the same backwards and ends with the same model
+    for law in ("hpt", "luffy", "relift"):
+        left, right = (rank[law] for rank in ranks)
+        assert len(left["gradients"]) == 4
+        for one, other in zip(left["gradients"], right["gradients"], strict=True):
+            assert all(torch.equal(gradient, other[name]) for name, gradient in one.items())
+        assert all(torch.equal(value, right["weights"][name]) for name, value in left["weights"].items())
+    assert ranks[0]["relift"]["queues"] == ranks[1]["relift"]["queues"]
+    assert ranks[0]["relift"]["queues"][0]

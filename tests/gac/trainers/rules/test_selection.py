@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import gac
 from gac.controller import Controller
 from gac.laws.rules import carried_out
 from gac.trainers.groups import GroupLayout
@@ -190,3 +191,13 @@ def test_a_gate_that_no_prompt_passes_is_refused():
     rule("hpt", gate=7).check(8)
     with pytest.raises(ValueError, match=r"gate=8 with num_generations=8 .* \[0, 7\]"):
         rule("hpt", gate=8).check(8)
+
+
+@pytest.mark.parametrize("name", ["chord-phi", "hpt", "superrl", "srft", "luffy", "relift"])
+def test_a_rule_without_its_trainer_is_refused(name):
+    assert name in gac.laws.available()
+    model = torch.nn.Linear(2, 1)
+    with pytest.raises(ValueError, match=f"law '{name}' acts per prompt or token: it needs .*HybridGRPOTrainer"):
+        gac.patch(model, law=name)
+    model(torch.ones(1, 2)).sum().backward()  # nothing is left on the model
+    gac.patch(model).unpatch()
