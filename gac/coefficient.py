@@ -120,7 +120,7 @@ def _mean_and_scale(total: Tensor, squares: Tensor, rows: Tensor, count: Tensor)
 def _trimmed_variance(values: Tensor, rows: Tensor, trim: float) -> Tensor:
     """Population variance of ``values[rows]`` without the tails, floored; without reading ``rows`` on the host."""
     n = rows.sum()
-    cut = torch.where(n >= 4, (n * trim).floor().to(n.dtype), 0)
+    cut = torch.where(n >= 4, (n.to(values.dtype) * trim).floor().to(n.dtype), 0)
     ordered = torch.where(rows, values, float("inf")).sort().values  # the chosen rows first, ascending
     rank = torch.arange(values.numel(), device=values.device)
     kept = (rank >= cut) & (rank < n - cut)
