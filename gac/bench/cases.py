@@ -18,8 +18,10 @@ from gac.ledger import ELEMENTS_PER_BUCKET, SMALLEST_SKETCH
 from gac_kernels import SketchLayout
 from gac_kernels.layout import LANES, sign_key
 
-OPERATIONS = ("moments", "sketch", "pair_moments", "mix_", "absorb_", "token_moments")
-LIST_OPERATIONS = OPERATIONS[:4]
+OPERATIONS = ("moments", "sketch", "weighted_sketch", "pair_moments", "mix_", "absorb_", "token_moments")
+"""``weighted_sketch`` is ``sketch`` with second moments, which are float32 whatever the gradient is."""
+
+LIST_OPERATIONS = OPERATIONS[:5]
 """Operations that take lists of tensors."""
 
 PEER_KINDS = ("eager", "foreach", "compile")
@@ -28,7 +30,7 @@ MU = 0.3
 _SCALE = 1.7
 _SMALL_INPUT = 1 << 22  # no sketch and no batch of tokens is larger
 _LONGEST_SEQUENCE = 8192
-_LISTS = {"moments": 1, "sketch": 1, "pair_moments": 2, "mix_": 2}
+_LISTS = {"moments": 1, "sketch": 1, "weighted_sketch": 3, "pair_moments": 2, "mix_": 2}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -141,12 +143,12 @@ def drop_failing(prepared: Prepared) -> None:
             prepared.omitted[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
 
 
-def _read(case: Case, pools: Pools, operands: Sequence[str]):
-    """Input sets of the operands, with the readers of their memory and the bytes these read."""
-    dtype = dtype_of(case.dtype)
+def _read(case: Case, pools: Pools, operands: Sequence[str], wide: Sequence[str] = ()):
+    """Input sets of the operands (``wide`` ones float32), with the readers of their memory and the bytes these read."""
+    dtypes = {name: torch.float32 if name in wide else dtype_of(case.dtype) for name in operands}
     numel = sum(math.prod(shape) for shape in case.shapes)
-    sets = pools.sets(numel * dtype.itemsize * len(operands))
-    lists = [pools.lists(name, case.shapes, dtype, sets) for name in operands]
+    sets = pools.sets(numel * sum(dtype.itemsize for dtype in dtypes.values()))
+    lists = [pools.lists(name, case.shapes, dtype, sets) for name, dtype in dtypes.items()]
     flats = [[one.flat[k] for one in lists] for k in range(sets)]
     return lists, limits.readers(flats), sum(flat.nbytes for flat in flats[0]), sets
 
@@ -268,14 +270,19 @@ def _mix(case: Case, pools: Pools) -> Prepared:
 
 
 def _sketch(case: Case, pools: Pools) -> Prepared:
-    (x,), readers, read_bytes, sets = _read(case, pools, "a")
-    lists = x.tensors
+    weighted = case.operation == "weighted_sketch"
+    (x, *second), readers, read_bytes, sets = _read(case, pools, "av" if weighted else "a", wide="v")
+    lists, seconds = x.tensors, [None] * sets
+    if weighted:
+        seconds = second[0].tensors
+        for flat in second[0].flat:
+            flat.abs_()
     numels = [math.prod(shape) for shape in case.shapes]
     layout = SketchLayout.per_tensor(numels, size=max(SMALLEST_SKETCH, sum(numels) // ELEMENTS_PER_BUCKET))
     out = torch.zeros(layout.size, device=pools.device)
     prepared = Prepared(
-        ours=lambda k: gac_kernels.sketch(lists[k], out, layout=layout),
-        gate=lambda: gates.check_sketch(gac_kernels.sketch, lists[0], out, layout),
+        ours=lambda k: gac_kernels.sketch(lists[k], out, layout=layout, second_moments=seconds[k]),
+        gate=lambda: gates.check_sketch(gac_kernels.sketch, lists[0], out, layout, seconds[0]),
         bytes=read_bytes + out.nbytes,
         readers=readers,
         read_bytes=read_bytes,
@@ -286,13 +293,18 @@ def _sketch(case: Case, pools: Pools) -> Prepared:
     if case.model or numel % (rows * LANES):
         reason = "written for one tensor that fills whole slabs; a parameter list would need padding and a sign each"
         return replace(prepared, omitted=prepared.omitted | {"eager: signs": reason, "compile: same": reason})
-    ones = [tensors[0] for tensors in lists]
+    ones, moments = [t[0] for t in lists], [None if t is None else t[0] for t in seconds]
     expression, key = peers.compiled(peers.sketch_expression), sign_key(layout.seed, 0)
     signs = torch.empty(numel // (rows * LANES), rows, LANES, dtype=dtype_of(case.dtype), device=pools.device)
     signs.bernoulli_(0.5).mul_(2).sub_(1)
+
+    def eager(k: int) -> tuple[Tensor, Tensor]:
+        values = peers.weighted(ones[k], moments[k]) if weighted else ones[k]
+        return (values.view_as(signs) * signs).sum(1), values.norm()
+
     prepared.peers = {
-        "eager: stored signs, norm": lambda k: ((ones[k].view_as(signs) * signs).sum(1), ones[k].norm()),
-        "compile: same": lambda k: expression(ones[k], out, key, rows, LANES),
+        "eager: stored signs, norm": eager,
+        "compile: same": lambda k: expression(ones[k], out, key, rows, LANES, moments[k]),
     }
     return prepared
 
@@ -360,6 +372,7 @@ def _token_moments(case: Case, pools: Pools) -> Prepared:
 _BUILDERS: dict[str, Callable[[Case, Pools], Prepared]] = {
     "moments": _moments,
     "sketch": _sketch,
+    "weighted_sketch": _sketch,
     "pair_moments": _pair_moments,
     "mix_": _mix,
     "absorb_": _absorb,

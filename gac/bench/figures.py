@@ -86,7 +86,7 @@ def _cpu_kernels(rows: list[dict]) -> list[Figure]:
 
 def _gpu_kernels(rows: list[dict]) -> list[Figure]:
     found = []
-    for operation in ("moments", "sketch", "pair_moments", "mix_"):
+    for operation in ("moments", "sketch", "weighted_sketch", "pair_moments", "mix_"):
         row = _row(rows, operation, "bf16", "1B")
         if row is None:
             continue

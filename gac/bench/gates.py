@@ -21,6 +21,9 @@ _UNIT_OF = {torch.float64: 2.0**-53, torch.float32: UNIT, torch.float16: 2.0**-1
 SUM_DEPTH = 512
 """Most float32 additions of one partial sum before float64 takes over, with those of its tree (any backend)."""
 
+WEIGHT_DEPTH = 7
+"""Roundings of an element that is divided by ``sqrt(v) + eps``, with a GPU's approximate instructions."""
+
 _PIECE = 1 << 22  # elements that the reference sees at once: it makes float64 copies
 _SAMPLE = 1 << 26  # elements of a list that are checked
 
@@ -94,16 +97,24 @@ def check_pair_moments(function: Callable, a: list[Tensor], b: list[Tensor]) -> 
     return Gate.of(errors, [bound(exact), bound(rows.sum(0))], _what(indices, len(a)))
 
 
-def check_sketch(function: Callable, tensors: list[Tensor], out: Tensor, layout: SketchLayout) -> Gate:
+def check_sketch(
+    function: Callable,
+    tensors: list[Tensor],
+    out: Tensor,
+    layout: SketchLayout,
+    second_moments: list[Tensor] | None = None,
+) -> Gate:
     """``function`` is called like :func:`gac_kernels.sketch`; ``out`` is poisoned first."""
     out.fill_(float("nan"))
-    total = function(tensors, out, layout=layout)
+    options = {} if second_moments is None else {"second_moments": second_moments}
+    total = function(tensors, out, layout=layout, **options)
     rows = total[None]
     if len(tensors) > 1:
-        rows = function(tensors, torch.empty_like(out), layout=layout, per_tensor=True)
+        rows = function(tensors, torch.empty_like(out), layout=layout, per_tensor=True, **options)
     indices = sample([t.numel() for t in tensors])
     errors, bounds, exact = [(~torch.isfinite(out)).sum().double()], [torch.zeros(1, device=out.device)], []
-    depth = layout.rows_per_slab + 16
+    roundings = 0 if second_moments is None else WEIGHT_DEPTH
+    depth = layout.rows_per_slab + 16 + roundings
     for k in indices:
         first = layout.bucket_offsets[k]
         last = first + layout.region_size(layout.numels[k])
@@ -111,13 +122,16 @@ def check_sketch(function: Callable, tensors: list[Tensor], out: Tensor, layout:
         shifted = _ShiftedLayout(own, layout.index_offsets[k])
         buckets = torch.zeros(own.size, dtype=torch.float64, device=out.device)
         mass, moments = torch.zeros_like(buckets), 0.0
-        for start, piece in _pieces(tensors[k]):
+        seconds = _pieces(tensors[k]) if second_moments is None else _pieces(second_moments[k])
+        for (start, piece), (_, second) in zip(_pieces(tensors[k]), seconds, strict=True):
+            if second_moments is not None:
+                piece = piece.double() / (second.double().sqrt() + 1e-8)
             moments = moments + shifted.add(piece, start, buckets, mass)
         errors.append((out[first:last].double() - buckets).abs())
         bounds.append(2 * depth * UNIT * mass + 1e-40)
         exact.append(moments)
     exact = torch.stack(exact)
-    scale = torch.tensor([2 * SUM_DEPTH * UNIT, 0.0], dtype=exact.dtype, device=exact.device)
+    scale = torch.tensor([2 * (SUM_DEPTH + 2 * roundings) * UNIT, 0.0], dtype=exact.dtype, device=exact.device)
     errors += [(rows[indices] - exact).abs(), (total - rows.sum(0)).abs()]
     bounds += [exact * scale, rows.sum(0) * scale]
     return Gate.of(errors, bounds, _what(indices, len(tensors)))

@@ -40,7 +40,12 @@ def mix_expression(a: Tensor, b: Tensor, mu: Tensor) -> None:
     a.copy_(mu * a.float() + (1 - mu) * b.float())
 
 
-def sketch_expression(x: Tensor, out: Tensor, key: int, rows: int, lanes: int) -> Tensor:
+def weighted(x: Tensor, second: Tensor, eps: float = 1e-8) -> Tensor:
+    """``x`` as Adam's update sees it."""
+    return x / (second.sqrt() + eps)
+
+
+def sketch_expression(x: Tensor, out: Tensor, key: int, rows: int, lanes: int, second: Tensor | None = None) -> Tensor:
     """The sketch of one flat tensor that fills whole slabs, signs hashed on the fly, with its moments."""
     index = torch.arange(x.numel(), device=x.device)
     h = (index // SIGN_BITS) ^ key
@@ -49,10 +54,10 @@ def sketch_expression(x: Tensor, out: Tensor, key: int, rows: int, lanes: int) -
     h = h ^ (h >> 13)
     h = (h * 0xC2B2AE35) & 0xFFFFFFFF
     h = h ^ (h >> 16)
-    wide = x.float()
+    wide = x.float() if second is None else weighted(x.float(), second)
     signed = torch.where((h >> (index % SIGN_BITS)) & 1 == 1, -wide, wide)
     out.copy_(signed.view(-1, rows, lanes).sum(1).view(-1))
-    return moments_expression(x)
+    return moments_expression(wide)
 
 
 def absorb_expression(current: Tensor, previous: Tensor, total: Tensor, scale: Tensor) -> Tensor:

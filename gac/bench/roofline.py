@@ -6,7 +6,15 @@ from pathlib import Path
 
 from gac.plots import COLOURS
 
-_MARKERS = {"moments": "o", "sketch": "s", "pair_moments": "^", "mix_": "D", "absorb_": "v", "token_moments": "P"}
+_MARKERS = {
+    "moments": "o",
+    "sketch": "s",
+    "weighted_sketch": "X",
+    "pair_moments": "^",
+    "mix_": "D",
+    "absorb_": "v",
+    "token_moments": "P",
+}
 _SETTINGS = {
     "figure.dpi": 130,
     "font.size": 9,

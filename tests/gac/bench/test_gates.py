@@ -30,18 +30,25 @@ def gate(operation, function, dtype=torch.float32):
     if operation == "sketch":
         layout = SketchLayout.per_tensor([t.numel() for t in a], size=3000)
         return gates.check_sketch(function, a, torch.zeros(layout.size), layout)
+    if operation == "weighted_sketch":
+        layout = SketchLayout.per_tensor([t.numel() for t in a], size=3000)
+        return gates.check_sketch(function, a, torch.zeros(layout.size), layout, [t.float().square() for t in b])
     if operation == "absorb_":
         return gates.check_absorb(function, torch.randn(3072), torch.randn(3072), torch.randn(3072), SCALE)
     return gates.check_token_moments(function, *token_inputs())
 
 
-OPERATIONS = ("moments", "pair_moments", "mix_", "sketch", "absorb_", "token_moments")
+OPERATIONS = ("moments", "pair_moments", "mix_", "sketch", "weighted_sketch", "absorb_", "token_moments")
+
+
+def right(operation):
+    return getattr(reference, operation.removeprefix("weighted_"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_reference_is_green(operation, dtype):
-    found = gate(operation, getattr(reference, operation), dtype)
+    found = gate(operation, right(operation), dtype)
     assert found.ok, found
     assert found.checked == "everything"
 
@@ -69,6 +76,11 @@ def test_wrong_signs_are_red():
         return reference.sketch(x, out, layout=other, **options)
 
     assert not gate("sketch", wrong).ok
+
+
+def test_weights_forgotten_are_red():
+    wrong = lambda x, out, *, second_moments, **options: reference.sketch(x, out, **options)
+    assert not gate("weighted_sketch", wrong).ok
 
 
 def test_buckets_left_unwritten_are_red():
@@ -113,4 +125,4 @@ def test_long_lists_are_sampled(monkeypatch):
 
 def test_pieces_add_up(monkeypatch):
     monkeypatch.setattr(gates, "_PIECE", 700)
-    assert all(gate(operation, getattr(reference, operation)).ok for operation in OPERATIONS)
+    assert all(gate(operation, right(operation)).ok for operation in OPERATIONS)

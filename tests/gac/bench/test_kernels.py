@@ -39,7 +39,8 @@ def test_rows_say_everything():
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_wrong_kernel_gets_no_speedup(operation, monkeypatch):
-    right = getattr(gac_kernels, operation)
+    operation_called = operation.removeprefix("weighted_")
+    right = getattr(gac_kernels, operation_called)
 
     def wrong(*args, **options):
         result = right(*args, **options)
@@ -47,7 +48,7 @@ def test_a_wrong_kernel_gets_no_speedup(operation, monkeypatch):
         target.mul_(1.01)
         return result
 
-    monkeypatch.setattr(gac_kernels, operation, wrong)
+    monkeypatch.setattr(gac_kernels, operation_called, wrong)
     (row,) = kernels.run(Options(CPU, operations=(operation,), **QUICK))
     assert not row["gate"]["ok"]
     assert list(row["variants"]) == ["gac"]
@@ -57,7 +58,7 @@ def test_a_wrong_kernel_gets_no_speedup(operation, monkeypatch):
 def test_parameter_lists(monkeypatch):
     monkeypatch.setitem(kernels.MODELS, "tiny", TINY)
     rows = kernels.run(Options(CPU, **QUICK | {"models": ("tiny",), "sizes": (), "dtypes": ("bf16",)}))
-    assert [row["operation"] for row in rows] == ["moments", "sketch", "pair_moments", "mix_"]
+    assert [row["operation"] for row in rows] == ["moments", "sketch", "weighted_sketch", "pair_moments", "mix_"]
     assert all(row["gate"]["ok"] and row["tensors"] == 29 and row["elements"] == TINY.numel() for row in rows)
 
 
@@ -117,6 +118,9 @@ def test_expressions_compute_what_the_operations_do():
     gac_kernels.reference.sketch(x, expected, layout=layout)
     peers.sketch_expression(x, got, gac_kernels.layout.sign_key(3, 0), 2, 1024)
     assert torch.allclose(got, expected, atol=1e-6)
+    gac_kernels.reference.sketch(x, expected, layout=layout, second_moments=y.abs())
+    peers.sketch_expression(x, got, gac_kernels.layout.sign_key(3, 0), 2, 1024, y.abs())
+    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-4)
     inputs = (-torch.rand(3, 40), torch.randn(3, 40), torch.rand(3, 40) < 0.5, torch.tensor([True, False, False]))
     expected = gac_kernels.reference.token_moments(*inputs)
     assert torch.allclose(peers.token_expression(*inputs).double(), expected, atol=1e-4)
