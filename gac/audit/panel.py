@@ -98,7 +98,11 @@ class Panel:
         return {name: found[name] for name in ESTIMATORS}
 
     def gradients(self) -> dict[Branch, Tensor]:
-        """The step's gradient of each branch so far, ``[P]`` in fp32 on the CPU, without the branches' weights."""
+        """The step's gradient of each branch so far, ``[P]`` in fp32 on the CPU, without the branches' weights.
+
+        Elements stand in the sketch's order and carry its signs, the same for both branches and in every step: inner
+        products are those of the gradients.
+        """
         ledgers = self._observers[EXACT].ledgers
         return {branch: torch.cat([x.totals[branch].to("cpu", copy=True) for x in ledgers]) for branch in Branch}
 

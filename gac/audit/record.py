@@ -64,6 +64,12 @@ class Record:
             self.estimates[name].append(three(found).tolist())
         self.errors.append([float(getattr(statistics[EXACT], f"{name}_se")) for name in COLUMNS])
 
+    @classmethod
+    def restored(cls, saved: dict[str, Any]) -> Record:
+        """The record of which ``dataclasses.asdict`` made ``saved``."""
+        points = [Point(**{**point, "truth": Truth(**point["truth"])}) for point in saved["points"]]
+        return cls(**{**saved, "points": points})
+
     # -- as tensors -----------------------------------------------------------------------------------------------
 
     @property

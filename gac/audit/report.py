@@ -1,0 +1,109 @@
+"""The tables of an audit, on a console or as Markdown."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from gac.audit.figures import TOLERANCE, Figures, Mixing
+from gac.audit.panel import COEFFICIENT_FORMS
+from gac.audit.record import RUN
+from gac.audit.replicates import COLUMNS
+from gac.estimates import Estimate
+
+Table = tuple[str, list[str], list[list[str]]]
+"""Title, columns, rows of text."""
+
+PAPER_CORRELATION = 0.84
+"""What the paper reports between its disagreement proxy and the disagreement (GAC, arXiv 2605.26184)."""
+
+
+def tables(found: Figures) -> list[Table]:
+    """Truth, estimators, what each implies for mu, the paper's proxy, and laws."""
+    return [
+        _truth_table(found),
+        *(_estimator_table(found, column) for column in COLUMNS),
+        _implied_table(found),
+        _proxy_table(found),
+        _law_table(found),
+    ]
+
+
+def verdict(found: Figures) -> list[str]:
+    """Whether the run's law is near the oracle and beats any constant, in sentences with figures."""
+    law, best = found.laws[RUN], found.best_fixed
+    near = "within" if found.within_tolerance else "NOT within"
+    beats = "not above" if found.beats_fixed else "ABOVE"
+    lines = [
+        f"{RUN}: MSE {_ratio(law.ratio)} of the oracle's (sums), {_ratio(law.mean_ratio)} (mean of ratios): {near} "
+        f"{100 * (TOLERANCE - 1):.0f}%",
+        f"{beats} the best constant mu ({best['by sums']:.3f} by sums, {best['by ratios']:.3f} by ratios): difference "
+        f"{_ratio(found.difference)} (sums), {_ratio(found.mean_difference)} (mean of ratios)",
+    ]
+    return lines + [f"{label} left out: the run has no {' and '.join(w)}" for label, w in found.left_out.items()]
+
+
+def show(found: Figures, reporter: Any) -> None:
+    """Prints tables and verdict with a `gac.cli._console.Reporter`."""
+    for title, columns, rows in tables(found):
+        reporter.table(title, columns, rows)
+    for line in verdict(found):
+        reporter.say(line)
+
+
+def _truth_table(found: Figures) -> Table:
+    rows = [[name, e.text(), _number(found.reliability[name])] for name, e in found.truth.items()]
+    rows.append(["oracle mu", found.oracle.text(), "-"])
+    title = f"truth: mean over {found.points} points of {found.steps} steps, {found.replicates} steps drawn at each"
+    return title, ["", "mean", "real share of variance"], rows
+
+
+def _estimator_table(found: Figures, column: str) -> Table:
+    rows = []
+    for name, qualities in found.estimators.items():
+        q = qualities[column]
+        spread = [q.bias.text(percent=True), _percent(q.deviation), _percent(q.drift, signed=True)]
+        rows.append([name, *spread, _number(q.single), _number(q.average)])
+    title = f"{column}; the standard error that exact reports is {found.reported[column]:.2f} of the true one"
+    return title, ["estimator", "bias", "error", "in training", "r, step", "r, average"], rows
+
+
+def _implied_table(found: Figures) -> Table:
+    rows = [[name, *_mixing(m)] for name, m in found.implied.items()]
+    return "mu from each estimator's expectation: what bias alone costs", ["estimator", *_MIXING], rows
+
+
+def _proxy_table(found: Figures) -> Table:
+    populations = next(iter(found.proxies.values()))
+    rows = [[name, *(_number(found.proxies[form][name]) for form in COEFFICIENT_FORMS)] for name in populations]
+    title = f"correlation of the disagreement proxy with the disagreement (the paper says {PAPER_CORRELATION})"
+    return (
+        title,
+        ["population", *(form.removeprefix("coefficient").strip(", ") or "paper" for form in COEFFICIENT_FORMS)],
+        rows,
+    )
+
+
+def _law_table(found: Figures) -> Table:
+    ranked = sorted(found.laws.items(), key=lambda item: item[1].ratio.value)
+    return "laws, on this run's parameters", ["law", *_MIXING], [[label, *_mixing(m)] for label, m in ranked]
+
+
+_MIXING = ["mu", "off by", "MSE, sums", "corrected", "MSE, ratios"]
+
+
+def _mixing(m: Mixing) -> list[str]:
+    return [f"{m.mean_mu:.3f}", f"{m.distance:.3f}", _ratio(m.ratio), f"{m.corrected:.3f}", _ratio(m.mean_ratio)]
+
+
+def _ratio(value: Estimate) -> str:
+    """Three decimals: a tenth of a percent."""
+    return f"{value.value:.3f}±{value.se:.3f}"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def _percent(value: float, *, signed: bool = False) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:{'+' if signed else ''}.0f}%"
