@@ -41,22 +41,30 @@ class MixedLoss(NamedTuple):
 
 
 def count_step(
-    masks: Iterable[Tensor], is_expert: Iterable[Tensor], group: dist.ProcessGroup | None = None
+    masks: Iterable[Tensor],
+    is_expert: Iterable[Tensor],
+    group: dist.ProcessGroup | None = None,
+    *,
+    device: torch.device | str | None = None,
 ) -> StepCounts:
     """Tokens and rows of both branches, summed over micro-batches and ranks: the divisors of their losses.
 
     With several ranks it is one all-reduce of four numbers, so every rank calls it in every step.
 
     Args:
-        masks: ``[B, T]`` of each micro-batch, non-zero where a token counts. is_expert: ``[B]`` of each. At least one.
+        masks: ``[B, T]`` of each micro-batch, non-zero where a token counts. is_expert: ``[B]`` of each.
         group: the data-parallel ranks; the default group when several processes run.
+        device: where the counts are, as the group's backend needs it; the masks' own when None.
     """
-    counts = []
+    counts = [torch.zeros(4, dtype=torch.int64, device=device)]
     for mask, expert in zip(masks, is_expert, strict=True):
         tokens = (mask != 0).sum(1)
+        if device is None:
+            counts[0] = counts[0].to(mask.device)
         expert = expert.to(device=tokens.device, dtype=torch.bool)
         rows = (tokens > 0).long()
-        counts.append(torch.stack([x[e].sum() for x in (tokens, rows) for e in (expert, ~expert)]))
+        of_batch = torch.stack([x[e].sum() for x in (tokens, rows) for e in (expert, ~expert)])
+        counts.append(of_batch.to(counts[0].device))
     total = torch.stack(counts).sum(0)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
         dist.all_reduce(total, group=group)
