@@ -5,7 +5,7 @@ OUT    ?= runs/default
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install train test lint format wheel bench compare clean
+.PHONY: help install train test lint format wheel bench compare audit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -42,6 +42,9 @@ bench: install  ## measure the kernels on this machine
 
 compare: install  ## three seeds of five laws; long
 	$(BIN)/gac compare --laws gac,fixed:0.1,fixed:0.5,fixed:0.9,chord --seeds 3
+
+audit: install  ## estimators and laws against a measured truth; 10 minutes
+	$(BIN)/gac audit
 
 clean:  ## remove what was built
 	rm -rf build dist *.egg-info gac_kernels/_lib

@@ -115,7 +115,7 @@ def _number_panel(axis: Any, record: Record, values: Tensor, deleted: Tensor, k:
     if name == "delta_g2":
         axis.axhline(0, color="#999999", linewidth=0.6)
         axis.set_yscale("symlog", linthresh=float(values[:, k].abs().median().clamp(min=1e-12)))
-    else:
+    elif (values[:, k] > 0).any():
         axis.set_yscale("log")
     axis.set_title(f"{_NAMES[name]}, {name}")
     if k == 0:
