@@ -402,7 +402,7 @@ def test_maps_and_picture(deep, tmp_path):
     assert data[:4] == b"\x89PNG"
     assert len(data) > 20_000
     Report(deep.history[:1]).plot(tmp_path / "one.svg")
-    assert "layers.17.mlp" in (tmp_path / "one.svg").read_text() or (tmp_path / "one.svg").stat().st_size > 10_000
+    assert (tmp_path / "one.svg").read_text().startswith("<?xml")
 
 
 def test_save_and_load(deep, tmp_path):
