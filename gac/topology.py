@@ -113,7 +113,10 @@ def has_unreduced_gradients(modules: Sequence[nn.Module]) -> bool:
     for module in modules:
         group = getattr(module._get_fsdp_state(), "_fsdp_param_group", None)
         for parameter in getattr(group, "fsdp_params", ()):
-            if getattr(parameter, "unsharded_accumulated_grad", None) is not None:
+            unsharded = getattr(parameter, "_unsharded_param", None)
+            if getattr(parameter, "unsharded_accumulated_grad", None) is not None or (
+                unsharded is not None and unsharded.grad is not None
+            ):
                 return True
     return False
 
