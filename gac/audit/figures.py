@@ -1,8 +1,8 @@
 """From the record of an audit to its figures: how good each estimator and each law was.
 
-Averages over training are over the points at which the truth was measured, which are the middles of equal stretches.
-Standard errors are jackknife errors over the truths' replicates (`gac.audit.jackknife`): how well this run is known,
-not how much another seed would differ.
+Laws are averaged over all steps of training, with the truth of the nearest point at which it was measured; estimators
+over these points, which are the middles of equal stretches. Standard errors are jackknife errors over the truths'
+replicates (`gac.audit.jackknife`): how well this run is known, not how much another seed would differ.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ from gac.estimates import Estimate
 
 GRID = torch.linspace(0.0, 1.0, 1001, dtype=torch.float64)
 """The fixed mu that are searched."""
+
+BEST_BY_SUMS, BEST_BY_RATIOS = "best fixed, by sums", "best fixed, by ratios"
+"""Labels of the constants that were searched."""
+
+IN_PARTS = (RUN, "gac without guardrails", BEST_BY_SUMS, BEST_BY_RATIOS)
+"""Laws whose figures are also taken apart over training."""
 
 TOLERANCE = 1.10
 """The mean squared error of the run's law, relative to the oracle's, is to stay within it."""
@@ -54,12 +61,12 @@ class Mixing:
     """What a mu did.
 
     Attributes:
-        mean_mu: over points.
-        distance: root mean square over points of its distance from the oracle's.
-        ratio: its mean squared errors, summed over points, over the oracle's sum.
+        mean_mu: over steps.
+        distance: root mean square over steps of its distance from the oracle's.
+        ratio: its mean squared errors, summed over steps, over the oracle's sum.
         corrected: `ratio` less its bias of order 1/J: the oracle is the best for the truth as measured, errors
             included, which makes everything else look worse than it is.
-        mean_ratio: mean over points of the ratio at each.
+        mean_ratio: mean over steps of the ratio at each.
     """
 
     mean_mu: float
@@ -84,6 +91,7 @@ class Figures:
             points (root mean squares).
         proxies: for each form of the coefficients and each population, the correlation with the disagreement.
         laws: for each law.
+        parts: for some of them, `ratio` within parts of training; the keys are ``first-last`` step.
         best_fixed: the best constant mu by search, for both averages.
         difference: `ratio` of the run's law less that of the best constant, of the same truth.
     """
@@ -99,6 +107,7 @@ class Figures:
     reported: dict[str, float]
     proxies: dict[str, dict[str, float]]
     laws: dict[str, Mixing]
+    parts: dict[str, dict[str, Estimate]]
     best_fixed: dict[str, float]
     difference: Estimate
     mean_difference: Estimate
@@ -125,16 +134,19 @@ def figures(record: Record) -> Figures:
     values, deleted = record.truths()
     alpha = record.alpha
     over_points = lambda function: _estimate(function, values, deleted)
-    best_sum, best_mean = (search(values, alpha, mean) for mean in (False, True))
-    laws = {label: mixing(record.mu_at_points(label), values, deleted, alpha) for label in record.mu}
-    laws["best fixed, by sums"] = mixing(torch.full((len(values),), best_sum), values, deleted, alpha)
-    laws["best fixed, by ratios"] = mixing(torch.full((len(values),), best_mean), values, deleted, alpha)
-    run = record.mu_at_points(RUN)
-    against = lambda ratio, best: over_points(lambda v: ratio(run, v, alpha) - ratio(best, v, alpha))
+    mu = {label: torch.tensor(x, dtype=torch.float64) for label, x in record.mu.items()}
+    nearest = _nearest(len(mu[RUN]), record.steps)
+    at_steps = lambda v: v[..., nearest, :]
+    best_sum, best_mean = (search(at_steps(values), alpha, by_ratios) for by_ratios in (False, True))
+    constant = lambda x: torch.full_like(mu[RUN], x)
+    mu |= {BEST_BY_SUMS: constant(best_sum), BEST_BY_RATIOS: constant(best_mean)}
+    against = lambda ratio, best: over_points(
+        lambda v: ratio(mu[RUN], at_steps(v), alpha) - ratio(constant(best), at_steps(v), alpha)
+    )
     return Figures(
         points=len(values),
         replicates=deleted.shape[1],
-        steps=len(record.mu[RUN]),
+        steps=len(mu[RUN]),
         truth={name: over_points(lambda v, k=k: v[..., k].mean(-1)) for k, name in enumerate(COLUMNS)},
         oracle=over_points(lambda v: oracle(v, alpha).mean(-1)),
         reliability=dict(zip(COLUMNS, _reliability(values, deleted).tolist(), strict=True)),
@@ -142,7 +154,8 @@ def figures(record: Record) -> Figures:
         implied={name: _implied(record, name, values, deleted) for name in ESTIMATORS},
         reported=_reported(record),
         proxies={name: _populations(record, name, values) for name in COEFFICIENT_FORMS},
-        laws=laws,
+        laws={label: mixing(x, values, deleted, alpha, nearest) for label, x in mu.items()},
+        parts={label: _in_parts(mu[label], values, deleted, alpha, nearest) for label in IN_PARTS if label in mu},
         best_fixed={"by sums": best_sum, "by ratios": best_mean},
         difference=against(ratio_of_sums, best_sum),
         mean_difference=against(mean_of_ratios, best_mean),
@@ -150,20 +163,25 @@ def figures(record: Record) -> Figures:
     )
 
 
+def _nearest(steps: int, points: list[int]) -> Tensor:
+    """``[S]``: for each step the index of the point nearest to it."""
+    return (torch.arange(steps)[:, None] - torch.tensor(points)).abs().argmin(1)
+
+
 # -- laws ---------------------------------------------------------------------------------------------------------
 
 
 def ratio_of_sums(mu: Tensor | float, values: Tensor, alpha: float) -> Tensor:
-    """Mean squared errors of ``mu`` (``[T]`` or a number) summed over points, over those of the oracle.
+    """Mean squared errors of ``mu`` (``[S]`` or a number) summed over steps, over those of the oracle.
 
-    ``values`` is ``[..., T, 3]``.
+    ``values``, the truth at each step, is ``[..., S, 3]``.
     """
     least = mean_squared_error(oracle(values, alpha), values, alpha)
     return mean_squared_error(mu, values, alpha).sum(-1) / least.sum(-1)
 
 
 def mean_of_ratios(mu: Tensor | float, values: Tensor, alpha: float) -> Tensor:
-    """Mean over points of the mean squared error of ``mu`` over the oracle's; as :func:`ratio_of_sums`."""
+    """Mean over steps of the mean squared error of ``mu`` over the oracle's; as :func:`ratio_of_sums`."""
     least = mean_squared_error(oracle(values, alpha), values, alpha)
     return (mean_squared_error(mu, values, alpha) / least).mean(-1)
 
@@ -174,16 +192,29 @@ def search(values: Tensor, alpha: float, by_ratios: bool) -> float:
     return float(GRID[ratio(GRID[:, None], values.expand(len(GRID), *values.shape), alpha).argmin()])
 
 
-def mixing(mu: Tensor, values: Tensor, deleted: Tensor, alpha: float) -> Mixing:
-    """Figures of the mu ``[T]`` that were used at the points."""
-    by_sums = jackknife(lambda v: ratio_of_sums(mu, v, alpha), values, deleted)
+def mixing(mu: Tensor, values: Tensor, deleted: Tensor, alpha: float, nearest: Tensor) -> Mixing:
+    """Figures of the mu ``[S]`` that were used in the steps; ``nearest`` is each step's point."""
+    at_steps = lambda v: v[..., nearest, :]
+    by_sums = jackknife(lambda v: ratio_of_sums(mu, at_steps(v), alpha), values, deleted)
     return Mixing(
         mean_mu=float(mu.mean()),
-        distance=float((mu - oracle(values, alpha)).square().mean().sqrt()),
+        distance=float((mu - oracle(at_steps(values), alpha)).square().mean().sqrt()),
         ratio=Estimate(float(by_sums.value), float(by_sums.se)),
         corrected=float(by_sums.corrected),
-        mean_ratio=_estimate(lambda v: mean_of_ratios(mu, v, alpha), values, deleted),
+        mean_ratio=_estimate(lambda v: mean_of_ratios(mu, at_steps(v), alpha), values, deleted),
     )
+
+
+def _in_parts(mu: Tensor, values: Tensor, deleted: Tensor, alpha: float, nearest: Tensor) -> dict[str, Estimate]:
+    """`ratio_of_sums` within the first twentieth of training, the rest of its first quarter, and each other quarter."""
+    steps = len(mu)
+    bounds = sorted({0, steps // 20, steps // 4, steps // 2, 3 * steps // 4, steps})
+    return {
+        f"{begin}-{end - 1}": _estimate(
+            lambda v, part=slice(begin, end): ratio_of_sums(mu[part], v[..., nearest[part], :], alpha), values, deleted
+        )
+        for begin, end in pairwise(bounds)
+    }
 
 
 def _estimate(function: Callable[[Tensor], Tensor], values: Tensor, deleted: Tensor) -> Estimate:
@@ -226,7 +257,8 @@ def _bias(values: Tensor, deleted: Tensor, draws: Tensor, k: int) -> Estimate:
 
 def _implied(record: Record, name: str, values: Tensor, deleted: Tensor) -> Mixing:
     expected = record.draws(name).nanmean(1)
-    return mixing(oracle(expected, record.alpha).nan_to_num(0.5), values, deleted, record.alpha)
+    mu = oracle(expected, record.alpha).nan_to_num(0.5)
+    return mixing(mu, values, deleted, record.alpha, torch.arange(len(mu)))
 
 
 def _averages(record: Record, name: str) -> Tensor | None:

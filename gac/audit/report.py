@@ -19,13 +19,14 @@ PAPER_CORRELATION = 0.84
 
 
 def tables(found: Figures) -> list[Table]:
-    """Truth, estimators, what each implies for mu, the paper's proxy, and laws."""
+    """Truth, estimators, what each implies for mu, the paper's proxy, laws, and when they were good."""
     return [
         _truth_table(found),
         *(_estimator_table(found, column) for column in COLUMNS),
         _implied_table(found),
         _proxy_table(found),
         _law_table(found),
+        _part_table(found),
     ]
 
 
@@ -89,7 +90,13 @@ def _law_table(found: Figures) -> Table:
     return "laws, on this run's parameters", ["law", *_MIXING], [[label, *_mixing(m)] for label, m in ranked]
 
 
-_MIXING = ["mu", "off by", "MSE, sums", "corrected", "MSE, ratios"]
+def _part_table(found: Figures) -> Table:
+    parts = next(iter(found.parts.values()))
+    rows = [[label, *(f"{by_part[part].value:.3f}" for part in parts)] for label, by_part in found.parts.items()]
+    return "MSE over the oracle's in parts of training (sums)", ["steps", *parts], rows
+
+
+_MIXING = ["mu", "off by", "MSE, sums", "less bias", "MSE, ratios"]
 
 
 def _mixing(m: Mixing) -> list[str]:
