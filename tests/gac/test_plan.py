@@ -21,6 +21,7 @@ from gac import plan
 from gac.bench.shapes import MODELS
 from gac.ledger import Branch, Ledger
 from gac.observer import Observer
+from gac.optimizer_space import WARM_UP
 from gac.plan import DEVICES, Noise, Parameters, Setup, make_plan, mu_error
 from gac_kernels.layout import LANES, SketchLayout
 from tests.gac.models import sft_loss, tiny_model, tokens
@@ -155,7 +156,8 @@ def test_second_moments_are_read_too(recorded):
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+    for _ in range(WARM_UP):
+        optimizer.step()
     for state in optimizer.state.values():
         state["exp_avg_sq"] = state["exp_avg_sq"].float()
     with gac.patch(model, estimator="sketch", metric=optimizer) as mixer, mixer.sft():
