@@ -251,16 +251,17 @@ def accelerated(*, sharded: bool = False):
     """Around either; its ``backward`` does the pass, so the loss is weighted by hand."""
 
     def run(rank, world, plan=UNIFORM, **patch_options):
-        from accelerate import Accelerator, FullyShardedDataParallelPlugin
+        from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+        from accelerate.state import AcceleratorState
 
-        plugin = None
-        if sharded:
-            plugin = FullyShardedDataParallelPlugin(
-                fsdp_version=2, auto_wrap_policy="no_wrap", reshard_after_forward=True
-            )
-        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=True)
+        assert accelerator.num_processes == world
         model = tiny_model()
-        if sharded:  # accelerate prepares the optimizer with the model
+        if sharded:
+            # accelerate shards on accelerators alone; everything else of its way there is taken
+            AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+            AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2)
             model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
         else:
             model = accelerator.prepare(model)

@@ -14,6 +14,8 @@ from tests.gac.distributed import cases
 
 def work(rank: int, world: int, folder: str, names: list[str]) -> None:
     torch.set_num_threads(1)
+    # accelerate reads the launcher's variables; it takes the group as it finds it
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store{world}",
