@@ -69,7 +69,7 @@ def ppo_loss(config, model_output, data, dp_group=None):
     mask = fields["response_mask"]
     losses = clipped(model_output["log_probs"], fields["old_log_probs"], fields["advantages"])
     loss = (losses * mask).sum() / data["batch_num_tokens"] * data["dp_size"]
-    return loss, {"actor/pg_loss": float(loss)}
+    return loss, {"actor/pg_loss": float(loss.detach())}
 
 
 def assign_non_tensor(tensor_dict, **kwargs):
