@@ -9,7 +9,7 @@ import torch
 
 from gac.ledger import Branch, Ledger
 from gac.temporal import MovingMeans
-from gac.uncertainty import SuccessiveDifferences, degrees_of_freedom
+from gac.uncertainty import HALF_LIFE, SuccessiveDifferences, degrees_of_freedom
 from tests.gac.statistics.sources import DRAWS, FAMILIES, KINDS, Source, family, feed, noise, truth
 
 CPU, YES = torch.device("cpu"), torch.tensor(True)
@@ -131,6 +131,23 @@ def test_trends(rate):
     scale = true[..., 2:3]
     show(f"trend {rate:+}", held, values / scale, errors / scale, true / scale)
     assert all(abs(p - NOMINAL[z]) < (3 if abs(rate) < 0.02 else 9) for z in NOMINAL for p in held[z])
+
+
+def test_absolute_differences_would_lag():
+    """What relative ones are for: squared gradients that fall by 1% a step, errors averaged as they were."""
+    s, r = pair("isotropic")
+    steps = 500
+    grow = torch.exp(-0.005 * torch.arange(steps, dtype=torch.float64))
+    values = estimates(s, 3, r, 3, steps=steps, replicas=20, seed=1, grow=grow.float())
+    true = grow.square()[:, None, None] * expected(s, 3, r, 3)
+    keep, average = 0.5 ** (1 / HALF_LIFE), torch.zeros_like(values[0])
+    errors = [torch.full_like(average, math.nan)]
+    for k in range(1, steps):
+        average = keep * average + (1 - keep) * (values[k] - values[k - 1]).square() / 2
+        errors.append((average / (1 - keep**k)).sqrt())
+    held = coverage(values[WARM_UP:], torch.stack(errors)[WARM_UP:], true[WARM_UP:])
+    print(held)
+    assert all(p > 90 for p in held[1.0])
 
 
 def test_branches_that_drift_apart():
