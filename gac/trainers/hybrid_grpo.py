@@ -181,6 +181,11 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
         rule.phi |= args.sft_loss == "phi"
         if rule.from_prompts:
             require_column(train_dataset, law.name)
+            if args.remove_unused_columns:
+                raise ValueError(
+                    f"law={law.name!r} reads demonstrations from train_dataset, and remove_unused_columns=True takes "
+                    "that column away; leave it False, TRL's default for GRPO"
+                )
             if sft_dataset is not None:
                 logger.warning("law %r takes demonstrations from the prompts: sft_dataset is not used", law.name)
         elif sft_dataset is None:

@@ -250,6 +250,8 @@ def test_missing_demonstrations_and_superfluous_ones(trainer, caplog):
         trainer(law="hpt", law_options={"gate": 4}, prompts=ALL, sft_dataset=None)
     with pytest.raises(ValueError, match="sft_dataset is missing"):
         trainer(law="chord-phi", sft_dataset=None)
+    with pytest.raises(ValueError, match="remove_unused_columns=True takes that column away"):
+        trainer(law="hpt", prompts=ALL, sft_dataset=None, remove_unused_columns=True)
     trainer(law="hpt", prompts=ALL, sft_dataset=DEMONSTRATIONS)
     assert "sft_dataset is not used" in caplog.text
 
