@@ -2,47 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gac.coefficient import CoefficientOptions, sequence_rows, statistics_from_rows
+from gac.coefficient import CoefficientOptions
 from gac.controller import Controller
 from gac.ledger import Branch
+from gac.measurement import ESTIMATORS, Measurement
 from gac.metrics import HostMirror
 from gac.modules import ModuleStatistics
-from gac.observer import Observer
 from gac.optimizer_space import SecondMoments
-from gac.reduction import Reduction, StepSums, gather_rows
-from gac.statistics import NAN, Statistics, contribution_statistics, noise_from_weighted
-from gac.temporal import MovingMeans
-from gac.topology import Topology, fsdp2_modules, has_unreduced_gradients, local_part, topology_of
-from gac.uncertainty import SuccessiveDifferences
-from gac_kernels.arguments import accumulator_dtype
+from gac.statistics import NAN, Statistics
+from gac.topology import fsdp2_modules, has_unreduced_gradients, topology_of
 
-ESTIMATORS = ("auto", "sketch", "exact", "coefficient")
+if TYPE_CHECKING:
+    from gac.report import Report
+
 METRICS = ("gradient", "optimizer")
-
-EXACT_BYTES = 32 * 2**20
-"""``auto`` is exact where its two fp32 buffers take at most this much ..."""
-
-EXACT_SHARE = 0.05
-"""... or this share of the model's own parameters (LoRA)."""
-
-EXACT_BYTES_REDUCED = 2**20
-"""... of which both must travel between ranks that hold replicas: ``auto`` is exact there up to this size."""
-
-MODULE_HISTORY = 512
-"""Steps that :meth:`Mixer.report` looks back on, of those that were taken apart by module."""
 
 _mixers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> weak reference to the mixer that watches it
 
@@ -156,50 +141,35 @@ class Mixer:
             _require_steps("report_interval", report_interval)
         if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        self._second_moments = _second_moments(metric, optimizer)
-        if self._second_moments is not None and estimator == "coefficient":
+        second_moments = _second_moments(metric, optimizer)
+        if second_moments is not None and estimator == "coefficient":
             raise ValueError('estimator="coefficient" reads no gradients: metric="optimizer" does not apply to it')
         if scaler is not None and not hasattr(scaler, "scale"):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
         parameters = _trainable(model)
         self.controller = Controller(law, **law_options)
-        self._topology = topology_of(model, parameters, process_group)
-        self._fsdp2 = fsdp2_modules(model)
-        self.estimator = _choose(estimator, model, parameters, self._topology)
-        self._auto = estimator == "auto"
-        self.interval = interval
-        self.report_interval = report_interval
-        self.device = parameters[0][1].device
-        self._dtype = accumulator_dtype(self.device)
-        self._coefficient_options = CoefficientOptions(**(coefficient or {}))
-        self._rows: list[Tensor] = []  # of the coefficient estimator
-        self._coefficient: Statistics | None = None
-        self._group = process_group
-        self._ranks = self._topology.ranks
-        self._scaler = scaler
-        exact, whole = self.estimator == "exact", self._ranks == 1 or self._topology.sharded
-        watched = self.estimator != "coefficient"
-        self._observer = Observer(
-            parameters if watched else [],
-            lossless=exact,
-            # exact in one process sees the gradient itself and saves two buffers
-            running=self._topology.sharded or not hooks or (whole and not exact),
-            seed=0,
-            second_moments=self._second_moments,
-            copies=self._topology.copies if watched else None,
+        self._measurement = Measurement(
+            model,
+            parameters,
+            topology=topology_of(model, parameters, process_group),
+            group=process_group,
+            estimator=estimator,
+            interval=interval,
+            report_interval=report_interval,
+            second_moments=second_moments,
+            coefficient=CoefficientOptions(**(coefficient or {})),
             hooks=hooks,
         )
-        self._reduction: Reduction | None = None  # on its way
-        self._confirmed = False  # whether a first measured step has shown that the hooks work on every rank
+        self.estimator = self._measurement.estimator
+        self.interval = interval
+        self.report_interval = report_interval
+        self.device = self._measurement.device
+        self._observer = self._measurement.observer
+        self._scaler = scaler
+        self._fsdp2 = fsdp2_modules(model)
         self._last_branch: Branch | None = None
-        self._means = [MovingMeans(ledger.device) for ledger in self._observer.ledgers]
-        self._uncertainty = SuccessiveDifferences(4, self.device, self._dtype)
-        self._modules: deque[ModuleStatistics] = deque(maxlen=MODULE_HISTORY)
-        self._used = self.estimator
-        self._waiting = False  # for the sums of a step that has ended
-        self._told: dict = {}
+        self._told: dict | None = None  # what the law is told of a step that has ended and is not settled
         self._statistics: Statistics | None = None
-        self._skipped = torch.zeros((), dtype=self.controller.mu.dtype, device=self.device)
         self._mirror = HostMirror(self.device)
         self._host: dict[int, tuple[float, str]] = {}  # host-side metrics of the last steps
         self.controller.law.to(self.device)
@@ -211,27 +181,17 @@ class Mixer:
         self._optimizer_hook = None
         if optimizer is not None:
             self._optimizer_hook = optimizer.register_step_post_hook(lambda *_: self.step())
-        self._plan_step()
-
-    def _plan_step(self) -> None:
-        """Decides what the step to come measures."""
-        step, ready = self.controller.steps, self.estimator != "coefficient"
-        if self._second_moments is not None and ready:
-            ready = self._second_moments.ready
-            if ready:  # of the moments that this step's gradients are divided by
-                self._correction = self._second_moments.correction(self.device, self._dtype)
-        measured = step // self.interval
-        self._due = step % self.interval == 0
-        by_module = ready and self.report_interval is not None and (measured + 1) % self.report_interval == 0
-        self._observer.measure(ready and self._due, by_module=self._due and by_module)
+        self._measurement.plan(self.controller.steps)
 
     # -- weights and branches -------------------------------------------------------------------------------------
 
     def _take(self, mu: Tensor) -> None:
         """Makes ``mu`` the weight of the step to come. New tensors, so that those handed out keep their values."""
         self._mu = mu.to(torch.float32, copy=True)
-        self._weights = {Branch.SFT: self._mu, Branch.RL: 1.0 - self._mu}
-        self._scales = {b: torch.where(w > 0, 1.0 / w, 0.0) for b, w in self._weights.items()}
+        pair = torch.stack([self._mu, 1.0 - self._mu])
+        self._present = pair > 0
+        self._weights = dict(zip(Branch, pair.unbind(), strict=True))
+        self._scales = dict(zip(Branch, torch.where(self._present, 1.0 / pair, 0.0).unbind(), strict=True))
 
     @property
     def mu(self) -> Tensor:
@@ -370,11 +330,9 @@ class Mixer:
             TypeError, ValueError: wrong shapes or dtypes.
         """
         self._require_patched()
-        self._observer.fired = True
-        if self._due:
-            with torch.no_grad():
-                rows = sequence_rows(logprobs, advantages, mask, is_expert)
-                self._rows.append(rows.to(self.device, non_blocking=True))
+        self._settle()
+        with torch.no_grad():
+            self._measurement.observe_tokens(logprobs, advantages, mask, is_expert)
 
     def observe(
         self,
@@ -460,157 +418,44 @@ class Mixer:
         if observer.branch is not None:
             raise RuntimeError(f"mixer.step() inside `with mixer.{observer.branch.value}():`: leave the branch first")
         self._settle()
-        unseen = not observer.fired and not observer.broken
-        if unseen and self._ranks == 1:
-            raise RuntimeError(_NOTHING_OBSERVED)
-        if self.estimator == "coefficient" and self._due and not self._rows and self._ranks == 1:
-            raise RuntimeError(
-                'mixer.step() without token coefficients: estimator="coefficient" is fed by mixer.observe_tokens(...), '
-                "once for each micro-batch"
-            )
+        self._measurement.check_observed()
         start = perf_counter()
         with torch.no_grad():
-            self._coefficient = self._from_tokens()
-            self._told = {"step": step, "prior": prior, "alpha": alpha, "kl": kl, "entropy": entropy}
-            if observer.measuring:
-                self._reduction = Reduction(
-                    observer,
-                    self.device,
-                    self._topology,
-                    time_noise=self._noise_from_time(),
-                    silent=observer.entered and not observer.alive,
-                )
-        self._waiting = True
+            self._measurement.post()
+        self._told = {"step": step, "prior": prior, "alpha": alpha, "kl": kl, "entropy": entropy}
         observer.seconds += perf_counter() - start
-        if self._ranks == 1 or not self._confirmed:
+        if self._measurement.topology.ranks == 1 or not self._measurement.confirmed:
             self._settle()
             return self._mu
         return None
 
     def _settle(self) -> None:
         """Finishes a step whose sums are on their way: statistics, law, weights of the step to come."""
-        if not self._waiting:
+        if self._told is None:
             return
-        self._waiting = False
+        told, self._told = self._told, None
         start = perf_counter()
         try:
             with torch.no_grad():
-                self._statistics = self._measure()
-                self._take(self.controller.update(self._statistics, **self._told))
+                self._statistics = self._measurement.finish(self._present, self.controller.steps)
+                self._take(self.controller.update(self._statistics, **told))
                 self._publish(start)
         finally:
-            self._observer.clear()
             self._last_branch = None
-            self._plan_step()
-
-    def _from_tokens(self) -> Statistics | None:
-        """The coefficient estimator's statistics of the step; None where it was not fed."""
-        if not self._rows and not (self.estimator == "coefficient" and self._due):
-            return None
-        rows = torch.cat(self._rows) if self._rows else torch.zeros(0, 8, dtype=self._dtype, device=self.device)
-        self._rows.clear()
-        if self._ranks > 1:
-            rows = gather_rows(rows, self._group)
-        return statistics_from_rows(rows, self._coefficient_options)
-
-    def _measure(self) -> Statistics | None:
-        """Statistics of the step, of the estimator that applies to it; None when it was not measured."""
-        statistics = None
-        if self._reduction is not None:
-            sums, self._reduction = self._reduction.finish(), None
-            self._confirm(sums)
-            statistics = self._from_gradients(sums)
-        self._used = self.estimator + ("+time" if self._uses_time() else "")
-        if self.estimator == "coefficient" or (self._auto and self._observer.outside):
-            statistics, self._used = self._coefficient, "coefficient"
-        if statistics is None:
-            return None
-        healthy = statistics.nonfinite == 0
-        self._skipped = self._skipped + (~healthy).to(self._skipped.dtype)
-        names = ("sigma_s2", "sigma_r2", "distance2", "delta_g2")
-        errors = self._uncertainty.update(torch.stack([getattr(statistics, name) for name in names]), healthy)
-        return dataclasses.replace(
-            statistics, **{f"{name}_se": error for name, error in zip(names, errors.unbind(), strict=True)}
-        )
-
-    def _confirm(self, sums: StepSums) -> None:
-        """In the first measured step, on every rank: did hooks run on all of them? The only wait for the device."""
-        if self._confirmed or self._ranks == 1:
-            return
-        if float(sums.silent) > 0 or float(sums.n.sum()) == 0:
-            raise RuntimeError(f"{_NOTHING_OBSERVED} ({float(sums.silent):.0f} of {self._ranks} ranks)")
-        self._confirmed = True
-
-    def _uses_time(self, branch: Branch | None = None) -> bool:
-        """Whether a lone contribution (of a branch, or of either) is compared with earlier steps."""
-        counts = self._observer.counts
-        alone = 1 in counts.values() if branch is None else counts[branch] == 1
-        return alone and (self._ranks == 1 or self._topology.sharded)
-
-    def _from_gradients(self, sums: StepSums) -> Statistics:
-        if self._second_moments is not None:
-            sums = sums.scaled(self._correction)
-        # a branch of weight 0 leaves no trace: its contributions are zeros, which say nothing
-        n = dict(zip(Branch, (sums.n * torch.stack([self._weights[b] > 0 for b in Branch])).unbind(), strict=True))
-        norm_s2, norm_r2, dot = sums.norms.unbind()
-        noise, healthy = {}, sums.nonfinite == 0
-        for k, (branch, norm2) in enumerate(zip(Branch, (norm_s2, norm_r2), strict=True)):
-            noise[branch] = noise_from_weighted(sums.power[k] * sums.tokens[k], norm2, n[branch])
-            if self._uses_time(branch):
-                noise[branch] = torch.where(n[branch] > 0, sums.time_noise[k], NAN)
-                for ledger, means in zip(self._observer.ledgers, self._means, strict=True):
-                    use = (healthy & (n[branch] > 0)).to(ledger.device, non_blocking=True)
-                    means.update(branch, ledger.totals[branch], use)
-        statistics = contribution_statistics(
-            sigma_s2=noise[Branch.SFT],
-            sigma_r2=noise[Branch.RL],
-            norm_s2=norm_s2,
-            norm_r2=norm_r2,
-            dot=dot,
-            n_s=n[Branch.SFT],
-            n_r=n[Branch.RL],
-            nonfinite=sums.nonfinite,
-        )
-        if sums.module_norms is not None:
-            self._take_apart(sums, statistics)
-        return statistics
-
-    def _noise_from_time(self) -> Tensor:
-        """``[2]``: noise of lone contributions, of the elements that this rank holds; 0 where there are several."""
-        found = torch.zeros(2, dtype=self._dtype, device=self.device)
-        for k, branch in enumerate(Branch):
-            if self._uses_time(branch):
-                for ledger, means in zip(self._observer.ledgers, self._means, strict=True):
-                    part = means.noise(branch, ledger.totals[branch]) / ledger.copies
-                    found[k] += part.to(self.device, non_blocking=True)
-        return found
-
-    def _take_apart(self, sums: StepSums, whole: Statistics) -> None:
-        """Keeps the step's statistics by module."""
-        norm_s2, norm_r2, dot = sums.module_norms.unbind(1)
-        power_s, power_r = (sums.module_power * sums.tokens).unbind(1)
-        sigma_s2 = noise_from_weighted(power_s, norm_s2, whole.n_s)
-        sigma_r2 = noise_from_weighted(power_r, norm_r2, whole.n_r)
-        distance2 = (norm_s2 + norm_r2 - 2 * dot).clamp(min=0.0)
-        columns = [sigma_s2, sigma_r2, distance2 - sigma_s2 - sigma_r2, distance2, norm_s2, norm_r2, dot]
-        has_s, has_r = whole.n_s >= 1, whole.n_r >= 1
-        known = torch.stack([has_s, has_r, has_s & has_r, has_s & has_r, has_s, has_r, has_s & has_r])
-        values = torch.where(known & (whole.nonfinite == 0), torch.stack(columns, dim=1), NAN)
-        labels = tuple(self._observer.module_labels)
-        self._modules.append(ModuleStatistics(self.controller.steps + 1, labels, values, whole))
+            self._measurement.plan(self.controller.steps)
 
     def _publish(self, start: float) -> None:
         statistics = self._statistics or Statistics(n_s=torch.zeros((), device=self.device))
         law = self.controller.law.state
         unknown = torch.full_like(law["mu"], NAN)
         numbers = [self._mu.to(law["mu"].dtype), *(law.get(k, unknown) for k in ("raw", "mu_se", "prior"))]
-        numbers = torch.stack([*numbers, self._skipped])
+        numbers = torch.stack([*numbers, self._measurement.skipped.to(law["mu"].dtype)])
         self._mirror.publish(
             self.controller.steps - 1, torch.cat([numbers, statistics.stacked(), statistics.cosine[None]])
         )
         seconds = self._observer.seconds + perf_counter() - start
         self._host = {k: v for k, v in self._host.items() if k >= self.controller.steps - 2}
-        self._host[self.controller.steps - 1] = (seconds, self._used)
+        self._host[self.controller.steps - 1] = (seconds, self._measurement.used)
 
     # -- what was found -------------------------------------------------------------------------------------------
 
@@ -623,13 +468,35 @@ class Mixer:
     @property
     def coefficient(self) -> Statistics | None:
         """The coefficient estimator's statistics of the last step; None without :meth:`observe_tokens`."""
-        return self._coefficient
+        return self._measurement.coefficient
 
     @property
     def modules(self) -> ModuleStatistics | None:
         """Statistics by module, of the newest step that was taken apart (every ``report_interval`` measured steps)."""
         self._settle()
-        return self._modules[-1] if self._modules else None
+        return self._measurement.modules[-1] if self._measurement.modules else None
+
+    def report(self, **options) -> Report:
+        """What the gradients say so far, overall and by module: signal-to-noise ratio, noise scale, disagreement.
+
+        It averages over the steps that were taken apart (every ``report_interval`` measured steps, the last 512 at
+        most) and waits for the device. ``print`` it, or see :class:`gac.report.Report`.
+
+        Args:
+            **options: of :class:`gac.report.Report`, such as ``sizes`` and ``unit``.
+
+        Raises:
+            RuntimeError: no step was taken apart yet.
+        """
+        from gac.report import Report
+
+        self._settle()
+        if not self._measurement.modules:
+            raise RuntimeError(
+                f"mixer.report() has nothing to tell yet: with report_interval={self.report_interval} and "
+                f"interval={self.interval}, {self.controller.steps} steps hold none that was taken apart by module"
+            )
+        return Report(list(self._measurement.modules), **options)
 
     @property
     def nbytes(self) -> int:
@@ -668,13 +535,7 @@ class Mixer:
         self._settle()
         if any(self._observer.counts.values()):
             raise RuntimeError("mixer.state_dict() in the middle of an optimizer step: call mixer.step() first")
-        return {
-            "controller": self.controller.state_dict(),
-            "skipped": self._skipped.to("cpu", copy=True),
-            # of one process alone: with several ranks they would be one rank's own
-            "means": [{k: v.to("cpu", copy=True) for k, v in m.state.items()} for m in self._means if self._ranks == 1],
-            "uncertainty": {k: v.to("cpu", copy=True) for k, v in self._uncertainty.state.items()},
-        }
+        return {"controller": self.controller.state_dict(), **self._measurement.state_dict()}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Continues where :meth:`state_dict` left off. Raises ValueError for the state of another law or model."""
@@ -683,16 +544,9 @@ class Mixer:
             raise ValueError(f"state_dict lacks {sorted(missing)}: pass what Mixer.state_dict() returned")
         self._settle()
         self.controller.load_state_dict(state_dict["controller"])
-        self._skipped = state_dict["skipped"].to(self._skipped.device, copy=True)
-        if len(state_dict["means"]) == len(self._means) and self._ranks == 1:
-            for means, saved in zip(self._means, state_dict["means"], strict=True):
-                means.state = {k: v.to(means.device, copy=True) for k, v in saved.items()}
-        saved = state_dict["uncertainty"]
-        self._uncertainty.state = {k: v.to(self.device, self._dtype, copy=True) for k, v in saved.items()}
+        self._measurement.load_state_dict(state_dict)
         self._take(self.controller.mu)
-        self._observer.clear()
-        self._rows.clear()
-        self._plan_step()
+        self._measurement.plan(self.controller.steps)
 
     def unpatch(self) -> None:
         """Takes every hook off the model and the optimizer. The mixer cannot be used afterwards."""
@@ -716,13 +570,6 @@ class Mixer:
     def _require_patched(self) -> None:
         if self._observer is None:
             raise RuntimeError("this mixer was unpatched: call gac.patch(model) again")
-
-
-_NOTHING_OBSERVED = (
-    "mixer.step() with nothing observed: no backward pass reached a patched parameter since the last step. Run the "
-    "losses inside `with mixer.sft():` and `with mixer.rl():`. If you did, the hooks are gone: copy.deepcopy, "
-    "load_state_dict(assign=True) and fully_shard drop them, so patch the model after any of these."
-)
 
 
 def _require_steps(name: str, value: int) -> None:
@@ -752,14 +599,3 @@ def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         if other is not None and other() is not None:
             raise RuntimeError(f"parameter {name!r} is patched already: call unpatch() on the earlier mixer first")
     return parameters
-
-
-def _choose(estimator: str, model: nn.Module, parameters: list[tuple[str, nn.Parameter]], topology: Topology) -> str:
-    """What ``auto`` stands for."""
-    if estimator != "auto":
-        return estimator
-    buffers = 8 * sum(local_part(p).numel() for _, p in parameters)
-    if topology.ranks > 1 and not topology.sharded:
-        return "exact" if buffers <= EXACT_BYTES_REDUCED else "sketch"
-    whole = sum(local_part(p).numel() * p.element_size() for p in model.parameters())
-    return "exact" if buffers <= max(EXACT_BYTES, EXACT_SHARE * whole) else "sketch"

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gac.bench.shapes import MODELS
 from gac.laws.gac import GacLaw
 from gac.ledger import Branch, Ledger
-from gac.mixer import EXACT_BYTES, EXACT_BYTES_REDUCED, EXACT_SHARE
+from gac.measurement import EXACT_BYTES, EXACT_BYTES_REDUCED, EXACT_SHARE
 from gac.observer import BUCKET_BYTES
 from gac_kernels.layout import LANES, SketchLayout
 

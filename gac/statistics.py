@@ -109,6 +109,33 @@ def noise_from_weighted(weighted_power: Tensor, norm2: Tensor, n: Tensor) -> Ten
     return torch.where(n >= 2, spread / (n - 1), NAN)
 
 
+def pair_statistics(*, noise: Tensor, norms: Tensor, n: Tensor, nonfinite: Tensor) -> Statistics:
+    """Completes the observed numbers: ``distance2``, and ``delta_g2 = distance2 - sigma_s2 - sigma_r2`` (unbiased).
+
+    Args:
+        noise: ``[2]``, ``sigma_s2`` and ``sigma_r2``. norms: ``[3]``, ``|G_s|^2``, ``|G_r|^2``, ``<G_s, G_r>``.
+        n: ``[2]``, contributions of each branch. nonfinite: 0-dim.
+    """
+    has = n >= 1
+    norms = torch.where(torch.cat([has, has.all()[None]]), norms, NAN)
+    norm_s2, norm_r2, dot = norms.unbind()
+    distance2 = (norm_s2 + norm_r2 - 2 * dot).clamp(min=0.0)
+    sigma_s2, sigma_r2 = noise.unbind()
+    n_s, n_r = n.unbind()
+    return Statistics(
+        sigma_s2=sigma_s2,
+        sigma_r2=sigma_r2,
+        delta_g2=distance2 - noise.sum(),
+        distance2=distance2,
+        norm_s2=norm_s2,
+        norm_r2=norm_r2,
+        dot=dot,
+        n_s=n_s,
+        n_r=n_r,
+        nonfinite=nonfinite,
+    )
+
+
 def contribution_statistics(
     *,
     sigma_s2: Tensor,
@@ -120,18 +147,7 @@ def contribution_statistics(
     n_r: Tensor,
     nonfinite: Tensor,
 ) -> Statistics:
-    """Completes the observed numbers: ``distance2``, and ``delta_g2 = distance2 - sigma_s2 - sigma_r2`` (unbiased)."""
-    has_s, has_r = n_s >= 1, n_r >= 1
-    distance2 = torch.where(has_s & has_r, (norm_s2 + norm_r2 - 2 * dot).clamp(min=0.0), NAN)
-    return Statistics(
-        sigma_s2=sigma_s2,
-        sigma_r2=sigma_r2,
-        delta_g2=distance2 - sigma_s2 - sigma_r2,
-        distance2=distance2,
-        norm_s2=torch.where(has_s, norm_s2, NAN),
-        norm_r2=torch.where(has_r, norm_r2, NAN),
-        dot=torch.where(has_s & has_r, dot, NAN),
-        n_s=n_s,
-        n_r=n_r,
-        nonfinite=nonfinite,
-    )
+    """:func:`pair_statistics` from separate 0-dim numbers."""
+    norms = torch.stack([norm_s2, norm_r2, dot])
+    noise, n = torch.stack([sigma_s2, sigma_r2]), torch.stack([n_s, n_r])
+    return pair_statistics(noise=noise, norms=norms, n=n, nonfinite=nonfinite)

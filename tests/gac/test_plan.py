@@ -90,7 +90,7 @@ def test_sketch_memory_of_a_step(estimator, micro_batches):
         a_step(mixer, lambda: sft_loss(model, batch), micro_batches)
         mixer.step()
         held = sum(ledger.nbytes for ledger in mixer._observer.ledgers)
-        held += sum(v.nbytes for means in mixer._means for v in means.state.values() if v.dim())
+        held += sum(v.nbytes for means in mixer._measurement._means for v in means.state.values() if v.dim())
     found = make_plan(Setup(parameters_of(model), H100, estimator=estimator, micro_batches=micro_batches, dtype="fp32"))
     assert found.sketch_bytes == held
 

@@ -112,10 +112,10 @@ def overlap(rank, world, folder):
             with branch():
                 mixer.backward(loss(model, engines.batch(step, number, rank, 0)))
         returned.append(mixer.step() is None)
-        pending.append(mixer._waiting)
+        pending.append(mixer._told is not None)
         model.zero_grad()
     _ = mixer.mu
-    return {"returned": returned, "pending": pending, "at the end": mixer._waiting}
+    return {"returned": returned, "pending": pending, "at the end": mixer._told is not None}
 
 
 def save(rank, world, folder):
