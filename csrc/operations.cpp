@@ -336,9 +336,10 @@ void Sketch::plan() {
   std::vector<int64_t> order(n);
   for (int64_t k = 0; k < n; ++k) order[k] = k;
   // A region is known by its first sign index, except that empty regions share theirs; those hold nothing.
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+  const auto before = [&](int64_t a, int64_t b) {
     return index_offset(a) != index_offset(b) ? index_offset(a) < index_offset(b) : start(a) < start(b);
-  });
+  };
+  if (!std::is_sorted(order.begin(), order.end(), before)) std::stable_sort(order.begin(), order.end(), before);
   struct Keyed {
     int64_t region, unit;
     Segment segment;

@@ -61,7 +61,7 @@ def _threads(elements: int) -> int:
 def _sums(count: int, width: int, per_tensor: bool) -> Tensor:
     if per_tensor:
         return torch.empty(count, width, dtype=_FLOAT64)
-    return torch.empty_like(_TWO if width == 2 else _THREE)
+    return _empty_like(_TWO if width == 2 else _THREE)
 
 
 def _packed(tensor) -> int:
@@ -198,8 +198,10 @@ def _number(value, name: str) -> float:
     """A scale or weight as a float. Reading a CPU tensor waits for nothing."""
     if type(value) is float:
         return value
-    if type(value) is Tensor and value.is_cpu and value.numel() == 1 and value.is_floating_point():
-        return value.item()
+    if type(value) is Tensor and value.is_cpu and not value.dim():
+        number = value.item()
+        if type(number) is float:
+            return number
     return float(check_scalar(value, name, _CPU))
 
 
@@ -264,7 +266,12 @@ class _Pieces:
 
 
 @lru_cache(maxsize=256)
-def _pieces(layout: SketchLayout, regions: tuple[int, ...], starts: tuple[int, ...]) -> _Pieces:
+def _pieces(layout: SketchLayout, count: int, regions: tuple[int, ...] | None, starts: tuple[int, ...] | None):
+    """The pieces of ``count`` tensors, None standing for the defaults. Raises IndexError for numbers that are wrong."""
+    regions = range(count) if regions is None else regions
+    starts = (0,) * count if starts is None else starts
+    if len(regions) != count or len(starts) != count or min(regions, default=0) < 0 or min(starts, default=0) < 0:
+        raise IndexError
     return _Pieces(layout, regions, starts)
 
 
@@ -274,13 +281,10 @@ def _known_pieces(layout: SketchLayout, numels: list[int], out: Tensor, regions,
         return None
     if out.dim() != 1 or not out.is_contiguous() or out.numel() != layout.size:
         return None
-    count = len(numels)
     try:
-        regions = tuple(range(count)) if regions is None else tuple(regions)
-        starts = (0,) * count if starts is None else tuple(starts)
-        if len(regions) != count or len(starts) != count or min(regions, default=0) < 0 or min(starts, default=0) < 0:
-            return None
-        pieces = _pieces(layout, regions, starts)
+        regions = None if regions is None else tuple(regions)
+        starts = None if starts is None else tuple(starts)
+        pieces = _pieces(layout, len(numels), regions, starts)
     except (IndexError, TypeError):
         return None
     return pieces if all(map(le, numels, pieces.room)) else None
@@ -400,6 +404,18 @@ def token_moments(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert:
     return out
 
 
+def _is_vector(tensor, numel: int) -> bool:
+    """True for a vector of ``numel`` > 1 elements that surely is as ``absorb_`` needs it."""
+    return (
+        type(tensor) in PLAIN
+        and tensor.dtype is torch.float32
+        and tensor.is_cpu
+        and tensor.dim() == 1
+        and tensor.is_contiguous()
+        and tensor.numel() == numel > 1
+    )
+
+
 def absorb_(
     current: Tensor,
     previous: Tensor | None,
@@ -410,14 +426,23 @@ def absorb_(
 ) -> Tensor:
     """One pass over three vectors of a running sketch; see :func:`gac_kernels.reference.absorb_`."""
     library = require()
-    factor = check_absorb(current, previous, total, scale)
-    require_cpu([current], "current, previous and total")
-    numel = current.numel()
+    numel = current.numel() if type(current) in PLAIN else 0
+    if _is_vector(current, numel) and _is_vector(total, numel) and (previous is None or _is_vector(previous, numel)):
+        factor = _number(scale, "scale")
+    else:
+        factor = check_absorb(current, previous, total, scale)
+        require_cpu([current], "current, previous and total")
+        numel = current.numel()
     cells = -(-numel // LANES)
     out = torch.empty(cells, dtype=_FLOAT64) if into is None else check_into(into, (cells,), _CPU)
     last = None if previous is None else previous.data_ptr()
     call = library.quick.gac_absorb if numel <= _QUICK else library.call.gac_absorb
     add, threads = into is not None, _threads(numel)
     check(call(current.data_ptr(), last, total.data_ptr(), numel, float(factor), out.data_ptr(), add, threads))
-    increment_version([t for t in (total, previous, into) if t is not None])
-    return into if add else out
+    increment_version(total)
+    if previous is not None:
+        increment_version(previous)
+    if add:
+        increment_version(into)
+        return into
+    return out

@@ -28,11 +28,18 @@ class Table:
 
     __slots__ = ("form", "kept", "numels", "rows")
 
-    def __init__(self, rows: list[int], numels: list[int], form: int, kept: list[Tensor] | None) -> None:
-        self.rows = struct.pack(f"{len(rows)}q", *rows)
+    def __init__(self, rows: bytes, numels: list[int], form: int, kept: list[Tensor] | None) -> None:
+        self.rows = rows
         self.numels = numels
         self.form = form
         self.kept = kept
+
+
+_ONE = struct.Struct("2q")
+
+
+def _packed(rows: list[int]) -> bytes:
+    return struct.pack(f"{len(rows)}q", *rows)
 
 
 _dtype, _is_cpu = Tensor.dtype.__get__, Tensor.is_cpu.__get__  # mapped over a list, half the cost of a loop
@@ -41,6 +48,13 @@ _dtype, _is_cpu = Tensor.dtype.__get__, Tensor.is_cpu.__get__  # mapped over a l
 def plain_table(tensors: list[Tensor]) -> Table | None:
     """The table of contiguous CPU tensors of plain types; None when any needs the careful way. Checks nothing else."""
     try:
+        if len(tensors) == 1:
+            (tensor,) = tensors
+            if type(tensor) in PLAIN and tensor.is_cpu and tensor.is_contiguous():
+                numel = tensor.numel()
+                if numel != 1:
+                    rows = _ONE.pack(tensor.data_ptr(), numel)
+                    return Table(rows, [numel], 2 + DTYPE_CODES[tensor.dtype], None)
         if not (PLAIN.issuperset(map(type, tensors)) and all(map(_is_cpu, tensors))):
             return None
         if not all(map(Tensor.is_contiguous, tensors)):
@@ -51,8 +65,8 @@ def plain_table(tensors: list[Tensor]) -> Table | None:
             return None
         rows = [*map(Tensor.data_ptr, tensors), *numels]
         if len(codes) == 1:
-            return Table(rows, numels, 2 + codes[0], None)
-        return Table(rows + [DTYPE_CODES[d] for d in map(_dtype, tensors)], numels, 0, None)
+            return Table(_packed(rows), numels, 2 + codes[0], None)
+        return Table(_packed(rows + [DTYPE_CODES[d] for d in map(_dtype, tensors)]), numels, 0, None)
     except (KeyError, RuntimeError, TypeError):  # an unusual dtype or layout, or no sequence of tensors at all
         return None
 
@@ -115,7 +129,7 @@ def strided_table(tensors: list[Tensor], any_order: bool = False) -> Table:
         strides.append(found[1])
     numels = [t.numel() for t in kept]
     rows = [t.data_ptr() for t in kept] + numels + [DTYPE_CODES[t.dtype] for t in kept] + columns + strides
-    return Table(rows, numels, 1, kept)
+    return Table(_packed(rows), numels, 1, kept)
 
 
 def require_cpu(tensors: list[Tensor], name: str) -> None:
