@@ -31,6 +31,8 @@ class TrainConfig:
     law_option: list[str] = dataclasses.field(default_factory=list)
     estimator: str = "auto"
     interval: int = 1
+    metric: str = "gradient"
+    report_interval: int = 5
     sft_loss: str = "nll"
     steps: int = 400
     lr: float | None = None
@@ -130,6 +132,16 @@ def add_training_options(parser: argparse.ArgumentParser, *, leave_out: tuple[st
     add(mix, "--law-option", "another option of the law; may be repeated", action="append", metavar="KEY=VALUE")
     add(mix, "--estimator", "how gradients are measured: auto, exact, sketch or coefficient", metavar="NAME")
     add(mix, "--interval", "measure in every N-th step", type=positive, metavar="N")
+    add(
+        mix, "--metric",
+        "space of the statistics: that of the gradients, or that of Adam's steps",
+        choices=("gradient", "optimizer"),
+    )  # fmt: skip
+    add(
+        mix, "--report-interval",
+        "take every N-th measured step apart by module, for gac report; 0: never",
+        type=natural, metavar="N",
+    )  # fmt: skip
     add(mix, "--sft-loss", "token loss of the supervised branch", choices=("nll", "phi"))
 
     training = parser.add_argument_group("training")
@@ -238,10 +250,13 @@ def _pairs(text: str, where: str) -> dict[str, Any]:
         key, equals, value = part.partition("=")
         if not equals:
             raise UsageError(f"{where}: {part!r} is not of the form key=value")
+        value = value.strip()
         try:
-            options[key.strip()] = ast.literal_eval(value.strip())
+            options[key.strip()] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            raise UsageError(f"{where}: {value!r} is not a number") from None
+            if not value.isidentifier():
+                raise UsageError(f"{where}: {value!r} is neither a number nor a word") from None
+            options[key.strip()] = value  # alpha=kl, prior_weight=se
     return options
 
 

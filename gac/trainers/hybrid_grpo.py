@@ -31,10 +31,13 @@ from transformers import TrainerCallback
 from trl import GRPOConfig
 
 import gac
+import gac.modules
 from gac.controller import Controller
 from gac.laws.rules import carried_out
 from gac.losses import count_label_tokens
-from gac.mixer import ESTIMATORS
+from gac.measurement import ESTIMATORS
+from gac.mixer import METRICS
+from gac.report import append_record
 from gac.trainers.demonstrations import DemonstrationBatch, DemonstrationCollator, EpochSampler, pad_demonstrations
 from gac.trainers.grouped_grpo import TOKEN_SUM_LOSSES, GroupedGRPOTrainer, loss_mask
 from gac.trainers.prompts import TOKENS, demonstrations_of, require_column
@@ -74,6 +77,17 @@ class HybridGRPOConfig(GRPOConfig):
         metadata={"help": "Feed the coefficient estimator too; estimator='coefficient' does so by itself."},
     )
     gac_interval: int = field(default=1, metadata={"help": "Measure in every so many optimizer steps."})
+    gac_metric: str = field(
+        default="gradient",
+        metadata={"help": "'gradient', or 'optimizer' to measure in the space of Adam's steps; see gac.patch."},
+    )
+    gac_report_interval: int | None = field(
+        default=10,
+        metadata={"help": "Take every so many measured steps apart by module, for `gac report`; None: never."},
+    )
+    gac_report_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the statistics by module; default: output_dir."}
+    )
     sft_batch_size: int | None = field(
         default=None,
         metadata={"help": "Demonstrations per device and micro-step; default: per_device_train_batch_size."},
@@ -101,7 +115,9 @@ class HybridGRPOConfig(GRPOConfig):
             raise ValueError(f"unknown sft_loss {self.sft_loss!r}; known: {', '.join(SFT_LOSSES)}")
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {self.estimator!r}; known: {', '.join(ESTIMATORS)}")
-        for name in ("sft_batch_size", "gac_interval"):
+        if self.gac_metric not in METRICS:
+            raise ValueError(f"unknown gac_metric {self.gac_metric!r}; known: {', '.join(METRICS)}")
+        for name in ("sft_batch_size", "gac_interval", "gac_report_interval"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -223,6 +239,7 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
         self._mixer_state: dict | None = None
         self._last_metrics: dict[str, float] = {}
         self.mixer: gac.Mixer | None = None
+        self._recorded: gac.modules.ModuleStatistics | None = None
         # first, so that a callback of the user sees the new mu in the same event
         self.callback_handler.callbacks.insert(0, _MixerStep(self))
 
@@ -369,6 +386,9 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
                 law=law,
                 estimator=self.args.estimator,
                 interval=self.args.gac_interval,
+                # the trainer ends the mixer's steps itself: the optimizer only lends its second moments
+                metric=self.optimizer if self.args.gac_metric == "optimizer" else "gradient",
+                report_interval=self.args.gac_report_interval,
                 **options,
             )
         self._rule.attach(self.mixer.controller.law)
@@ -386,6 +406,7 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
 
     def _detach(self) -> None:
         if self.mixer is not None:
+            self._record_modules()
             with contextlib.suppress(RuntimeError):  # an exception in mid-step leaves nothing worth keeping
                 self._mixer_state = self.mixer.state_dict()
             self.mixer.unpatch()
@@ -395,6 +416,7 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
 
     def _on_optimizer_step(self) -> None:
         self._rule.end_step()
+        self._record_modules()
         self.mixer.step(**{name: self._mean_of_step(name) for name in self.mixer.controller.law.needs})
         metrics = self.mixer.metrics()
         self._last_metrics = {f"gac/{name}": metrics[name] for name in _COUNTERS if name in metrics}
@@ -405,6 +427,13 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
         if self._sft_window_loss is not None:
             # a device scalar until it is logged: TRL's own metrics wait for the device, ours need not
             series["gac/sft_loss"].append(self._sft_window_loss)
+
+    def _record_modules(self) -> None:
+        """Writes the newest statistics by module. Called a step later, when they wait for nothing any more."""
+        modules = self.mixer.modules
+        if modules is not None and modules is not self._recorded and self.args.should_save:
+            append_record(self.args.gac_report_dir or self.args.output_dir, modules)
+        self._recorded = modules
 
     def _mean_of_step(self, name: str) -> float:
         """Mean over the step's micro-batches of a number that TRL has brought to the host: ``kl`` or ``entropy``."""
