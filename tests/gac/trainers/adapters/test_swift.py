@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import itertools
+import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -154,3 +156,79 @@ if INSTALLED:
         source = inspect.getsource(Published._compute_loss_and_metrics)
         assert "self.chord_sft_iterator is not None" in source, "what keeps ms-swift from adding its own sum"
         assert "_get_per_token_logps_and_entropies(" in source
+
+    def test_a_run_of_ms_swift(tmp_path, monkeypatch):
+        """Four steps of its GRPO with demonstrations, all local, then the last two again from a checkpoint."""
+        from swift import rlhf_main
+        from swift.arguments import RLHFArguments
+        from swift.rewards import ORM, orms
+        from swift.trainers import TrainerFactory
+
+        from gac.tasks.characters import build_character_tokenizer
+        from gac.tasks.models import build_small_model
+
+        class LastCharacter(ORM):
+            def __call__(self, completions, **kwargs):
+                return [float(sum(map(ord, text)) % 2) for text in completions]
+
+        monkeypatch.setitem(orms, "last-character", LastCharacter)
+        monkeypatch.setattr(TrainerFactory, "TRAINER_MAPPING", dict(TrainerFactory.TRAINER_MAPPING))
+        tokenizer = build_character_tokenizer()
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        tokenizer.save_pretrained(tmp_path / "model")
+        build_small_model(tokenizer, hidden_size=16, layers=1, heads=2).save_pretrained(tmp_path / "model")
+        question = lambda a: {"role": "user", "content": f"{a}+{a}="}
+        rows = {
+            "prompts": [[question(a)] for a in range(16)],
+            "demonstrations": [[question(a), {"role": "assistant", "content": str(2 * a)}] for a in range(16)],
+        }
+        for name, conversations in rows.items():
+            lines = [json.dumps({"messages": messages}) for messages in conversations]
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        (tmp_path / "plugin.py").write_text("from gac.trainers.adapters import swift\nswift.install(law='gac')\n")
+
+        def run(**options):
+            return rlhf_main(
+                RLHFArguments(
+                    rlhf_type="grpo",
+                    model=str(tmp_path / "model"),
+                    model_type="qwen2",
+                    template="dummy",
+                    torch_dtype="float32",
+                    tuner_type="full",
+                    use_hf=True,
+                    gradient_checkpointing=False,
+                    dataset=[str(tmp_path / "prompts.jsonl")],
+                    split_dataset_ratio=0.0,
+                    dataset_num_proc=1,
+                    chord_sft_dataset=[str(tmp_path / "demonstrations.jsonl")],
+                    chord_sft_per_device_train_batch_size=2,
+                    chord_mu_warmup_steps=0,
+                    chord_mu_decay_steps=0,
+                    chord_mu_peak=0.5,
+                    chord_mu_valley=0.5,
+                    external_plugins=[str(tmp_path / "plugin.py")],
+                    reward_funcs=["last-character"],
+                    num_generations=4,
+                    per_device_train_batch_size=4,
+                    gradient_accumulation_steps=2,
+                    max_completion_length=4,
+                    max_steps=4,
+                    logging_steps=1,
+                    save_steps=2,
+                    learning_rate=1e-3,
+                    report_to=[],
+                    eval_strategy="no",
+                    output_dir=str(tmp_path / "out"),
+                    **options,
+                )
+            )
+
+        mus = lambda result: [entry["gac/mu"] for entry in result["log_history"] if "gac/mu" in entry]
+        whole = run()
+        assert len(set(mus(whole))) == 4
+        assert {"gac/sigma_s2", "gac/sigma_r2", "gac/delta_g2"} <= set(whole["log_history"][0])
+        middle = os.path.join(os.path.dirname(whole["last_model_checkpoint"]), "checkpoint-2")
+        resumed = run(resume_from_checkpoint=middle)
+        assert mus(resumed)[:2] == mus(whole)[:2]
+        assert len(mus(resumed)) == 4
