@@ -8,19 +8,23 @@ replicates (`gac.audit.jackknife`): how well this run is known, not how much ano
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gac.audit.jackknife import jackknife
 from gac.audit.panel import COEFFICIENT_FORMS, ESTIMATORS, EXACT, GRADIENT_ESTIMATORS
 from gac.audit.record import RUN, Record
-from gac.audit.replicates import COLUMNS, mean_squared_error, oracle
+from gac.audit.replicates import COLUMNS, TRUE_COLUMNS, mean_squared_error, oracle
+from gac.audit.shadow import UNGUARDED
+from gac.controller import Controller
 from gac.estimates import Estimate
+from gac.statistics import Statistics
 
 GRID = torch.linspace(0.0, 1.0, 1001, dtype=torch.float64)
 """The fixed mu that are searched."""
@@ -82,7 +86,7 @@ class Figures:
 
     Attributes:
         points, replicates, steps: how much was measured.
-        truth: mean over points of the three numbers; ``oracle`` of its mu.
+        truth: mean over points of the four numbers; ``oracle`` of its mu.
         reliability: share of the variance of the true numbers over points that is not error of measurement.
         estimators: for each estimator and number.
         implied: for each estimator the mixing by the closed form of its expectation at each point: what an average
@@ -92,6 +96,7 @@ class Figures:
         proxies: for each form of the coefficients and each population, the correlation with the disagreement.
         laws: for each law.
         parts: for some of them, `ratio` within parts of training; the keys are ``first-last`` step.
+        replays: for law ``gac`` run again over the record, fed otherwise or with other options; see `replays`.
         best_fixed: the best constant mu by search, for both averages.
         difference: `ratio` of the run's law less that of the best constant, of the same truth.
     """
@@ -108,6 +113,7 @@ class Figures:
     proxies: dict[str, dict[str, float]]
     laws: dict[str, Mixing]
     parts: dict[str, dict[str, Estimate]]
+    replays: dict[str, Mixing]
     best_fixed: dict[str, float]
     difference: Estimate
     mean_difference: Estimate
@@ -129,8 +135,11 @@ class Figures:
         return {"verdict": verdict, **_plain(asdict(self))}
 
 
-def figures(record: Record) -> Figures:
-    """Figures of a record with at least one point."""
+def figures(record: Record, gac_options: Mapping[str, Any] | None = None) -> Figures:
+    """Figures of a record with at least one point.
+
+    ``gac_options`` are those of the run's law, where that is ``gac``.
+    """
     values, deleted = record.truths()
     alpha = record.alpha
     over_points = lambda function: _estimate(function, values, deleted)
@@ -147,15 +156,19 @@ def figures(record: Record) -> Figures:
         points=len(values),
         replicates=deleted.shape[1],
         steps=len(mu[RUN]),
-        truth={name: over_points(lambda v, k=k: v[..., k].mean(-1)) for k, name in enumerate(COLUMNS)},
+        truth={name: over_points(lambda v, k=k: v[..., k].mean(-1)) for k, name in enumerate(TRUE_COLUMNS)},
         oracle=over_points(lambda v: oracle(v, alpha).mean(-1)),
-        reliability=dict(zip(COLUMNS, _reliability(values, deleted).tolist(), strict=True)),
+        reliability=dict(zip(TRUE_COLUMNS, _reliability(values, deleted).tolist(), strict=True)),
         estimators={name: _qualities(record, name, values, deleted) for name in ESTIMATORS},
         implied={name: _implied(record, name, values, deleted) for name in ESTIMATORS},
         reported=_reported(record),
         proxies={name: _populations(record, name, values) for name in COEFFICIENT_FORMS},
         laws={label: mixing(x, values, deleted, alpha, nearest) for label, x in mu.items()},
         parts={label: _in_parts(mu[label], values, deleted, alpha, nearest) for label in IN_PARTS if label in mu},
+        replays={
+            label: mixing(x, values, deleted, alpha, nearest)
+            for label, x in replays(record, nearest, gac_options or {}).items()
+        },
         best_fixed={"by sums": best_sum, "by ratios": best_mean},
         difference=against(ratio_of_sums, best_sum),
         mean_difference=against(mean_of_ratios, best_mean),
@@ -174,7 +187,7 @@ def _nearest(steps: int, points: list[int]) -> Tensor:
 def ratio_of_sums(mu: Tensor | float, values: Tensor, alpha: float) -> Tensor:
     """Mean squared errors of ``mu`` (``[S]`` or a number) summed over steps, over those of the oracle.
 
-    ``values``, the truth at each step, is ``[..., S, 3]``.
+    ``values``, the truth at each step, is ``[..., S, 4]``.
     """
     least = mean_squared_error(oracle(values, alpha), values, alpha)
     return mean_squared_error(mu, values, alpha).sum(-1) / least.sum(-1)
@@ -217,6 +230,39 @@ def _in_parts(mu: Tensor, values: Tensor, deleted: Tensor, alpha: float, nearest
     }
 
 
+def replays(record: Record, nearest: Tensor, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The mu ``[S]`` of law ``gac`` over the recorded steps: where its error comes from, and what its options do.
+
+    Fed with the truth of the nearest point, what is left is the cost of the guardrails; fed with the estimates of drawn
+    steps, those of `exact` at the nearest point, there is no drift between points either; the others are fed with what
+    `exact` said in training.
+    """
+    truths, _ = record.truths()
+    draws = record.draws(EXACT)
+    turn = torch.arange(len(nearest)) % draws.shape[1]
+    trained = torch.tensor(record.estimates[EXACT], dtype=torch.float64)
+    with_options = lambda **more: _replay(trained, {**options, **more})
+    return {
+        "fed with the truth": _replay(truths[nearest, :3], options),
+        "the same, no guardrails": _replay(truths[nearest, :3], {**options, **UNGUARDED}),
+        "fed with drawn steps": _replay(draws[nearest, turn], options),
+        **{f"half-life {x}": with_options(half_life=float(x)) for x in (2, 7, 20, 60)},
+        **{f"cap {x}": with_options(cap=x) for x in (0.005, 0.02, 0.1, 1.0)},
+        "no guardrails": with_options(**UNGUARDED),
+        "no guardrails, half-life 20": with_options(**UNGUARDED, half_life=20.0),
+    }
+
+
+def _replay(series: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """The mu that law ``gac`` has before each step of a series ``[S, 3]`` of estimates."""
+    controller = Controller("gac", **options)
+    mu = []
+    for row in series.tolist():
+        mu.append(float(controller.mu))
+        controller.update(Statistics(**dict(zip(COLUMNS, row, strict=True))))
+    return torch.tensor(mu, dtype=torch.float64)
+
+
 def _estimate(function: Callable[[Tensor], Tensor], values: Tensor, deleted: Tensor) -> Estimate:
     found = jackknife(function, values, deleted)
     return Estimate(float(found.value), float(found.se))
@@ -257,7 +303,7 @@ def _bias(values: Tensor, deleted: Tensor, draws: Tensor, k: int) -> Estimate:
 
 def _implied(record: Record, name: str, values: Tensor, deleted: Tensor) -> Mixing:
     expected = record.draws(name).nanmean(1)
-    mu = oracle(expected, record.alpha).nan_to_num(0.5)
+    mu = oracle(pad(expected, (0, 1)), record.alpha).nan_to_num(0.5)  # no estimator knows of a cross term
     return mixing(mu, values, deleted, record.alpha, torch.arange(len(mu)))
 
 

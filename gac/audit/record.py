@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gac.audit.panel import ESTIMATORS, EXACT
-from gac.audit.replicates import COLUMNS, Truth
+from gac.audit.replicates import COLUMNS, TRUE_COLUMNS, Truth
 from gac.statistics import Statistics
 
 RUN = "the run's law"
@@ -78,7 +78,7 @@ class Record:
         return [point.step for point in self.points]
 
     def truths(self) -> tuple[Tensor, Tensor]:
-        """``[T, 3]`` and, with each replicate left out, ``[T, J, 3]``."""
+        """``[T, 4]`` and, with each replicate left out, ``[T, J, 4]``, in the order of `TRUE_COLUMNS`."""
         return (
             torch.stack([point.truth.values for point in self.points]),
             torch.stack([point.truth.deleted for point in self.points]),
@@ -110,7 +110,7 @@ class Record:
             for point in self.points
         ]
         return {
-            "columns": list(COLUMNS),
+            "columns": list(TRUE_COLUMNS),
             "alpha": self.alpha,
             "points": points,
             "mu": {label: _round(values) for label, values in self.mu.items()},

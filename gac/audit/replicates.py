@@ -1,13 +1,20 @@
 """The true noise and disagreement of a step's gradients, from independent steps drawn at the same parameters.
 
-With the gradients ``G_1 .. G_J`` of ``J`` independent steps of one branch,
+What a law mixes are the gradients of the steps that training takes, and what they are meant to follow is the gradient
+of the objective: of all demonstrations, and of the policy's expected reward. The two differ in more than noise where
+demonstrations are seen again and again: those that the next step brings were not seen for longest, have a larger loss
+than the rest, and are no sample of the whole. So three kinds of gradients are drawn, ``J`` of each: ``S_j`` and ``R_j``
+of steps as training takes them, and ``F_j`` of demonstrations in a fresh order, with the objective's mean ``g_s``.
 
-    sigma2   = sum_j |G_j - mean G|^2 / (J - 1)              unbiased for E|G - g|^2
-    delta_g2 = sum_{i != j} <d_i, d_j> / (J (J - 1))         unbiased for |g_s - g_r|^2,  d_j = G_s,j - G_r,j
+    sigma_s2 = mean |S|^2 - 2 <mean S, mean F> + |g_s|^2      E|S - g_s|^2
+    sigma_r2 = sum_j |R_j - mean R|^2 / (J - 1)               E|R - g_r|^2
+    delta_g2 = |g_s|^2 - 2 <mean F, mean R> + |g_r|^2         |g_s - g_r|^2
+    cross    = <mean S - g_s, g_s - g_r>                      of the step's own expectation; 0 for fresh demonstrations
 
-whatever happens inside a step: unequal or dependent contributions, sampling without replacement, any normalisation of
-the loss. The estimators under audit assume independent contributions; nothing of that is assumed here. Both are
-functions of the inner products alone, so that leaving a step out costs nothing.
+with the unbiased ``|g|^2 = sum_{i != j} <x_i, x_j> / (J (J - 1))``. All four are unbiased whatever happens inside a
+step: unequal or dependent contributions, sampling without replacement, any normalisation of the loss. The estimators
+under audit assume independent contributions; nothing of that is assumed here. All are functions of the inner products
+alone, so that leaving a step out costs nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +26,10 @@ import torch
 from torch import Tensor
 
 COLUMNS = ("sigma_s2", "sigma_r2", "delta_g2")
-"""The order of the three numbers wherever they stand in one tensor."""
+"""What estimators estimate; the order of the three numbers wherever they stand in one tensor."""
+
+TRUE_COLUMNS = (*COLUMNS, "cross")
+"""What the truth knows."""
 
 FEWEST = 3
 """Steps that a truth needs: leaving one out must leave two."""
@@ -29,11 +39,11 @@ _CHUNK = 2**20
 
 @dataclass(frozen=True)
 class Truth:
-    """The three numbers at some parameters.
+    """The four numbers at some parameters.
 
     Attributes:
-        values: ``[3]`` float64, in the order of `COLUMNS`; ``delta_g2`` may come out negative.
-        deleted: ``[J, 3]`` float64, the same without step j: what a jackknife needs.
+        values: ``[4]`` float64, in the order of `TRUE_COLUMNS`; ``delta_g2`` may come out negative.
+        deleted: ``[J, 4]`` float64, the same without step j: what a jackknife needs.
     """
 
     values: Tensor
@@ -41,7 +51,7 @@ class Truth:
 
     @property
     def covariance(self) -> Tensor:
-        """``[3, 3]``: jackknife estimate of the covariance of `values`."""
+        """``[4, 4]``: jackknife estimate of the covariance of `values`."""
         j = len(self.deleted)
         centred = self.deleted - self.deleted.mean(0)
         return (j - 1) / j * centred.T @ centred
@@ -57,60 +67,81 @@ def gram(vectors: Sequence[Tensor]) -> Tensor:
     return result
 
 
-def truth(sft: Sequence[Tensor], rl: Sequence[Tensor]) -> Truth:
-    """The three numbers from each step's gradients.
+def truth(sft: Sequence[Tensor], rl: Sequence[Tensor], fresh: Sequence[Tensor]) -> Truth:
+    """The four numbers from gradients ``[P]`` without the branches' weights, at least 3 of each kind.
 
     Args:
-        sft, rl: the gradients of both branches, ``[P]`` for each of at least 3 steps, without the branches' weights.
+        sft, rl: of both branches, from steps as training takes them.
+        fresh: of the supervised branch, from demonstrations in a fresh order.
 
     Raises:
-        ValueError: too few steps, or not as many of one branch as of the other.
+        ValueError: too few, or not as many of one kind as of another.
     """
-    steps = len(sft)
-    if steps != len(rl):
-        raise ValueError(f"truth: {steps} SFT gradients but {len(rl)} RL gradients; each step gives one of both")
-    if steps < FEWEST:
-        raise ValueError(f"truth: {steps} steps are too few, a spread and its error need at least {FEWEST}")
-    products = gram([*sft, *rl])
-    ss, rr, sr = products[:steps, :steps], products[steps:, steps:], products[:steps, steps:]
-    dd = ss + rr - sr - sr.T
-    columns = [_noise(ss), _noise(rr), _squared_mean(dd)]
-    return Truth(torch.stack([whole for whole, _ in columns]), torch.stack([rest for _, rest in columns], 1))
+    n = len(sft)
+    if not n == len(rl) == len(fresh):
+        raise ValueError(
+            f"truth: {n} SFT, {len(rl)} RL and {len(fresh)} fresh SFT gradients; each step gives one of all"
+        )
+    if n < FEWEST:
+        raise ValueError(f"truth: {n} steps are too few, a spread and its error need at least {FEWEST}")
+    products = gram([*sft, *rl, *fresh])
+    block = lambda i, k: products[i * n : (i + 1) * n, k * n : (k + 1) * n]
+    ss, rr, ff = (block(i, i) for i in range(3))
+    sr, sf, rf = block(0, 1), block(0, 2), block(1, 2)
+    norm_s2, norm_r2 = _squared_mean(ff), _squared_mean(rr)
+    between_sf, between_sr, between_rf = (_mean(x) for x in (sf, sr, rf))
+    columns = [
+        _mean_diagonal(ss) - 2 * between_sf + norm_s2,
+        _mean_diagonal(rr) - norm_r2,
+        norm_s2 - 2 * between_rf + norm_r2,
+        between_sf - between_sr - norm_s2 + between_rf,
+    ]
+    table = torch.stack(columns, 1)
+    return Truth(table[0], table[1:])
 
 
-def _noise(products: Tensor) -> tuple[Tensor, Tensor]:
-    n, trace, total, traces, totals = _sums(products)
-    return (trace - total / n) / (n - 1), (traces - totals / (n - 1)) / (n - 2)
+# Each of these is a vector [1 + n]: of all replicates, then without each of them.
 
 
-def _squared_mean(products: Tensor) -> tuple[Tensor, Tensor]:
-    n, trace, total, traces, totals = _sums(products)
-    return (total - trace) / (n * (n - 1)), (totals - traces) / ((n - 1) * (n - 2))
+def _mean_diagonal(products: Tensor) -> Tensor:
+    n, diagonal = len(products), products.diagonal()
+    total = diagonal.sum()
+    return torch.cat([total[None] / n, (total - diagonal) / (n - 1)])
 
 
-def _sums(products: Tensor) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
-    """``n``, trace and sum of ``[n, n]``, and both without each row and its column, ``[n]``."""
-    diagonal, rows = products.diagonal(), products.sum(1)
-    trace, total = diagonal.sum(), rows.sum()
-    return len(products), trace, total, trace - diagonal, total - 2 * rows + diagonal
+def _mean(products: Tensor) -> Tensor:
+    """Of the products of two independent kinds."""
+    n, total = len(products), products.sum()
+    without = total - products.sum(0) - products.sum(1) + products.diagonal()
+    return torch.cat([total[None] / n**2, without / (n - 1) ** 2])
+
+
+def _squared_mean(products: Tensor) -> Tensor:
+    """Unbiased: no gradient meets itself."""
+    n, diagonal = len(products), products.diagonal()
+    total = products.sum() - diagonal.sum()
+    without = total - 2 * (products.sum(1) - diagonal)
+    return torch.cat([total[None] / (n * (n - 1)), without / ((n - 1) * (n - 2))])
 
 
 def mean_squared_error(mu: Tensor | float, values: Tensor, alpha: float) -> Tensor:
-    """``(mu-alpha)^2*delta_g2 + mu^2*sigma_s2 + (1-mu)^2*sigma_r2``: of the mixed gradient about its target.
+    """Of the mixed gradient of a step of training about its target, ``alpha*g_s + (1-alpha)*g_r``:
 
-    ``E|mu G_s + (1-mu) G_r - (alpha g_s + (1-alpha) g_r)|^2`` for branches drawn independently. Linear in ``values``,
-    hence unbiased where these are and ``mu`` does not depend on them.
+        (mu-alpha)^2*delta_g2 + mu^2*sigma_s2 + (1-mu)^2*sigma_r2 + 2*mu*(mu-alpha)*cross
+
+    Linear in ``values``, hence unbiased where these are and ``mu`` does not depend on them.
 
     Args:
         mu: broadcasts against the leading dimensions of ``values``.
-        values: ``[..., 3]``, in the order of `COLUMNS`.
+        values: ``[..., 4]``, in the order of `TRUE_COLUMNS`.
         alpha: weight of the SFT gradient in the target.
     """
-    sigma_s2, sigma_r2, delta_g2 = values.unbind(-1)
-    return (mu - alpha) ** 2 * delta_g2 + mu**2 * sigma_s2 + (1 - mu) ** 2 * sigma_r2
+    sigma_s2, sigma_r2, delta_g2, cross = values.unbind(-1)
+    return (mu - alpha) ** 2 * delta_g2 + mu**2 * sigma_s2 + (1 - mu) ** 2 * sigma_r2 + 2 * mu * (mu - alpha) * cross
 
 
 def oracle(values: Tensor, alpha: float) -> Tensor:
-    """The mu of least mean squared error, ``[...]``: closed form of ``values`` with ``delta_g2`` clamped at 0."""
-    sigma_s2, sigma_r2, delta_g2 = values.clamp(min=0.0).unbind(-1)
-    return (alpha * delta_g2 + sigma_r2) / (delta_g2 + sigma_s2 + sigma_r2)
+    """The mu in [0, 1] of least :func:`mean_squared_error`, ``[...]``; without ``cross`` the laws' closed form."""
+    sigma_s2, sigma_r2, delta_g2, cross = values.unbind(-1)
+    least = (alpha * (delta_g2 + cross) + sigma_r2) / (delta_g2 + sigma_s2 + sigma_r2 + 2 * cross)
+    return least.clamp(0.0, 1.0)

@@ -19,7 +19,7 @@ PAPER_CORRELATION = 0.84
 
 
 def tables(found: Figures) -> list[Table]:
-    """Truth, estimators, what each implies for mu, the paper's proxy, laws, and when they were good."""
+    """Truth, estimators, what each implies for mu, the paper's proxy, laws, when they were good, and why."""
     return [
         _truth_table(found),
         *(_estimator_table(found, column) for column in COLUMNS),
@@ -27,6 +27,7 @@ def tables(found: Figures) -> list[Table]:
         _proxy_table(found),
         _law_table(found),
         _part_table(found),
+        _replay_table(found),
     ]
 
 
@@ -65,7 +66,7 @@ def _estimator_table(found: Figures, column: str) -> Table:
         q = qualities[column]
         spread = [q.bias.text(percent=True), _percent(q.deviation), _percent(q.drift, signed=True)]
         rows.append([name, *spread, _number(q.single), _number(q.average)])
-    title = f"{column}; the standard error that exact reports is {found.reported[column]:.2f} of the true one"
+    title = f"{column}; the standard error that exact reports is {_number(found.reported[column])} of the true one"
     return title, ["estimator", "bias", "error", "in training", "r, step", "r, average"], rows
 
 
@@ -96,7 +97,12 @@ def _part_table(found: Figures) -> Table:
     return "MSE over the oracle's in parts of training (sums)", ["steps", *parts], rows
 
 
-_MIXING = ["mu", "off by", "MSE, sums", "less bias", "MSE, ratios"]
+def _replay_table(found: Figures) -> Table:
+    rows = [[label, *_mixing(m)] for label, m in found.replays.items()]
+    return "law gac over the recorded steps again", ["fed or set otherwise", *_MIXING], rows
+
+
+_MIXING = ["mu", "off\nby", "MSE,\nsums", "less\nbias", "MSE,\nratios"]
 
 
 def _mixing(m: Mixing) -> list[str]:

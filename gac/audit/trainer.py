@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,8 +30,9 @@ class AuditTrainer(HybridGRPOTrainer):
     At the steps ``every/2, 3*every/2, ...`` (the middles of equal stretches) it draws ``replicates`` whole optimizer
     steps at the present parameters and takes none of them. Each is made by the trainer's own `training_step`: new
     prompts from the training set, new rollouts of the present policy, the same rewards, advantages, micro-batches and
-    divisors, and demonstrations in a new order of the set. Parameters, gradients, random states, data order, metrics
-    and the mixer are as if nothing had happened.
+    divisors, and the demonstrations that this epoch has not seen yet, in a new order. Then it draws as many supervised
+    steps from all demonstrations. Parameters, gradients, random states, data order, metrics and the mixer are as if
+    nothing had happened.
 
     Args:
         *args, **kwargs: as for `HybridGRPOTrainer`.
@@ -115,44 +116,56 @@ class AuditTrainer(HybridGRPOTrainer):
 
     def _measure_truth(self, model: Any, num_items_in_batch: Any) -> None:
         step = self.state.global_step
-        gradients: dict[Branch, list[torch.Tensor]] = {branch: [] for branch in Branch}
+        sft, rl, fresh = [], [], []
         draws: dict[str, list[torch.Tensor]] = {}
         drawn = self._drawn
+        epoch, place = divmod(self._sft_position, self._sampler.size)
+        unseen = self._sampler.take(epoch * self._sampler.size, self._sampler.size)[place:]
         with self._undisturbed():
             for number in range(self._replicates):
-                self._draw_step(model, num_items_in_batch, seed=_seed(self._audit_seed, step, number))
-                for branch, gradient in self._panel.gradients().items():
-                    gradients[branch].append(gradient)
+                seeds = [_seed(self._audit_seed, step, number, kind) for kind in range(2)]
+                self._draw_step(model, num_items_in_batch, unseen, seed=seeds[0])
+                gradients = self._panel.gradients()
+                sft.append(gradients[Branch.SFT])
+                rl.append(gradients[Branch.RL])
                 for name, found in self._panel.read().items():
                     draws.setdefault(name, []).append(three(found))
-                self._panel.clear()
-                model.zero_grad(set_to_none=True)
+                self._forget(model)
+                self._draw_demonstrations(model, seed=seeds[1])
+                fresh.append(self._panel.gradients()[Branch.SFT])
+                self._forget(model)
                 drawn += 1
                 if self._on_replicate is not None:
                     self._on_replicate(drawn)
         self._drawn = drawn
-        self._record.points.append(
-            Point(
-                step,
-                truth(gradients[Branch.SFT], gradients[Branch.RL]),
-                {name: torch.stack(values) for name, values in draws.items()},
-                self._shadows.averages(),
-            )
-        )
+        estimates = {name: torch.stack(values) for name, values in draws.items()}
+        self._record.points.append(Point(step, truth(sft, rl, fresh), estimates, self._shadows.averages()))
 
-    def _draw_step(self, model: Any, num_items_in_batch: Any, *, seed: int) -> None:
-        """The gradients of one optimizer step with data of its own."""
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+    def _draw_step(self, model: Any, num_items_in_batch: Any, unseen: list[int], *, seed: int) -> None:
+        """The gradients of one optimizer step as training could go on from here."""
+        _seed_all(seed)
         chosen = torch.randperm(len(self.train_dataset))[: self.args.generation_batch_size // self.num_generations]
         rows = [self.train_dataset[i] for i in chosen.tolist() for _ in range(self.num_generations)]
         self._step = 0
         self._buffered_inputs = None
         self._sft_position = 0
-        self._sampler = EpochSampler(self._sampler.size, seed)
+        self._sampler = Continuation(unseen, self._sampler.size, seed)
         for _ in range(self.current_gradient_accumulation_steps):
             super().training_step(model, rows, num_items_in_batch)
+
+    def _draw_demonstrations(self, model: Any, *, seed: int) -> None:
+        """The gradient of one optimizer step's supervised branch, with demonstrations from the whole set."""
+        _seed_all(seed)
+        self._sft_position = 0
+        self._sampler = EpochSampler(self._sampler.size, seed)
+        self._begin_window()
+        for _ in range(self.current_gradient_accumulation_steps):
+            self._sft_step(model, None)
+        self._micro_steps_left = 0
+
+    def _forget(self, model: Any) -> None:
+        self._panel.clear()
+        model.zero_grad(set_to_none=True)
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
@@ -174,6 +187,34 @@ class AuditTrainer(HybridGRPOTrainer):
             self.state.num_input_tokens_seen = seen
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
+
+
+class Continuation:
+    """An order of demonstrations: those left of an epoch, shuffled anew, then new epochs. As `EpochSampler`.
+
+    Args:
+        unseen: indices that are left.
+        size: of the whole set.
+        seed: of the order.
+    """
+
+    def __init__(self, unseen: Sequence[int], size: int, seed: int) -> None:
+        self.size = size
+        generator = torch.Generator().manual_seed(seed)
+        self._unseen = [unseen[i] for i in torch.randperm(len(unseen), generator=generator).tolist()]
+        self._later = EpochSampler(size, seed)
+
+    def take(self, position: int, count: int) -> list[int]:
+        """Indices at ``position, ..., position + count - 1``."""
+        own = self._unseen[position : position + count]
+        begin = max(0, position - len(self._unseen))
+        return own + self._later.take(begin, count - len(own))
+
+
+def _seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 @contextmanager

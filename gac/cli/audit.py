@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--every", type=positive, default=16, metavar="N", help="steps between two measurements of the truth"
     )
     audit.add_argument(
-        "--replicates", type=positive, default=32, metavar="N", help="independent steps drawn for each of them"
+        "--replicates", type=positive, default=24, metavar="N", help="independent steps drawn for each of them"
     )
     audit.add_argument("--json", type=Path, metavar="FILE", help="where the data goes (default: audit.json in --out)")
     audit.add_argument("--png", type=Path, metavar="FILE", help="where the picture goes (default: audit.png in --out)")
@@ -127,10 +127,11 @@ def _conclude(args: argparse.Namespace, out: Path, reporter: Any) -> None:
 
     raw = torch.load(out / RAW, weights_only=True)
     record, about = Record.restored(raw["record"]), raw["about"]
-    found = figures(record)
+    law, options = TrainConfig(**about["options"]).law_and_options()
+    found = figures(record, options if law == "gac" else {})
     json_path, png_path = args.json or out / "audit.json", args.png or out / "audit.png"
     write_text(json_path, compact_json({**about, "figures": found.as_json(), "record": record.as_json()}))
-    draw_audit(record, png_path, title=f"law {about['options']['law']}, seed {about['options']['seed']}")
+    draw_audit(record, png_path, title=f"law {law}, seed {about['options']['seed']}")
     show(found, reporter)
     reporter.say(f"data: {json_path}  picture: {png_path}")
 

@@ -13,14 +13,27 @@ SCALES_S = torch.linspace(0.2, 1.5, DIMENSIONS, dtype=torch.float64)
 SCALES_R = torch.linspace(2.0, 0.1, DIMENSIONS, dtype=torch.float64)
 MEAN_S = 0.5 * torch.sin(torch.arange(DIMENSIONS, dtype=torch.float64))
 MEAN_R = 0.5 * torch.cos(torch.arange(DIMENSIONS, dtype=torch.float64))
-TRUE = torch.stack([SCALES_S.square().sum(), SCALES_R.square().sum(), (MEAN_S - MEAN_R).square().sum()])
-"""sigma_s2, sigma_r2, delta_g2 of the distribution that `draw` draws from."""
+SHIFT = 0.3 * torch.cos(2 + torch.arange(DIMENSIONS, dtype=torch.float64))
+"""Of the demonstrations that training has not seen for long, against the whole set."""
 
 
-def draw(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[count, D]`` of both branches; the noise of a branch is far from isotropic."""
-    noise = torch.randn(2, count, DIMENSIONS, generator=generator, dtype=torch.float64)
-    return MEAN_S + SCALES_S * noise[0], MEAN_R + SCALES_R * noise[1]
+def true_values(shift: bool) -> torch.Tensor:
+    """``[4]``: what `draw` draws from, in the order of `TRUE_COLUMNS`."""
+    bias = SHIFT if shift else 0 * SHIFT
+    difference = MEAN_S - MEAN_R
+    noise = SCALES_S.square().sum() + bias.square().sum()
+    return torch.stack([noise, SCALES_R.square().sum(), difference.square().sum(), bias @ difference])
+
+
+TRUE = true_values(shift=False)[:3]
+"""sigma_s2, sigma_r2, delta_g2 without a shift."""
+
+
+def draw(count: int, generator: torch.Generator, shift: bool = False) -> tuple[torch.Tensor, ...]:
+    """``[count, D]`` of steps' SFT and RL gradients and of fresh SFT gradients; the noise is far from isotropic."""
+    noise = torch.randn(3, count, DIMENSIONS, generator=generator, dtype=torch.float64)
+    step = MEAN_S + SCALES_S * noise[0] + (SHIFT if shift else 0.0)
+    return step, MEAN_R + SCALES_R * noise[1], MEAN_S + SCALES_S * noise[2]
 
 
 def record(mu: dict[str, list[float]], *, points: int = 4, replicates: int = 12, scale: float = 1.0) -> Record:

@@ -10,18 +10,18 @@ from gac.audit.picture import draw_audit
 from gac.audit.record import RUN
 from gac.audit.replicates import oracle
 from gac.audit.report import tables, verdict
-from tests.gac.audit.synthetic import TRUE, record
+from tests.gac.audit.synthetic import TRUE, record, true_values
 
-VALUES = torch.tensor([[1.0, 3.0, 0.0], [2.0, 1.0, 4.0], [0.1, 5.0, -0.2]], dtype=torch.float64)
+VALUES = torch.tensor([[1.0, 3.0, 0.0, 0.0], [2.0, 1.0, 4.0, 0.0], [0.1, 5.0, -0.2, 0.5]], dtype=torch.float64)
 
 
 def test_averages_by_hand():
     mu = torch.tensor([0.5, 0.5, 0.5], dtype=torch.float64)
-    # errors at mu = 0.5: (sigma_s2 + sigma_r2) / 4
-    at_half = [1.0, 0.75, 1.275]
-    best = [0.75, 3 / 7, 5 / 5.1]
+    at_half = [1.0, 0.75, 1.275]  # (sigma_s2 + sigma_r2) / 4
+    best = [0.75, 3 / 7, 5.15 / 5.9]
     least = [best[0] ** 2 + 3 * 0.25**2, (best[1] - 0.5) ** 2 * 4 + 2 * best[1] ** 2 + (1 - best[1]) ** 2]
-    least.append(-0.2 * (best[2] - 0.5) ** 2 + 0.1 * best[2] ** 2 + 5 * (1 - best[2]) ** 2)
+    m = best[2]
+    least.append(-0.2 * (m - 0.5) ** 2 + 0.1 * m**2 + 5 * (1 - m) ** 2 + 2 * m * (m - 0.5) * 0.5)
     assert float(ratio_of_sums(mu, VALUES, 0.5)) == pytest.approx(sum(at_half) / sum(least))
     by_ratios = sum(a / b for a, b in zip(at_half, least, strict=True)) / 3
     assert float(mean_of_ratios(mu, VALUES, 0.5)) == pytest.approx(by_ratios)
@@ -37,14 +37,15 @@ def test_search_finds_the_best_constant():
 
 
 def test_estimators_without_bias_and_a_good_law():
-    best = float(oracle(TRUE, 0.5))
+    best = float(oracle(true_values(False), 0.5))
     made = record({"good": [best] * 4, "bad": [0.1] * 4}, scale=30.0)
     found = figures(made)
     assert (found.points, found.replicates, found.steps) == (4, 12, 4)
     for name in GRADIENT_ESTIMATORS:
-        for column, quality in found.estimators[name].items():
+        for true, (column, quality) in zip(TRUE.tolist(), found.estimators[name].items(), strict=True):
             assert abs(quality.bias.value) < 4 * quality.bias.se, (name, column)
-            assert quality.deviation == pytest.approx(0.1, rel=0.4)
+            # of 48 draws about 4 means: known to 11%
+            assert quality.deviation * found.truth[column].value == pytest.approx(0.1 * true, rel=0.4)
     for name in COEFFICIENT_FORMS:  # another unit: a scale is no bias, and only ratios matter
         assert not found.estimators[name]["sigma_s2"].bias.known
         assert found.estimators[name]["sigma_s2"].deviation == pytest.approx(0.1, rel=0.4)

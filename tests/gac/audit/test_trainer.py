@@ -1,4 +1,5 @@
 import dataclasses
+from itertools import permutations
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from datasets import Dataset
 from gac.audit.figures import figures
 from gac.audit.record import RUN, Record
 from gac.audit.shadow import Contender, Shadows, default_contenders
-from gac.audit.trainer import AuditTrainer
+from gac.audit.trainer import AuditTrainer, Continuation
 from gac.tasks.characters import build_character_tokenizer
 from gac.trainers import HybridGRPOTrainer
 from tests.gac.trainers.conftest import DEMONSTRATIONS, PROMPTS, config, last_digit_reward, tiny_model  # noqa: F401
@@ -86,14 +87,15 @@ def test_drawn_steps_are_new_whole_and_at_the_same_parameters(arguments, monkeyp
     seen = []
     original = AuditTrainer._draw_step
 
-    def watch(self, model, items, *, seed):
-        original(self, model, items, seed=seed)
+    def watch(self, model, items, unseen, *, seed):
+        original(self, model, items, unseen, seed=seed)
         observer = self._panel._observers["exact"]
         seen.append(
             {
                 "step": self.state.global_step,
                 "branches": [c.branch.value for c in observer.contributions],
                 "demonstrations": tuple(self._sampler.take(0, 10)),
+                "unseen": set(unseen),
                 "prompts": tuple(map(tuple, torch.cat([x["prompt_ids"] for x in self._buffered_inputs]).tolist())),
                 "groups": [x["prompt_ids"].unique(dim=0).shape[0] for x in self._buffered_inputs],
                 "parameters": torch.cat([p.detach().flatten() for p in model.parameters()]),
@@ -110,6 +112,17 @@ def test_drawn_steps_are_new_whole_and_at_the_same_parameters(arguments, monkeyp
     for first, rest in ((seen[0], seen[1:4]), (seen[4], seen[5:])):
         assert all(torch.equal(first["parameters"], x["parameters"]) for x in rest)
     assert not torch.equal(seen[0]["parameters"], seen[4]["parameters"])
+    assert [len(x["unseen"]) for x in seen] == [40] * 4 + [20] * 4  # of 50, 10 in a step
+    assert all(set(x["demonstrations"]) <= x["unseen"] for x in seen)
+
+
+def test_continuation_of_an_epoch():
+    order = Continuation([3, 1, 4], 6, seed=7)
+    first = order.take(0, 3)
+    assert sorted(first) == [1, 3, 4]
+    assert sorted(order.take(3, 6)) == sorted(order.take(9, 6)) == list(range(6))
+    assert order.take(2, 3) == [first[2], *order.take(3, 2)]
+    assert {tuple(Continuation([3, 1, 4], 6, seed=s).take(0, 3)) for s in range(40)} == set(permutations([3, 1, 4]))
 
 
 def test_what_cannot_be_audited_is_refused(config):  # noqa: F811
