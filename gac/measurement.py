@@ -116,11 +116,15 @@ class Measurement:
         if self._second_moments is not None and ready:
             ready = self._second_moments.ready
             if ready:  # of the moments that this step's gradients are divided by
-                self._correction = self._second_moments.correction(self.device, self._dtype)
+                self._root = self._second_moments.correction(self.device, self._dtype).sqrt().float()
         measured, rest = divmod(step, self._interval)
         self.due = rest == 0
         by_module = self._report_interval is not None and (measured + 1) % self._report_interval == 0
         self.observer.measure(ready and self.due, by_module=ready and self.due and by_module)
+
+    def scaled(self, scale: Tensor) -> Tensor:
+        """The scale that takes a branch's gradients to its contributions, from the one that undoes its weight."""
+        return scale * self._root if self._second_moments is not None and self.observer.measuring else scale
 
     def observe_tokens(self, logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor) -> None:
         """Rows for the coefficient estimator."""
@@ -162,8 +166,6 @@ class Measurement:
         if self._reduction is not None:
             sums, self._reduction = self._reduction.finish(), None
             self._confirm(sums)
-            if self._second_moments is not None:
-                sums = sums.scaled(self._correction)
             statistics = self._from_sums(sums, present)
         self.used = self.estimator + ("+time" if self._uses_time() else "")
         if self.estimator == "coefficient" or (self._auto and self.observer.outside):

@@ -237,7 +237,7 @@ class Mixer:
                 "pass of each branch (module.set_requires_gradient_sync)"
             )
         self._last_branch = branch
-        scale = self._scales[branch]
+        scale = self._measurement.scaled(self._scales[branch])
         if self._scaler is not None and self._observer.measuring:
             scale = scale / self._scaler.scale(torch.ones_like(scale))
         self._observer.enter(branch, scale, tokens)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -46,12 +46,6 @@ class StepSums:
     time_noise: Tensor
     module_power: Tensor | None = None
     module_norms: Tensor | None = None
-
-    def scaled(self, factor: Tensor) -> StepSums:
-        """The same sums of contributions whose squares are ``factor`` times as large."""
-        squares = ("power", "norms", "time_noise", "module_power", "module_norms")
-        found = {name: getattr(self, name) for name in squares}
-        return replace(self, **{name: factor * value for name, value in found.items() if value is not None})
 
 
 class Reduction:
