@@ -7,6 +7,9 @@ verl/workers/engine_workers.py (``TrainingWorker``, ``ActorRolloutRefWorker``), 
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,7 +18,7 @@ import torch
 
 from gac.trainers.adapters import verl as adapter
 from gac.trainers.mixed_batch import MixedBatch
-from tests.gac.trainers.adapters.samples import RESPONSE, clipped, losses_by_hand, samples, token_mean
+from tests.gac.trainers.adapters.samples import RESPONSE, clipped, losses_by_hand, row_mean, samples, token_mean
 
 INSTALLED = importlib.util.find_spec("verl") is not None and importlib.util.find_spec("tensordict") is not None
 PROMPT = 3
@@ -115,7 +118,7 @@ class StandIn:
 class Installed:
     """verl's own loss, batches and worker class; no engine, which needs a GPU."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, **options):
         import verl.utils.device
         from verl.workers.config import FSDPActorConfig
         from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
@@ -129,7 +132,12 @@ class Installed:
         self.worker_cls, self.actor_cls = TrainingWorker, ActorRolloutRefWorker
         monkeypatch.setattr(ActorRolloutRefWorker, "actor_worker_cls", TrainingWorker)
         config = FSDPActorConfig(
-            strategy="fsdp", ppo_micro_batch_size_per_gpu=2, rollout_n=1, ppo_mini_batch_size=4, clip_ratio_c=1e9
+            strategy="fsdp",
+            ppo_micro_batch_size_per_gpu=2,
+            rollout_n=1,
+            ppo_mini_batch_size=4,
+            clip_ratio_c=1e9,
+            **options,
         )
         self.loss = partial(ppo_loss, config=config)
 
@@ -275,3 +283,43 @@ def test_without_counts(verl):
 def test_wrong_options_are_reported_at_once():
     with pytest.raises(TypeError, match="half_lif"):
         adapter.training_worker(SimpleNamespace, half_lif=2)
+
+
+if INSTALLED:
+
+    def test_counts_and_labels_reach_verls_micro_batches(monkeypatch):
+        from verl.utils import tensordict_utils as tu
+        from verl.workers.engine.utils import prepare_micro_batches
+
+        verl = Installed(monkeypatch)
+        made, s, other = worker(verl, law="fixed", mu=0.3), samples(), samples()
+        data = verl.batch(s)
+        made.train_batch(data)
+        tu.assign_non_tensor(made.seen, use_dynamic_bsz=False, micro_batch_size_per_gpu=2, sp_size=1)
+        micro_batches, _ = prepare_micro_batches(made.seen)
+        assert len(micro_batches) == 2
+        total = 0.0
+        for k, micro in enumerate(micro_batches):
+            output = verl.output(s.rows(slice(2 * k, 2 * k + 2)))
+            loss, _ = made.loss_fn(model_output=output, data=micro, dp_group=None)
+            total = total + loss
+        sft, rl = losses_by_hand(other)
+        torch.testing.assert_close(total, 0.3 * token_mean(sft) + 0.7 * token_mean(rl))
+
+    def test_sequence_means_are_over_the_rollouts_rows(monkeypatch):
+        verl = Installed(monkeypatch, loss_agg_mode="seq-mean-token-mean")
+        made, s = worker(verl, law="fixed", mu=0.3), samples()
+        loss, _ = step(verl, made, s, [[0, 3], [1, 2]])
+        sft, rl = losses_by_hand(s)
+        torch.testing.assert_close(loss, (0.3 * token_mean(sft) + 0.7 * row_mean(rl)).detach())
+
+    def test_imported_by_verl(tmp_path):
+        (tmp_path / "gac_verl.py").write_text("from gac.trainers.adapters import verl\n\nverl.install(law='gac')\n")
+        code = (
+            "import verl; from verl.workers.engine_workers import ActorRolloutRefWorker as W;"
+            "print(W.actor_worker_cls.__name__)"
+        )
+        paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "VERL_USE_EXTERNAL_MODULES": "gac_verl"}
+        found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+        assert found.stdout.split()[-1:] == ["MixedTrainingWorker"], found.stderr
