@@ -9,22 +9,24 @@ VOCABULARY = 48
 ARCHITECTURES = [(family, tied) for family in ("qwen2", "llama", "gpt2") for tied in (True, False)]
 
 
-def tiny_model(family: str = "qwen2", *, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32):
-    """A causal language model of about 50,000 parameters."""
+def tiny_model(
+    family: str = "qwen2", *, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32, width: int = 32
+):
+    """A causal language model of about 50,000 parameters at the default width."""
     import transformers
 
     torch.manual_seed(seed)
     if family == "gpt2":
         config = transformers.GPT2Config(
-            vocab_size=VOCABULARY, n_positions=32, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=tied,
+            vocab_size=VOCABULARY, n_positions=32, n_embd=width, n_layer=2, n_head=4, tie_word_embeddings=tied,
             attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
         )  # fmt: skip
         model = transformers.GPT2LMHeadModel(config)
     else:
         kind = {"qwen2": "Qwen2", "llama": "Llama"}[family]
         config = getattr(transformers, f"{kind}Config")(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=tied,
+            vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=tied,
         )  # fmt: skip
         model = getattr(transformers, f"{kind}ForCausalLM")(config)
     return model.to(dtype)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import gac
+import gac.ledger
 from tests.gac.distributed import engines
 from tests.gac.models import rl_loss, sft_loss, tiny_model
 
@@ -45,6 +46,23 @@ PLANS = {
 }
 
 ESTIMATORS = ("exact", "sketch")
+
+
+def compressed(rank, world, folder):
+    """The sketch where elements share buckets: replicas have one map, shards one for each rank."""
+    found = {}
+    size, gac.ledger.SMALLEST_SKETCH = gac.ledger.SMALLEST_SKETCH, BUCKETS
+    try:
+        for kind in ("ddp", "fsdp2"):
+            run = REPLICAS["ddp, no_sync"] if kind == "ddp" else SHARDS["fsdp2"]
+            found[kind] = run(rank, world, estimator="sketch", width=WIDTH)
+    finally:
+        gac.ledger.SMALLEST_SKETCH = size
+    return found
+
+
+BUCKETS, WIDTH = 8192, 128
+"""Of the compressed sketch, and of a model with matrices that are large enough for it."""
 
 
 def twenty_steps_of_ddp(rank, world, folder):
@@ -180,6 +198,7 @@ CASES |= {
     for name, (run, _) in engines.MISTAKES.items()
 }
 CASES |= {
+    "compressed": compressed,
     "twenty steps": twenty_steps_of_ddp,
     "communication": communication,
     "overlap": overlap,

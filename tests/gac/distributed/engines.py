@@ -104,8 +104,8 @@ def whole_parameters(model: nn.Module) -> list[torch.Tensor]:
 
 
 def ddp(*, no_sync=False, **options):
-    def run(rank, world, plan=UNIFORM, **patch_options):
-        model = DistributedDataParallel(tiny_model(), **options)
+    def run(rank, world, plan=UNIFORM, *, width=32, **patch_options):
+        model = DistributedDataParallel(tiny_model(width=width), **options)
         quiet = (
             (lambda number, last: contextlib.nullcontext() if number == 1 and last else model.no_sync())
             if no_sync
@@ -192,7 +192,7 @@ def shard(model: nn.Module, mesh, **options) -> nn.Module:
 
 
 def fsdp(*, replicate: int = 1, sync_last_only: bool = False, dtype: torch.dtype | None = None, offload: bool = False):
-    def run(rank, world, plan=UNIFORM, **patch_options):
+    def run(rank, world, plan=UNIFORM, *, width=32, **patch_options):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
@@ -203,7 +203,7 @@ def fsdp(*, replicate: int = 1, sync_last_only: bool = False, dtype: torch.dtype
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         if offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
-        model = shard(tiny_model(), init_device_mesh("cpu", shape, mesh_dim_names=names), **options)
+        model = shard(tiny_model(width=width), init_device_mesh("cpu", shape, mesh_dim_names=names), **options)
 
         @contextlib.contextmanager
         def quiet(number, last):

@@ -21,6 +21,7 @@ WORLD_2 = [
     "fsdp2, bfloat16",
     "fsdp2, sync in the last pass",
     "tensor parallel",
+    "compressed",
     "twenty steps",
     "communication",
     "overlap",
@@ -106,6 +107,22 @@ def test_two_ranks_equal_one_process(results, engine, estimator):
 def test_four_ranks_equal_one_process(results, engine, estimator):
     found = agreed(results[4], f"{engine}, {estimator}")
     assert_agree(found, alone(4, engine in cases.SHARDS, estimator))
+
+
+def test_compressed_sketches(results, monkeypatch):
+    """Sketches of replicas add up to that of one process; those of shards have another map, hence its error."""
+    found = {kind: agreed([r["compressed"] for r in results[2]], kind) for kind in ("ddp", "fsdp2")}
+    monkeypatch.setattr("gac.ledger.SMALLEST_SKETCH", cases.BUCKETS)
+    model = tiny_model(width=cases.WIDTH)
+    assert_agree(found["ddp"], engines.alone(2, together=False, estimator="sketch", model=model))
+    model = tiny_model(width=cases.WIDTH)
+    exact = engines.alone(2, together=True, estimator="exact", model=model)["statistics"][
+        0
+    ]  # of the first step: later ones follow another mu
+    bound = 5 * math.sqrt(2 / cases.BUCKETS) * exact["distance2"]
+    for name in ("sigma_s2", "sigma_r2", "distance2", "norm_s2", "norm_r2"):
+        assert found["fsdp2"]["statistics"][0][name] == pytest.approx(exact[name], abs=bound), name
+        assert found["fsdp2"]["statistics"][0][name] != pytest.approx(exact[name], rel=1e-6), "compressed indeed"
 
 
 def test_hybrid_sharding_counts_replicas_once(results):
