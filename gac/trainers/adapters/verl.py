@@ -154,8 +154,8 @@ def expert_rows(data) -> Tensor:
         values = [fields.get(EXPERT) for fields in _listed(data["extra_fields"])]
     else:
         raise KeyError(
-            f"the batch says of no row whether it is a demonstration: let the agent loop put {EXPERT!r} into "
-            "extra_fields of its output, for every row"
+            f"the batch says of no row whether it is a demonstration: whatever generates responses must put {EXPERT!r} "
+            "into extra_fields of its output, for every row"
         )
     return torch.tensor([bool(value) for value in _listed(values)])
 
