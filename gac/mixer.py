@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gac import deepspeed
 from gac.coefficient import CoefficientOptions
 from gac.controller import Controller
 from gac.ledger import Branch
@@ -147,11 +148,14 @@ class Mixer:
         if scaler is not None and not hasattr(scaler, "scale"):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
         parameters = _trainable(model)
+        topology = topology_of(model, parameters, process_group)
+        if topology.managed:
+            deepspeed.check(model, optimizer=optimizer, in_optimizer_space=second_moments is not None)
         self.controller = Controller(law, **law_options)
         self._measurement = Measurement(
             model,
             parameters,
-            topology=topology_of(model, parameters, process_group),
+            topology=topology,
             group=process_group,
             estimator=estimator,
             interval=interval,
@@ -230,6 +234,11 @@ class Mixer:
             )
         self._settle()
         self._check_tokens(branch, tokens)
+        if not self._measurement.topology.managed and deepspeed.is_managed(self._parameters[:1]):
+            raise RuntimeError(
+                "DeepSpeed took the parameters over after gac.patch: call deepspeed.initialize first, then patch the "
+                "engine that it returns"
+            )
         if branch is not self._last_branch and has_unreduced_gradients(self._fsdp2):
             raise RuntimeError(
                 f"gradient sync was off in the last backward pass of the {self._last_branch.value} branch, so FSDP2 "
@@ -501,7 +510,7 @@ class Mixer:
     @property
     def nbytes(self) -> int:
         """Device memory that measuring takes."""
-        return sum(ledger.nbytes for ledger in self._observer.ledgers)
+        return 0 if self._observer is None else sum(ledger.nbytes for ledger in self._observer.ledgers)
 
     def metrics(self, *, wait: bool = False) -> dict[str, float | str]:
         """Numbers of the newest step that has reached the host; empty before the first.

@@ -28,7 +28,7 @@ def estimator(request, monkeypatch) -> str:
     mode = MODES[request.param]
     monkeypatch.setattr("gac.ledger.SMALLEST_SKETCH", mode.get("buckets", 65_536))
     if mode.get("incoming"):
-        monkeypatch.setattr("gac.mixer.Observer", lambda *args, **options: Observer(*args, **options | INCOMING))
+        monkeypatch.setattr("gac.measurement.Observer", lambda *args, **options: Observer(*args, **options | INCOMING))
     return mode["estimator"]
 
 
