@@ -18,7 +18,7 @@ from gac.optimizer_space import SecondMoments
 from gac.reduction import Reduction, StepSums, gather_rows
 from gac.statistics import NAN, Statistics, noise_from_weighted, pair_statistics
 from gac.temporal import MovingMeans
-from gac.topology import Topology, local_part
+from gac.topology import Topology, local_numel
 from gac.uncertainty import SuccessiveDifferences
 from gac_kernels.arguments import accumulator_dtype
 
@@ -276,10 +276,10 @@ def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _reads_running_sums(exact: bool, topology: Topology, *, in_place: bool) -> bool:
     """Whether contributions are differences of what was accumulated.
 
-    Not where the engine reduces the gradient in place before the next pass (replicas on several ranks), and not for
-    the exact estimator where the gradient itself is at hand: that saves two of its buffers.
+    Not where the engine reduces the gradient in place before the next pass (replicas on several ranks) or takes it
+    away, and not for the exact estimator where the gradient itself is at hand: that saves two of its buffers.
     """
-    return topology.sharded or not in_place or (topology.ranks == 1 and not exact)
+    return topology.sharded or not in_place or (topology.ranks == 1 and not exact and not topology.managed)
 
 
 def _choose(estimator: str, model: nn.Module, parameters, topology: Topology, *, in_place: bool) -> str:
@@ -287,8 +287,8 @@ def _choose(estimator: str, model: nn.Module, parameters, topology: Topology, *,
     if estimator != "auto":
         return estimator
     vectors = 4 if _reads_running_sums(True, topology, in_place=in_place) else 2
-    buffers = 4 * vectors * sum(local_part(p).numel() for _, p in parameters)
+    buffers = 4 * vectors * sum(local_numel(p) for _, p in parameters)
     if topology.ranks > 1 and not topology.sharded:
         return "exact" if buffers <= EXACT_BYTES_REDUCED else "sketch"
-    whole = sum(local_part(p).numel() * p.element_size() for p in model.parameters())
+    whole = sum(local_numel(p) * p.element_size() for p in model.parameters())
     return "exact" if buffers <= max(EXACT_BYTES, EXACT_SHARE * whole) else "sketch"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gac.ledger import Branch, Ledger
 from gac.modules import group_parameters
 from gac.optimizer_space import SecondMoments
-from gac.topology import is_dtensor, local_gradient, local_part
+from gac.topology import is_dtensor, local_gradient, local_numel, local_part
 
 BUCKET_BYTES = 128 * 2**20
 """Gradients are handed over once this much is pending: a launch for each bucket, none for each parameter."""
@@ -72,7 +72,7 @@ class Observer:
             self._place.append((list(groups).index(key), len(group)))
             group.append(index)
         self.sharded = any(is_dtensor(p) for p in self.parameters)
-        numels = [local_part(p).numel() for p in self.parameters]
+        numels = [local_numel(p) for p in self.parameters]
         self._bytes = [n * p.element_size() for n, p in zip(numels, self.parameters, strict=True)]
         # Gradients of shards appear on a stream of the engine's own: they are read when the pass is over.
         self._bucket = BUCKET_BYTES if not self.sharded else float("inf")

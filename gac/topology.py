@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gac.deepspeed import is_managed, whole_numel
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -22,17 +24,24 @@ class Topology:
             of its own (one process, DDP); True for DTensors (FSDP2, tensor parallelism), where a backward pass of all
             ranks together is one contribution and every rank holds a piece of it.
         copies: for each parameter, how many ranks hold the same piece; its squares count ``1 / copies`` on each.
+        managed: whether the engine takes gradients out of ``p.grad`` while a backward pass runs (DeepSpeed).
     """
 
     ranks: int
     groups: tuple[dist.ProcessGroup | None, ...]
     sharded: bool
     copies: tuple[int, ...]
+    managed: bool = False
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def local_numel(parameter: nn.Parameter) -> int:
+    """Elements that this rank sees of a parameter's gradient."""
+    return local_part(parameter).numel() if is_dtensor(parameter) else whole_numel(parameter)
 
 
 def local_gradient(gradient: Tensor, parameter: nn.Parameter) -> Tensor:
@@ -63,7 +72,8 @@ def topology_of(
     sharded = [(name, p) for name, p in parameters if is_dtensor(p)]
     if not sharded:
         ranks = dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
-        return Topology(ranks, (process_group,) if ranks > 1 else (), False, (1,) * len(parameters))
+        groups, managed = (process_group,) if ranks > 1 else (), is_managed(p for _, p in parameters)
+        return Topology(ranks, groups, False, (1,) * len(parameters), managed)
     if process_group is not None:
         raise ValueError(
             "process_group= belongs to replicas (DDP); this model has DTensor parameters, whose device mesh says which "
