@@ -1,0 +1,55 @@
+"""Runs a function on several gloo processes, with an end for those that hang."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def on_ranks(world: int, folder: Path, function: Callable, *arguments, preload: str, seconds: float) -> list:
+    """What ``function(rank, world, *arguments)`` returns on each rank.
+
+    Args:
+        folder: for the meeting point and the results; a fresh one for each call.
+        preload: module that is imported once for all ranks.
+        seconds: after which a rank that has not ended fails the test.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([preload])
+    ranks = [
+        context.Process(target=_work, args=(rank, world, str(folder), function, arguments)) for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        for process in ranks:
+            process.join(seconds)
+            assert process.exitcode is not None, f"no end after {seconds} s on {world} ranks: a deadlock?"
+    finally:
+        for process in ranks:
+            process.kill()
+    found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    errors = [result["error"] for result in found if "error" in result]
+    assert not errors, "\n".join(errors)
+    return [result["value"] for result in found]
+
+
+def _work(rank: int, world: int, folder: str, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    try:
+        found = {"value": function(rank, world, *arguments)}
+    except Exception:
+        found = {"error": traceback.format_exc()}
+    torch.save(found, os.path.join(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
