@@ -120,19 +120,17 @@ class Figures:
     left_out: dict[str, list[str]]
 
     @property
-    def within_tolerance(self) -> bool:
-        """Whether the run's law stays within `TOLERANCE` of the oracle, by both averages."""
+    def verdict(self) -> dict[str, dict[str, bool]]:
+        """For both averages, whether the run's law stays within `TOLERANCE` and is not above the best constant."""
         law = self.laws[RUN]
-        return law.ratio.value <= TOLERANCE and law.mean_ratio.value <= TOLERANCE
-
-    @property
-    def beats_fixed(self) -> bool:
-        """Whether the run's law is not above the best constant, by both averages."""
-        return self.difference.value <= 0 and self.mean_difference.value <= 0
+        found = {"by sums": (law.ratio, self.difference), "by ratios": (law.mean_ratio, self.mean_difference)}
+        return {
+            name: {"within_tolerance": ratio.value <= TOLERANCE, "not_above_best_fixed": difference.value <= 0}
+            for name, (ratio, difference) in found.items()
+        }
 
     def as_json(self) -> dict[str, Any]:
-        verdict = {"within_tolerance": self.within_tolerance, "not_above_best_fixed": self.beats_fixed}
-        return {"verdict": verdict, **_plain(asdict(self))}
+        return {"verdict": self.verdict, **_plain(asdict(self))}
 
 
 def figures(record: Record, gac_options: Mapping[str, Any] | None = None) -> Figures:
@@ -244,12 +242,12 @@ def replays(record: Record, nearest: Tensor, options: Mapping[str, Any]) -> dict
     with_options = lambda **more: _replay(trained, {**options, **more})
     return {
         "fed with the truth": _replay(truths[nearest, :3], options),
-        "the same, no guardrails": _replay(truths[nearest, :3], {**options, **UNGUARDED}),
+        "the same, unguarded": _replay(truths[nearest, :3], {**options, **UNGUARDED}),
         "fed with drawn steps": _replay(draws[nearest, turn], options),
         **{f"half-life {x}": with_options(half_life=float(x)) for x in (2, 7, 20, 60)},
         **{f"cap {x}": with_options(cap=x) for x in (0.005, 0.02, 0.1, 1.0)},
-        "no guardrails": with_options(**UNGUARDED),
-        "no guardrails, half-life 20": with_options(**UNGUARDED, half_life=20.0),
+        "unguarded": with_options(**UNGUARDED),
+        "unguarded, half-life 20": with_options(**UNGUARDED, half_life=20.0),
     }
 
 

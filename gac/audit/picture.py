@@ -72,7 +72,7 @@ def _mu_panel(axis: Any, record: Record, values: Tensor, deleted: Tensor) -> Non
             axis.plot(record.mu[label], color=colour, linestyle=style, label=label)
     axis.set_ylim(0, 1.02)
     axis.set_title("mu, weight of the SFT branch")
-    axis.legend(loc="lower right", handlelength=3)
+    axis.legend(loc="lower right", handlelength=3, frameon=True, facecolor="white", framealpha=0.85, edgecolor="none")
 
 
 def _excess_panel(axis: Any, record: Record, values: Tensor) -> None:

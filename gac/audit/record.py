@@ -97,7 +97,7 @@ class Record:
         return torch.tensor([self.estimates[name][step] for step in self.steps], dtype=torch.float64)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the single draws, of which means and standard deviations stay; six digits."""
+        """Everything but the single draws, of which means and standard deviations stay; five digits."""
         points = [
             {
                 "step": point.step,
@@ -128,4 +128,4 @@ def three(statistics: Statistics) -> Tensor:
 def _round(value: Any) -> Any:
     if isinstance(value, Sequence):
         return [_round(item) for item in value]
-    return float(f"{value:.6g}")
+    return float(f"{value:.5g}")

@@ -23,7 +23,7 @@ def test_data_and_picture(finished):
     assert data["versions"]["torch"]
     assert [point["step"] for point in data["record"]["points"]] == [1, 3]
     assert data["figures"]["points"] == 2
-    assert set(data["figures"]["verdict"]) == {"within_tolerance", "not_above_best_fixed"}
+    assert set(data["figures"]["verdict"]) == {"by sums", "by ratios"}
     assert len(data["record"]["mu"]["the run's law"]) == 4
     assert (finished / "audit.png").stat().st_size > 20_000
     assert (finished / "metrics.jsonl").exists()
