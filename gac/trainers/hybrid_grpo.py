@@ -17,8 +17,10 @@ prompts, rollouts and demonstrations between rewards and losses.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import logging
+import math
 import os
 import time
 from collections import deque
@@ -26,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, send_to_device
 from transformers import TrainerCallback
 from trl import GRPOConfig
 
@@ -41,6 +43,7 @@ from gac.report import append_record
 from gac.trainers.demonstrations import DemonstrationBatch, DemonstrationCollator, EpochSampler, pad_demonstrations
 from gac.trainers.grouped_grpo import TOKEN_SUM_LOSSES, GroupedGRPOTrainer, loss_mask
 from gac.trainers.prompts import TOKENS, demonstrations_of, require_column
+from gac.trainers.resume import IMAGES, Batching, Position, redistribute
 from gac.trainers.rules import LossTerms, rule_of
 from gac.trainers.token_stats import label_logprobs
 
@@ -155,8 +158,9 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
     Checkpoints continue exactly: they hold the mixer's state, the position in the demonstrations, TRL's micro-step
     counter and, where a checkpoint falls between two generations (``steps_per_generation`` or ``num_iterations`` above
     their defaults), the buffered rollouts. The order of prompts is restored in later epochs too, which TRL alone does
-    not do. `complete_checkpoints` tells finished checkpoints from those that a kill cut short; keep
-    ``save_total_limit`` at 2 or more so that one of them always is.
+    not do. They also continue on another number of ranks or with other batch sizes: prompts and demonstrations go on
+    in order, and buffered rollouts are dealt out anew (docs/trainers.md). `complete_checkpoints` tells finished
+    checkpoints from those that a kill cut short; keep ``save_total_limit`` at 2 or more so that one of them always is.
 
     ``use_liger_kernel`` works: TRL 1.16 applies Liger's layers only and refuses its fused loss itself. Should another
     version of TRL not call `compute_loss`, the first step raises instead of training unweighted.
@@ -236,6 +240,10 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
         self._sft_window_loss: torch.Tensor | None = None
         self._rl_weighted = False
         self._rl_sampler = None
+        self._checkpoint: dict[str, Any] | None = None  # what training continues from
+        self._position = Position(0, 0, 0)
+        self._taken = 0  # micro-steps from the data loader, over all epochs
+        self._epoch_length = 0
         self._mixer_state: dict | None = None
         self._last_metrics: dict[str, float] = {}
         self.mixer: gac.Mixer | None = None
@@ -250,6 +258,7 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
         if not self._micro_steps_left:
             self._begin_window()
         self._micro_steps_left -= 1
+        self._taken += 1
         loss = torch.zeros((), device=self.accelerator.device)
         rollouts = None
         if self._rule.explores:
@@ -398,9 +407,10 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
             self._load_gac_state(resume_from_checkpoint)
         return prepared
 
-    def _inner_training_loop(self, *args, **kwargs):
+    def _inner_training_loop(self, *args, resume_from_checkpoint=None, **kwargs):
+        self._checkpoint = None if resume_from_checkpoint is None else self._read_checkpoint(resume_from_checkpoint)
         try:
-            return super()._inner_training_loop(*args, **kwargs)
+            return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self._detach()
 
@@ -467,16 +477,30 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
             _save(self._buffered_inputs, os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index)))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            epoch, taken = divmod(self._taken, self._epoch_length)
             state = {
                 "mixer": self.mixer.state_dict(),
                 "sft_position": self._sft_position,
                 "sft_size": self._sampler.size if self._sampler else 0,
-                "micro_step": self._step,
+                "global_step": self.state.global_step,
+                "position": dataclasses.asdict(Position(epoch, taken, self._step)),
+                "batching": dataclasses.asdict(self._batching()),
                 "rule": self._rule.state_dict(),
             }
             _save(state, os.path.join(folder, STATE_FILE))
 
-    def _load_gac_state(self, checkpoint: str) -> None:
+    def _batching(self) -> Batching:
+        return Batching(
+            ranks=self.accelerator.num_processes,
+            rows=self.args.per_device_train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            steps_per_generation=self.args.steps_per_generation,
+            iterations=self.num_iterations,
+            group=self.num_generations,
+        )
+
+    def _read_checkpoint(self, checkpoint: str) -> dict[str, Any]:
+        """The state to continue from, once it is clear that it can be, and where."""
         path = os.path.join(checkpoint, STATE_FILE)
         if not os.path.isfile(path):
             raise ValueError(
@@ -490,19 +514,84 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
                 f"{checkpoint} was written with {state['sft_size']} demonstrations, sft_dataset has {size}; resume "
                 "with the same set"
             )
+        old, new = Batching(**state["batching"]), self._batching()
+        self._position = Position(**state["position"])
+        if old == new:
+            return state
+        if self.args.ignore_data_skip:
+            self._position = dataclasses.replace(self._position, trained=0)
+            logger.warning(
+                "resuming with other batch sizes and ignore_data_skip=True: prompts begin anew, and rollouts that "
+                "%s may hold are dropped",
+                checkpoint,
+            )
+            return state
+        try:
+            countable = self.args.max_steps > 0 and hasattr(self.train_dataset, "__len__")
+            if old.step_rows != new.step_rows and not countable:
+                raise ValueError("without a length of train_dataset and max_steps, what is left to do is not known")
+            self._position = self._position.moved(old, new)
+        except ValueError as error:
+            raise ValueError(
+                f"{checkpoint} cannot be continued with these batch sizes: {error}. Choose gradient_accumulation_steps "
+                f"such that an optimizer step has {old.step_rows} rollouts over all ranks, as before "
+                f"(per_device_train_batch_size * gradient_accumulation_steps = {old.step_rows} / {new.ranks} ranks), "
+                f"and generation_batch_size={old.generation_rows}; or set ignore_data_skip=True to begin the prompts "
+                "anew, without buffered rollouts"
+            ) from error
+        return state
+
+    def set_initial_training_values(self, args, dataloader) -> tuple:
+        """As the base class counts them, with enough epochs for a run that goes on with other batch sizes."""
+        epochs, updates, examples, samples, batch, self._epoch_length, max_steps = super().set_initial_training_values(
+            args, dataloader
+        )
+        if self._checkpoint is not None and args.max_steps > 0:
+            ahead = self._position.taken // args.gradient_accumulation_steps + max_steps
+            ahead -= self._checkpoint["global_step"]
+            epochs = max(epochs, self._position.epoch + math.ceil(ahead / updates))
+        return epochs, updates, examples, samples, batch, self._epoch_length, max_steps
+
+    def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
+        epoch, taken = super()._init_training_state(*args, **kwargs)
+        if self._checkpoint is not None and not self.args.ignore_data_skip:
+            # by what was taken, where the base class goes by optimizer steps of today's size
+            epoch, taken = self._position.epoch, self._position.taken
+        self._taken = epoch * self._epoch_length + taken
+        return epoch, taken
+
+    def _load_gac_state(self, checkpoint: str) -> None:
+        state = self._checkpoint
         self.mixer.load_state_dict(state["mixer"])
         self._rule.load_state_dict(state["rule"])
         self._sft_position = state["sft_position"]
         self._sft_window.clear()
         self._micro_steps_left = 0
-        self._step = state["micro_step"]
-        rollouts = os.path.join(checkpoint, ROLLOUT_FILE.format(rank=self.args.process_index))
-        if os.path.isfile(rollouts):
-            self._buffered_inputs = torch.load(rollouts, weights_only=True, map_location=self.accelerator.device)
+        self._step = self._position.trained
+        if self._step % (self.args.steps_per_generation * self.num_iterations):
+            self._buffered_inputs = self._load_rollouts(checkpoint, Batching(**state["batching"]))
         # TRL's sampler draws one permutation per epoch from its own generator, which a checkpoint does not hold
         if getattr(self._rl_sampler, "shuffle", False):
-            for _ in range(int(self.state.epoch or 0)):
+            for _ in range(self._taken // self._epoch_length):
                 torch.randperm(self._rl_sampler.num_samples, generator=self._rl_sampler.generator)
+
+    def _load_rollouts(self, checkpoint: str, old: Batching) -> list[dict[str, Any]] | None:
+        """What is left to train on of the generation under way; None, on all ranks, where it has to be generated."""
+        new, rank = self._batching(), self.args.process_index
+        ranks = [rank] if new == old else range(old.ranks)
+        paths = [os.path.join(checkpoint, ROLLOUT_FILE.format(rank=rank)) for rank in ranks]
+        saved = [torch.load(path, weights_only=True, map_location="cpu") for path in paths if os.path.isfile(path)]
+        usable = len(saved) == len(paths) and (new == old or not IMAGES & set(saved[0][0]))
+        unusable = torch.tensor(float(not usable), device=self.accelerator.device)
+        if self.accelerator.reduce(unusable, reduction="sum") > 0:
+            logger.warning(
+                "the rollouts of the generation under way cannot be read from %s by every rank (files of some ranks "
+                "are missing there, or they hold images): the prompts of this generation get new ones",
+                checkpoint,
+            )
+            return None
+        own = saved[0] if new == old else redistribute(saved, new, rank, self._tokenizer.pad_token_id)
+        return [send_to_device(part, self.accelerator.device) for part in own]
 
 
 class _MixerStep(TrainerCallback):

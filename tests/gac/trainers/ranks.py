@@ -1,0 +1,133 @@
+"""Runs of the hybrid trainer on several gloo processes, forked from one that has imported everything."""
+
+import multiprocessing
+import os
+import socket
+from functools import partial
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from gac.tasks.characters import build_character_tokenizer
+from gac.trainers import HybridGRPOConfig, HybridGRPOTrainer
+from tests.gac.trainers.conftest import DEMONSTRATIONS, PROMPTS, last_digit_reward, tiny_model
+
+
+class Kept(TrainerCallback):
+    """What one rank saw: weighted gradients before each optimizer step, the mixer's numbers after it."""
+
+    def __init__(self):
+        self.gradients, self.metrics, self.prompts, self.demonstrations = [], [], [], []
+        self.trainer = None
+
+    def reward(self, prompts, completions, **_):
+        self.prompts.append(prompts)
+        return last_digit_reward(completions)
+
+    def attach(self, trainer):
+        self.trainer = trainer
+        take = trainer._sampler.take
+
+        def kept(position, count):
+            self.demonstrations.append(take(position, count))
+            return self.demonstrations[-1]
+
+        trainer._sampler.take = kept
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.loaded = self.trainer.mixer.state_dict()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        named = model.named_parameters()
+        self.gradients.append({name.removeprefix("module."): p.grad.clone() for name, p in named if p.grad is not None})
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.metrics.append(self.trainer.mixer.metrics())
+
+    def found(self) -> dict:
+        trainer = self.trainer
+        return {
+            "world": trainer.accelerator.num_processes,
+            "gradients": self.gradients,
+            "prompts": self.prompts,
+            "demonstrations": self.demonstrations,
+            "metrics": self.metrics,
+            "history": trainer.state.log_history,
+            "statistics": trainer.mixer.metrics(wait=True),
+            "loaded": self.loaded,
+            "steps": trainer.state.global_step,
+            "micro_steps": trainer._step,
+        }
+
+
+def train(folder: str, *, resume: str | None = None, prompts=PROMPTS, peft_config=None, **options) -> dict:
+    """One rank's part of a run, or a whole one; returns what it saw, or the error that it met."""
+    kept = Kept()
+    defaults = {
+        "output_dir": folder,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "lr_scheduler_type": "constant",
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "num_generations": 4,
+        "max_completion_length": 3,
+        "max_grad_norm": 0.0,
+        "law": "gac",
+    }
+    trainer = HybridGRPOTrainer(
+        tiny_model(seed=0 if resume is None else 9),
+        kept.reward,
+        HybridGRPOConfig(**{**defaults, **options}),
+        Dataset.from_list(prompts),
+        DEMONSTRATIONS,
+        processing_class=build_character_tokenizer(),
+        callbacks=[kept],
+        peft_config=peft_config,
+    )
+    kept.attach(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+    return kept.found()
+
+
+def work(rank: int, world: int, port: int, folder: str, runs: dict) -> None:
+    """A rank's life: every run in turn."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "RANK": str(rank)}
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+    results = {}
+    for name, options in runs.items():
+        try:
+            results[name] = train(os.path.join(folder, f"{name}-{world}"), **options)
+        except ValueError as error:
+            results[name] = {"error": str(error)}
+    torch.save(results, os.path.join(folder, f"{world}-{rank}.pt"))
+
+
+def spawn(world: int, folder: str, runs: dict, *, seconds: float = 120, worker=work) -> list[dict]:
+    """Does ``runs`` (name -> options of `train`) on ``world`` processes; a deadlock fails after ``seconds``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")  # imports once, for all ranks
+    context.set_forkserver_preload(["tests.gac.trainers.ranks"])
+    start = partial(context.Process, target=worker)
+    ranks = [start(args=(rank, world, port, folder, runs)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    try:
+        for process in ranks:
+            process.join(seconds)
+            assert process.exitcode is not None, f"no end after {seconds} s on {world} ranks: a deadlock?"
+    finally:
+        for process in ranks:
+            process.kill()
+    assert all(process.exitcode == 0 for process in ranks), [process.exitcode for process in ranks]
+    return [torch.load(os.path.join(folder, f"{world}-{rank}.pt"), weights_only=False) for rank in range(world)]

@@ -1,0 +1,240 @@
+"""Four ranks: what they log, and their checkpoints on 2 and on 1, with the same global batch and with another."""
+
+import itertools
+import logging
+import math
+import os
+import shutil
+
+import pytest
+import torch
+
+from gac.trainers.demonstrations import EpochSampler
+from gac.trainers.resume import Batching, Position, redistribute
+from tests.gac.trainers.conftest import DEMONSTRATIONS, PROMPTS
+from tests.gac.trainers.ranks import spawn, train
+
+pytestmark = pytest.mark.timeout(200)
+
+# 4 prompts a step, 8 a generation, 2 generations (4 steps) an epoch: step 3 ends within a generation, step 5 is of
+# the second epoch
+FEW = PROMPTS[:20]
+ON_FOUR = {"prompts": FEW, "max_steps": 6, "steps_per_generation": 2, "save_strategy": "steps", "save_steps": 1}
+SAME = {"generation_batch_size": 32, "prompts": FEW, "max_steps": 6}
+
+
+def checkpoint(folder, step):
+    return os.path.join(folder, "whole-4", f"checkpoint-{step}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """The run on 4 ranks, which saves at every step."""
+    return [rank["whole"] for rank in spawn(4, folder, {"whole": ON_FOUR})]
+
+
+@pytest.fixture(scope="module")
+def on_two(folder, whole):
+    return spawn(
+        2,
+        folder,
+        {
+            "within": {**SAME, "gradient_accumulation_steps": 2, "resume": checkpoint(folder, 3)},
+            "smaller": {"prompts": FEW, "max_steps": 5, "resume": checkpoint(folder, 2)},
+            "impossible": {"prompts": FEW, "max_steps": 5, "resume": checkpoint(folder, 3)},
+        },
+    )
+
+
+def prompts(ranks):
+    """Of every generation, in the order of ranks, each as often as it has rollouts."""
+    return [list(itertools.chain(*calls)) for calls in zip(*(rank["prompts"] for rank in ranks), strict=True)]
+
+
+def assert_takes(ranks, first, count):
+    """The ranks together took this much of the demonstrations' order, from position ``first`` on, and nothing else."""
+    taken = sorted(itertools.chain(*(call for rank in ranks for call in rank["demonstrations"])))
+    assert taken == sorted(EpochSampler(len(DEMONSTRATIONS), 42).take(first, count))
+
+
+def assert_continues(whole, resumed):
+    """From step 3 of the run on 4 ranks; step 4 finds its rollouts in the checkpoint."""
+    for rank in resumed:
+        assert rank["steps"] == 6
+        left, right = whole[0]["gradients"][3], rank["gradients"][0]
+        assert left.keys() == right.keys()
+        for name, gradient in left.items():
+            torch.testing.assert_close(right[name], gradient, rtol=1e-4, atol=1e-6)
+    # generations 0 and 1 are of the first epoch, 2 of the second
+    assert prompts(resumed) == prompts(whole)[2:]
+    assert_takes(resumed, 3 * 16, 3 * 16)
+
+
+def test_every_rank_logs_the_mixers_numbers(whole):
+    """Standard errors too. Across ranks a step's sums arrive with the next step: entries say which step they are of."""
+    histories = [[entry for entry in rank["history"] if "gac/mu" in entry] for rank in whole]
+    assert [len(history) for history in histories] == [6] * 4
+    for rank, history in zip(whole, histories, strict=True):
+        for entry, theirs, metrics in zip(history, histories[0], rank["metrics"], strict=True):
+            logged = {name: value for name, value in entry.items() if name.startswith("gac/") and name != "gac/seconds"}
+            assert logged == {name: theirs[name] for name in logged}
+            expected = {f"gac/{name}": value for name, value in metrics.items() if isinstance(value, (int, float))}
+            expected = {name: value for name, value in expected.items() if not math.isnan(value)}
+            expected.pop("gac/seconds")
+            sft_loss = logged.pop("gac/sft_loss")
+            assert math.isfinite(sft_loss)
+            assert logged == pytest.approx(expected)
+    last = histories[0][-1]
+    assert last["gac/step"] == 4
+    for name in ("mu_se", "sigma_s2_se", "sigma_r2_se", "distance2_se", "delta_g2_se"):
+        assert 0 < last[f"gac/{name}"] < math.inf
+
+
+def test_the_mixer_continues_exactly(folder, whole, on_two):
+    saved = torch.load(os.path.join(checkpoint(folder, 3), "gac_state.pt"), weights_only=True)["mixer"]
+    assert saved["controller"]["steps"] == 3
+    for rank in on_two:
+        loaded = rank["within"]["loaded"]
+        assert loaded["controller"]["steps"] == 3
+        law = saved["controller"]["state"], loaded["controller"]["state"]
+        for part, found in (law, (saved["uncertainty"], loaded["uncertainty"])):
+            assert part.keys() == found.keys()
+            for name, value in part.items():
+                torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(loaded["skipped"], saved["skipped"])
+
+
+def test_four_ranks_continue_on_two(whole, on_two):
+    resumed = [rank["within"] for rank in on_two]
+    assert_continues(whole, resumed)
+    # as many micro-batches, with the same rollouts and demonstrations in each: the statistics are those of 4 ranks
+    entry = lambda run, step: next(e for e in run["history"] if e.get("gac/step") == step - 1 and "gac/mu" in e)
+    theirs, ours = entry(whole[0], 4), entry(resumed[0], 4)
+    for name in ("mu", "mu_raw", "mu_se", "sigma_s2", "sigma_r2", "distance2", "sigma_s2_se", "n_s", "n_r"):
+        assert ours[f"gac/{name}"] == pytest.approx(theirs[f"gac/{name}"], rel=1e-4), name
+
+
+@pytest.mark.parametrize(("rows", "accumulation"), [(4, 4), (8, 2)])
+def test_four_ranks_continue_on_one(folder, whole, tmp_path, rows, accumulation):
+    options = {**SAME, "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
+    resumed = train(str(tmp_path), resume=checkpoint(folder, 3), **options)
+    assert_continues(whole, [resumed])
+
+
+def test_with_a_smaller_global_batch(whole, on_two):
+    """2 prompts a step instead of 4: nothing is left out or done twice, and training ends where it should."""
+    resumed = [rank["smaller"] for rank in on_two]
+    assert [rank["steps"] for rank in resumed] == [5, 5]
+    generations = prompts(resumed)
+    assert [len(rows) for rows in generations] == [8, 8, 8]
+    assert list(itertools.chain(*generations)) == prompts(whole)[1][:24], "of the generation that 4 ranks had next"
+    assert_takes(resumed, 2 * 16, 3 * 8)
+
+
+def test_what_cannot_continue_says_what_to_do(on_two):
+    for rank in on_two:
+        assert "lies within a generation of 32 rollouts" in rank["impossible"]["error"]
+        assert "generation_batch_size=32" in rank["impossible"]["error"]
+        assert "ignore_data_skip=True" in rank["impossible"]["error"]
+
+
+def test_data_begin_anew_where_that_is_asked_for(folder, whole, tmp_path):
+    run = train(str(tmp_path), resume=checkpoint(folder, 3), prompts=FEW, max_steps=4, ignore_data_skip=True)
+    assert run["steps"] == 4
+    assert len(run["prompts"][0]) == 4, "a generation of today's size"
+    assert_takes([run], 3 * 16, 4)
+
+
+def test_rollouts_that_are_lost_are_generated_anew(folder, whole, tmp_path, caplog):
+    copy = str(tmp_path / "checkpoint-3")
+    shutil.copytree(checkpoint(folder, 3), copy)
+    os.remove(os.path.join(copy, "gac_rollouts_2.pt"))
+    with caplog.at_level(logging.WARNING):
+        run = train(str(tmp_path / "out"), resume=copy, **{**SAME, "max_steps": 4, "gradient_accumulation_steps": 4})
+    assert "get new ones" in caplog.text
+    assert prompts([run]) == prompts(whole)[1:2], "the prompts of the generation under way"
+
+
+def rollouts(ranks, micro_steps, rows):
+    """Of a generation; completions of rank r have r + 1 tokens, and tokens count rows in the order of training."""
+    saved = []
+    for rank in range(ranks):
+        parts = []
+        for micro_step in range(micro_steps):
+            first = (micro_step * ranks + rank) * rows
+            ids = torch.arange(first, first + rows)[:, None].expand(-1, rank + 1)
+            parts.append(
+                {
+                    "prompt_ids": ids,
+                    "prompt_mask": torch.ones_like(ids),
+                    "completion_ids": ids,
+                    "completion_mask": torch.ones_like(ids),
+                    "gac_demo_labels": ids,
+                    "old_per_token_logps": ids * -0.5,
+                    "advantages": ids[:, 0].float(),
+                    "num_items_in_batch": torch.tensor(7),
+                    "ref_per_token_logps": None,
+                    "names": [str(row) for row in ids[:, 0].tolist()],
+                }
+            )
+        saved.append(parts)
+    return saved
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_rollouts_are_dealt_out_in_order(ranks):
+    new = Batching(ranks=ranks, rows=2, accumulation=1, steps_per_generation=16 // ranks, iterations=1, group=2)
+    shares = [redistribute(rollouts(4, 2, 4), new, rank, pad=99) for rank in range(ranks)]
+    row = 0
+    for micro_step in range(new.steps_per_generation):
+        for share in shares:
+            part = share[micro_step]
+            assert part["advantages"].tolist() == [row, row + 1]
+            assert part["names"] == [str(row), str(row + 1)]
+            length = row // 4 % 4 + 1
+            assert part["completion_ids"][0].tolist() == [row] * length + [99] * (4 - length)
+            assert part["prompt_ids"][0].tolist() == [99] * (4 - length) + [row] * length
+            assert part["completion_mask"].sum(1).tolist() == part["prompt_mask"].sum(1).tolist() == [length] * 2
+            assert part["gac_demo_labels"][0].tolist() == [row] * length + [-100] * (4 - length)
+            assert part["old_per_token_logps"][0].tolist() == [-0.5 * row] * length + [0.0] * (4 - length)
+            assert part["num_items_in_batch"] == 7
+            assert part["ref_per_token_logps"] is None
+            row += 2
+
+
+def batching(ranks=4, rows=4, accumulation=1, steps_per_generation=2, iterations=1, group=4):
+    return Batching(ranks, rows, accumulation, steps_per_generation, iterations, group)
+
+
+@pytest.mark.parametrize(
+    ("position", "new", "expected"),
+    [
+        (Position(1, 3, 7), batching(ranks=2, accumulation=2, steps_per_generation=4), Position(1, 6, 14)),
+        (Position(1, 3, 7), batching(ranks=1, rows=16), Position(1, 3, 7)),
+        (Position(0, 4, 4), batching(ranks=2, steps_per_generation=1), Position(0, 8, 2)),
+        (Position(0, 4, 4), batching(ranks=8, steps_per_generation=2), Position(0, 2, 4)),
+    ],
+    ids=["half the ranks", "one rank", "smaller generations", "larger generations"],
+)
+def test_positions(position, new, expected):
+    assert position.moved(batching(), new) == expected
+
+
+@pytest.mark.parametrize(
+    ("position", "new", "message"),
+    [
+        (Position(0, 3, 3), batching(ranks=2), "within a generation of 32"),
+        (Position(0, 3, 3), batching(ranks=1, iterations=2, steps_per_generation=8), "num_iterations=2"),
+        (Position(0, 3, 3), batching(ranks=8, rows=4, steps_per_generation=1), "16 rows of a generation are done"),
+        (Position(0, 2, 2), batching(ranks=8), "8 prompts of this epoch are done.*16 per generation"),
+        (Position(0, 2, 2), batching(ranks=4, accumulation=4), "32 rows of this epoch are done.*64 per"),
+    ],
+)
+def test_positions_where_no_micro_step_begins(position, new, message):
+    with pytest.raises(ValueError, match=message):
+        position.moved(batching(), new)
