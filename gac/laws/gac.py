@@ -48,7 +48,7 @@ class GacLaw(Law):
     which it came.
 
     Args:
-        half_life: optimizer steps after which a measurement's weight has halved.
+        half_life: optimizer steps after which a measurement's weight has halved; 69 are the authors' decay of .99.
         alpha: weight of the SFT gradient in the target ``alpha*g_s + (1-alpha)*g_r``: a number in [0, 1], or ``"kl"``,
             which needs ``kl`` in every step and starts at .5.
         prior: what mu leans on: a number, a function of the step, ``dict(warmup, decay, peak, valley)``, or None.
@@ -56,14 +56,16 @@ class GacLaw(Law):
             ``mu_se^2 / (mu_se^2 + prior_sd^2)``, which has the least expected error if the prior misses the best mu by
             ``prior_sd`` (root mean square); .5 while no standard error is known. Nothing without a prior.
         prior_sd: how far the prior may be off, for ``"se"``.
-        cap: largest change of mu in one step.
+        cap: largest change of mu in one step, once the averages have settled. Until then mu may also move by what the
+            newest measurement counts for in them beyond its share in the long run: by anything after the first one, by
+            about ``1/n`` after the ``n``-th.
         mu_min, mu_max: bounds of mu.
         start: the first mu.
     """
 
     def __init__(
         self,
-        half_life: float = 7.0,
+        half_life: float = 69.0,
         alpha: float | str = 0.5,
         prior: Schedule | Mapping | float | None = None,
         prior_weight: float | str = "se",
@@ -91,6 +93,7 @@ class GacLaw(Law):
         self.state["sums"] = torch.zeros(2, 3, dtype=torch.float64)  # of w*value and of w, with a step's weight w
         self.state["squares"] = torch.zeros(3, 3, dtype=torch.float64)  # of w^2 SE^2; of w^2 where SE is known; of w^2
         self.state["waiting"] = torch.zeros(3, dtype=torch.float64)  # updates since it was measured
+        self.state["unsettled"] = torch.zeros(3, dtype=torch.float64)  # excess share of the newest measurement
 
     def smoothed(self) -> Tensor:
         """``[3]``: sigma_s2, sigma_r2, delta_g2, averaged and then clamped at 0; NaN before the first measurement."""
@@ -117,7 +120,8 @@ class GacLaw(Law):
             target = torch.where(known, raw, mu)
         else:
             target = torch.where(known, torch.lerp(raw, prior, self._weight_of_prior(error)), prior)
-        moved = (mu + (target - mu).clamp(-self.cap, self.cap)).clamp(self.mu_min, self.mu_max)
+        reach = self.cap + self.state["unsettled"].max()
+        moved = (mu + (target - mu).clamp(-reach, reach)).clamp(self.mu_min, self.mu_max)
         self.record("mu", moved if healthy is None else torch.where(healthy, moved, mu))
         return self.mu
 
@@ -166,6 +170,7 @@ class GacLaw(Law):
         variance = torch.where(sure, error.square(), 0.0)
         squares = keep.square() * self.state["squares"] + new.square() * torch.stack([variance, sure.to(one), one])
         self.state["sums"] = torch.where(use, sums, self.state["sums"])
+        self.state["unsettled"] = torch.where(use, new / sums[1] - new, self.state["unsettled"])
         self.state["squares"] = torch.where(use, squares, self.state["squares"])
         self.state["waiting"] = torch.where(use, 0.0, self.state["waiting"])
 
