@@ -10,7 +10,8 @@ same at any accumulation, batch size and sequence length:
   micro-batches are drawn together at its first micro-step, so the count is known before the first backward.
 
 Under DDP the last backward of a micro-step is the one that may synchronise: the supervised one, in steps that have it.
-Every rank runs the same backwards in every micro-step, whatever its data.
+Under FSDP2 every backward does: what is reduced together cannot be told apart. Every rank runs the same backwards in
+every micro-step, whatever its data.
 
 Laws that act per prompt or token (`gac.laws.rules`) are carried out by a rule (`gac.trainers.rules`): it chooses
 prompts, rollouts and demonstrations between rewards and losses.
@@ -40,6 +41,7 @@ from gac.losses import count_label_tokens
 from gac.measurement import ESTIMATORS
 from gac.mixer import METRICS
 from gac.report import append_record
+from gac.topology import fsdp2_modules
 from gac.trainers.demonstrations import DemonstrationBatch, DemonstrationCollator, EpochSampler, pad_demonstrations
 from gac.trainers.grouped_grpo import TOKEN_SUM_LOSSES, GroupedGRPOTrainer, loss_mask
 from gac.trainers.prompts import TOKENS, demonstrations_of, require_column
@@ -176,7 +178,7 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
 
     Raises:
         ValueError: empty `sft_dataset` or missing columns; a law that follows KL with ``beta=0``, or whose options do
-            not fit ``num_generations``; DeepSpeed, FSDP or fp16 (the message says why).
+            not fit ``num_generations``; DeepSpeed or FSDP1 (the message says why).
         TypeError: `args` is not a `HybridGRPOConfig`.
     """
 
@@ -210,21 +212,21 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
                 logger.warning("law %r takes demonstrations from the prompts: sft_dataset is not used", law.name)
         elif sft_dataset is None:
             raise ValueError("sft_dataset is missing; pass demonstrations, or use trl.GRPOTrainer for RL alone")
-        if args.fp16:
-            raise ValueError(
-                "fp16=True scales the loss by a factor that changes during training, which the statistics would see; "
-                "use bf16=True"
-            )
         if "kl" in law.needs and args.beta == 0:
             raise ValueError(
                 f"law={args.law!r} follows the KL divergence from the reference model, which TRL measures only with "
                 "beta > 0; set beta (1e-6 measures it and hardly pulls)"
             )
         super().__init__(model, reward_funcs, args, rule, train_dataset, **kwargs)
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED or self.is_fsdp_enabled:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError(
-                "DeepSpeed and FSDP sum the gradients of both branches before they can be told apart; use DDP "
-                "(accelerate launch --multi_gpu)"
+                "DeepSpeed sums the gradients of both branches before they can be told apart; use DDP "
+                "(accelerate launch --multi_gpu) or FSDP2 (--use_fsdp --fsdp_version 2)"
+            )
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+            raise ValueError(
+                "FSDP1 flattens parameters and frees their gradients, so that branches cannot be measured; use FSDP2 "
+                "(accelerate launch --use_fsdp --fsdp_version 2)"
             )
         self._collate = self._sampler = None
         if not rule.from_prompts:
@@ -244,6 +246,7 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
         self._position = Position(0, 0, 0)
         self._taken = 0  # micro-steps from the data loader, over all epochs
         self._epoch_length = 0
+        self._sharded: list[torch.nn.Module] = []
         self._mixer_state: dict | None = None
         self._last_metrics: dict[str, float] = {}
         self.mixer: gac.Mixer | None = None
@@ -259,6 +262,9 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
             self._begin_window()
         self._micro_steps_left -= 1
         self._taken += 1
+        for module in self._sharded:
+            # where accumulation turned it off, FSDP2 would reduce the branches' gradients together
+            module.set_requires_gradient_sync(True, recurse=False)
         loss = torch.zeros((), device=self.accelerator.device)
         rollouts = None
         if self._rule.explores:
@@ -292,8 +298,7 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
     def _rl_step(self, model, inputs, num_items_in_batch, rollouts) -> torch.Tensor:
         tokens = loss_mask(rollouts).sum() if self.loss_type in TOKEN_SUM_LOSSES else None
         # A supervised backward that follows is the one that may synchronise. Both contexts nest inside the trainer's.
-        quiet = self.accelerator.no_sync(model=model) if self._rule.supervises else contextlib.nullcontext()
-        with self.mixer.rl(tokens=tokens), quiet:
+        with self.mixer.rl(tokens=tokens), self._no_sync(model, last=not self._rule.supervises):
             self._rl_weighted = False
             loss = super().training_step(model, inputs, num_items_in_batch)
         if not self._rl_weighted:
@@ -302,6 +307,10 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
                 "its options (a fused loss?) is not supported"
             )
         return loss
+
+    def _no_sync(self, model, *, last: bool):
+        """For a backward pass that need not synchronise: under DDP, all but the last of a micro-step."""
+        return contextlib.nullcontext() if last or self._sharded else self.accelerator.no_sync(model=model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss, with the rule's terms and weighted with ``1 - mu`` in training, as it is in evaluation."""
@@ -322,10 +331,9 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
             batches = self._sft_window.popleft()
         total = torch.zeros((), device=self.accelerator.device)
         for number, batch in enumerate(batches):
-            last = number == len(batches) - 1
-            quiet = contextlib.nullcontext() if last else self.accelerator.no_sync(model=model)
             # losses of a rule's demonstrations are divided by a constant, not by the tokens that a step has
-            with self.mixer.sft(tokens=None if self._rule.from_prompts else batch.count_tokens()), quiet:
+            counted = None if self._rule.from_prompts else batch.count_tokens()
+            with self.mixer.sft(tokens=counted), self._no_sync(model, last=number == len(batches) - 1):
                 total = total + self._supervise(model, batch.to(self.accelerator.device), tokens)
         return total
 
@@ -387,6 +395,7 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._sharded = fsdp2_modules(self.model_wrapped)
         # the wrapped model, so that data parallelism is seen; hooks live only while training runs
         law, options = self.args.law_and_options()
         with carried_out():
@@ -398,6 +407,7 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
                 # the trainer ends the mixer's steps itself: the optimizer only lends its second moments
                 metric=self.optimizer if self.args.gac_metric == "optimizer" else "gradient",
                 report_interval=self.args.gac_report_interval,
+                scaler=self.accelerator.scaler,  # of fp16=True, else None
                 **options,
             )
         self._rule.attach(self.mixer.controller.law)

@@ -3,10 +3,16 @@
 import multiprocessing
 import os
 import socket
-from functools import partial
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from gac.tasks.characters import build_character_tokenizer
@@ -40,13 +46,15 @@ class Kept(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         named = model.named_parameters()
-        self.gradients.append({name.removeprefix("module."): p.grad.clone() for name, p in named if p.grad is not None})
+        whole = lambda g: g.full_tensor() if isinstance(g, DTensor) else g.clone()
+        self.gradients.append({name.removeprefix("module."): whole(p.grad) for name, p in named if p.grad is not None})
 
     def on_step_end(self, args, state, control, **kwargs):
         self.metrics.append(self.trainer.mixer.metrics())
 
     def found(self) -> dict:
         trainer = self.trainer
+        numbers = trainer.mixer.metrics(wait=True)
         return {
             "world": trainer.accelerator.num_processes,
             "gradients": self.gradients,
@@ -54,14 +62,23 @@ class Kept(TrainerCallback):
             "demonstrations": self.demonstrations,
             "metrics": self.metrics,
             "history": trainer.state.log_history,
-            "statistics": trainer.mixer.metrics(wait=True),
+            "numbers": {k: v.hex() for k, v in numbers.items() if k != "seconds" and isinstance(v, float)},
             "loaded": self.loaded,
             "steps": trainer.state.global_step,
             "micro_steps": trainer._step,
         }
 
 
-def train(folder: str, *, resume: str | None = None, prompts=PROMPTS, peft_config=None, **options) -> dict:
+def shard(trainer) -> None:
+    """accelerate shards on accelerators alone; everything else of its way there is taken."""
+    AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2)
+    trainer.is_fsdp_enabled = True
+
+
+def train(
+    folder: str, *, resume: str | None = None, prompts=PROMPTS, sharded=False, peft_config=None, **options
+) -> dict:
     """One rank's part of a run, or a whole one; returns what it saw, or the error that it met."""
     kept = Kept()
     defaults = {
@@ -93,6 +110,8 @@ def train(folder: str, *, resume: str | None = None, prompts=PROMPTS, peft_confi
         peft_config=peft_config,
     )
     kept.attach(trainer)
+    if sharded:
+        shard(trainer)
     trainer.train(resume_from_checkpoint=resume)
     return kept.found()
 
@@ -111,23 +130,40 @@ def work(rank: int, world: int, port: int, folder: str, runs: dict) -> None:
     torch.save(results, os.path.join(folder, f"{world}-{rank}.pt"))
 
 
-def spawn(world: int, folder: str, runs: dict, *, seconds: float = 120, worker=work) -> list[dict]:
-    """Does ``runs`` (name -> options of `train`) on ``world`` processes; a deadlock fails after ``seconds``."""
+def fork(world: int, folder: str, runs: dict, *, seconds: float) -> None:
+    """Does ``runs`` (name -> options of `train`) on ``world`` processes; a deadlock ends after ``seconds``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")  # imports once, for all ranks
-    context.set_forkserver_preload(["tests.gac.trainers.ranks"])
-    start = partial(context.Process, target=worker)
-    ranks = [start(args=(rank, world, port, folder, runs)) for rank in range(world)]
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=work, args=(rank, world, port, folder, runs)) for rank in range(world)]
     for process in ranks:
         process.start()
-    try:
-        for process in ranks:
-            process.join(seconds)
-            assert process.exitcode is not None, f"no end after {seconds} s on {world} ranks: a deadlock?"
-    finally:
-        for process in ranks:
-            process.kill()
-    assert all(process.exitcode == 0 for process in ranks), [process.exitcode for process in ranks]
-    return [torch.load(os.path.join(folder, f"{world}-{rank}.pt"), weights_only=False) for rank in range(world)]
+    until = time.monotonic() + seconds
+    for process in ranks:
+        process.join(max(0.0, until - time.monotonic()))
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    if any(codes) or None in codes:
+        sys.exit(f"ranks of {world} ended with {codes}; None: not within {seconds} s, a deadlock?")
+
+
+def launch(folder: str, runs: dict[int, dict], *, seconds: float = 100) -> dict[int, list[dict]]:
+    """Results by number of ranks, then by rank, of the runs for each number, one number after the other.
+
+    One process of its own imports everything and forks all of them: nothing of the tests is shared.
+    """
+    torch.save(runs, os.path.join(folder, "runs.pt"))
+    command = [sys.executable, "-m", "tests.gac.trainers.ranks", folder, str(seconds)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[3]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    load = lambda world, rank: torch.load(os.path.join(folder, f"{world}-{rank}.pt"), weights_only=False)
+    return {world: [load(world, rank) for rank in range(world)] for world in runs}
+
+
+if __name__ == "__main__":
+    for ranks, todo in torch.load(os.path.join(sys.argv[1], "runs.pt")).items():
+        fork(ranks, sys.argv[1], todo, seconds=float(sys.argv[2]))

@@ -8,18 +8,22 @@ import shutil
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from trl import GRPOTrainer
 
 from gac.trainers.demonstrations import EpochSampler
 from gac.trainers.resume import Batching, Position, redistribute
 from tests.gac.trainers.conftest import DEMONSTRATIONS, PROMPTS
-from tests.gac.trainers.ranks import spawn, train
+from tests.gac.trainers.ranks import launch, train
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(300)
 
 # 4 prompts a step, 8 a generation, 2 generations (4 steps) an epoch: step 3 ends within a generation, step 5 is of
 # the second epoch
 FEW = PROMPTS[:20]
 ON_FOUR = {"prompts": FEW, "max_steps": 6, "steps_per_generation": 2, "save_strategy": "steps", "save_steps": 1}
+SHARDED = {"prompts": FEW, "max_steps": 2, "steps_per_generation": 2, "sharded": True}
 SAME = {"generation_batch_size": 32, "prompts": FEW, "max_steps": 6}
 
 
@@ -33,22 +37,31 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(folder):
-    """The run on 4 ranks, which saves at every step."""
-    return [rank["whole"] for rank in spawn(4, folder, {"whole": ON_FOUR})]
+def results(folder):
+    """Runs on 4 ranks, then on 2, which continue from what the 4 have saved."""
+    saved = lambda run, step: os.path.join(folder, f"{run}-4", f"checkpoint-{step}")
+    on_four = {"whole": ON_FOUR, "sharded": {**SHARDED, "save_strategy": "steps", "save_steps": 1}}
+    twice = {"generation_batch_size": 32, "steps_per_generation": None, "gradient_accumulation_steps": 2}
+    on_two = {
+        "within": {**SAME, "gradient_accumulation_steps": 2, "resume": saved("whole", 3)},
+        "smaller": {"prompts": FEW, "max_steps": 5, "resume": saved("whole", 2)},
+        "impossible": {"prompts": FEW, "max_steps": 5, "resume": saved("whole", 3)},
+        "sharded": {**SHARDED, **twice, "resume": saved("sharded", 1)},
+        "replicas": {"max_steps": 2, "gradient_accumulation_steps": 2},
+        "shards": {"max_steps": 2, "gradient_accumulation_steps": 2, "sharded": True},
+    }
+    return launch(folder, {4: on_four, 2: on_two})
 
 
 @pytest.fixture(scope="module")
-def on_two(folder, whole):
-    return spawn(
-        2,
-        folder,
-        {
-            "within": {**SAME, "gradient_accumulation_steps": 2, "resume": checkpoint(folder, 3)},
-            "smaller": {"prompts": FEW, "max_steps": 5, "resume": checkpoint(folder, 2)},
-            "impossible": {"prompts": FEW, "max_steps": 5, "resume": checkpoint(folder, 3)},
-        },
-    )
+def on_two(results):
+    return results[2]
+
+
+@pytest.fixture(scope="module")
+def whole(results):
+    """The run on 4 ranks, which saves at every step."""
+    return [rank["whole"] for rank in results[4]]
 
 
 def prompts(ranks):
@@ -62,14 +75,17 @@ def assert_takes(ranks, first, count):
     assert taken == sorted(EpochSampler(len(DEMONSTRATIONS), 42).take(first, count))
 
 
+def assert_same_gradient(left, right):
+    assert left.keys() == right.keys()
+    for name, gradient in left.items():
+        torch.testing.assert_close(right[name], gradient, rtol=1e-4, atol=1e-6)
+
+
 def assert_continues(whole, resumed):
     """From step 3 of the run on 4 ranks; step 4 finds its rollouts in the checkpoint."""
     for rank in resumed:
         assert rank["steps"] == 6
-        left, right = whole[0]["gradients"][3], rank["gradients"][0]
-        assert left.keys() == right.keys()
-        for name, gradient in left.items():
-            torch.testing.assert_close(right[name], gradient, rtol=1e-4, atol=1e-6)
+        assert_same_gradient(whole[0]["gradients"][3], rank["gradients"][0])
     # generations 0 and 1 are of the first epoch, 2 of the second
     assert prompts(resumed) == prompts(whole)[2:]
     assert_takes(resumed, 3 * 16, 3 * 16)
@@ -158,6 +174,50 @@ def test_rollouts_that_are_lost_are_generated_anew(folder, whole, tmp_path, capl
         run = train(str(tmp_path / "out"), resume=copy, **{**SAME, "max_steps": 4, "gradient_accumulation_steps": 4})
     assert "get new ones" in caplog.text
     assert prompts([run]) == prompts(whole)[1:2], "the prompts of the generation under way"
+
+
+def test_shards_train_as_replicas_do(on_two, tmp_path):
+    """FSDP2: the same gradients; a backward pass of all ranks is one contribution."""
+    for rank in on_two:
+        assert_same_gradient(rank["replicas"]["gradients"][0], rank["shards"]["gradients"][0])
+        assert rank["shards"]["numbers"] == on_two[0]["shards"]["numbers"], "to the bit"
+    replicas, shards = (on_two[0][name]["metrics"][0] for name in ("replicas", "shards"))
+    assert replicas["n_s"] == replicas["n_r"] == 4
+    assert shards["n_s"] == shards["n_r"] == 2
+    for name in ("norm_s2", "norm_r2", "dot", "distance2"):
+        assert shards[name] == pytest.approx(replicas[name], rel=1e-5), name
+    # one process whose micro-batches of demonstrations hold what those of 2 ranks hold together
+    options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 1}
+    alone = train(str(tmp_path), **options)["metrics"][0]
+    assert alone["n_s"] == 2
+    assert shards["sigma_s2"] == pytest.approx(alone["sigma_s2"], rel=1e-5)
+
+
+def test_shards_of_four_ranks_continue_on_two(results):
+    whole, resumed = ([rank["sharded"] for rank in results[world]] for world in (4, 2))
+    for rank in resumed:
+        assert rank["steps"] == 2
+        assert_same_gradient(whole[0]["gradients"][1], rank["gradients"][0])
+    assert_takes(resumed, 16, 16)
+
+
+def test_fsdp1_is_refused(trainer, monkeypatch):
+    def create(self):
+        original(self)
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
+        monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
+        self.is_fsdp_enabled = True
+
+    original = GRPOTrainer.create_accelerator_and_postprocess
+    monkeypatch.setattr(GRPOTrainer, "create_accelerator_and_postprocess", create)
+    with pytest.raises(ValueError, match="FSDP1.*use FSDP2"):
+        trainer()
+
+
+def test_deepspeed_is_refused(trainer, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.DEEPSPEED))
+    with pytest.raises(ValueError, match="DeepSpeed sums the gradients.*use DDP.*or FSDP2"):
+        trainer()
 
 
 def rollouts(ranks, micro_steps, rows):
