@@ -22,6 +22,7 @@ examples:
   gac train --out runs/gcd --resume           go on after an interruption
   gac report runs/gcd                         what its gradients say, module by module
   gac compare --laws gac,fixed:0.5,chord --seeds 3
+  gac audit                                   estimators and laws against a measured truth
   gac plan --params 70e9 --ranks 1024         overhead, memory and traffic of a run, before it is started
   gac env                                     versions and devices, for a bug report
 
