@@ -68,7 +68,8 @@ struct gac_sketch_map {
 GAC_API int gac_sketch(const int64_t* table, const int64_t* pieces, int64_t n, int form,
                        const struct gac_sketch_map* map, double* moments, int threads);
 // The same of x / (sqrt(v) + eps), v the elements of the table `seconds` (as many in each tensor). form: form_a | form_b << 4.
-// Float32 arithmetic, float64 where a tensor or out is. eps is 0 or a normal number of float32.
+// A finite x counts as 0 where v is 0. Float32 arithmetic, float64 where a tensor or out is. eps is 0 or a normal number
+// of float32.
 GAC_API int gac_sketch_weighted(const int64_t* table, const int64_t* seconds, const int64_t* pieces, int64_t n, int form,
                                 const struct gac_sketch_map* map, double eps, double* moments, int threads);
 

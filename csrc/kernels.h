@@ -28,11 +28,11 @@ struct Kernels {
   // input needs double lanes: its entry in sketch_float is null.
   double (*sketch_float[kDtypes])(const void* x, int64_t n, float* lanes, const SketchRun& run);
   double (*sketch_double[kDtypes])(const void* x, int64_t n, double* lanes, const SketchRun& run);
-  // The same of x / (sqrt(v) + eps), in float32, for element types other than float64: [x's type][v's type]. Values
-  // beyond float32 make the sum of squares non-finite.
+  // The same of x / (sqrt(v) + eps), 0 where v is 0, in float32, for element types other than float64: [x's type][v's
+  // type]. Values beyond float32 make the sum of squares non-finite.
   double (*sketch_weighted[kFloat64][kFloat64])(const void* x, const void* v, int64_t n, double eps, float* lanes,
                                                 const SketchRun& run);
-  // x <- x / (sqrt(v) + eps).
+  // x <- x / (sqrt(v) + eps), 0 where v is 0.
   void (*weigh)(double* x, const double* v, int64_t n, double eps);
   // Adds the seven sums of reference.token_moments over n tokens; keep holds 1.0 or 0.0.
   void (*tokens)(const double* logp, const double* advantage, const double* keep, int64_t n, double* sums);

@@ -238,6 +238,13 @@ GAC_INLINE void fill_words(uint32_t seed, uint64_t word, int64_t count, uint32_t
   for (; i < count; ++i) words[i] = sign_word(seed, word + i);
 }
 
+// sqrt(v) + eps, which divides an element in the optimizer's space; infinity where v is 0, so that finite elements count
+// as 0 and others as NaN.
+GAC_INLINE V::F divisor(V::F v, V::F eps) { return V::inf_where_zero(v, V::add(V::sqrt(v), eps)); }
+GAC_INLINE V::D divisor(V::D v, V::D eps) { return V::inf_where_zero(v, V::add(V::sqrt(v), eps)); }
+GAC_INLINE float divisor(float v, float eps) { return v == 0 ? INFINITY : std::sqrt(v) + eps; }
+GAC_INLINE double divisor(double v, double eps) { return v == 0 ? INFINITY : std::sqrt(v) + eps; }
+
 // What a sketch adds up: the elements as they are, ...
 template <class T>
 struct Plain {
@@ -260,11 +267,9 @@ struct Weighted {
     x += n;
     v += n;
   }
-  GAC_INLINE V::F load(int i) const {
-    return V::div(V::load(x + i), V::add(V::sqrt(V::load(v + i)), V::set(eps)));
-  }
+  GAC_INLINE V::F load(int i) const { return V::div(V::load(x + i), divisor(V::load(v + i), V::set(eps))); }
   GAC_INLINE D2 widened(int, V::F y) const { return {V::low(y), V::high(y)}; }
-  GAC_INLINE double one(int64_t i) const { return to_float(x[i]) / (std::sqrt(to_float(v[i])) + eps); }
+  GAC_INLINE double one(int64_t i) const { return to_float(x[i]) / divisor(to_float(v[i]), eps); }
 };
 
 // Sum of squares on the side of the sketch: float64, or for 16-bit types float32 emptied every kRun additions.
@@ -403,12 +408,12 @@ GAC_KERNEL double sketch_weighted(const void* data, const void* second, int64_t 
   return add_rows(source, count, acc, run);
 }
 
-// x <- x / (sqrt(v) + eps).
+// x <- x / (sqrt(v) + eps), 0 where v is 0.
 GAC_KERNEL void weigh(double* x, const double* v, int64_t n, double eps) {
   constexpr int H = V::W / 2;
   int64_t i = 0;
-  for (; i + H <= n; i += H) V::store(x + i, V::div(V::load(x + i), V::add(V::sqrt(V::load(v + i)), V::set(eps))));
-  for (; i < n; ++i) x[i] /= std::sqrt(v[i]) + eps;
+  for (; i + H <= n; i += H) V::store(x + i, V::div(V::load(x + i), divisor(V::load(v + i), V::set(eps))));
+  for (; i < n; ++i) x[i] /= divisor(v[i], eps);
 }
 
 // exp by Cody and Waite's reduction and the Taylor polynomial of degree 13 on |r| <= ln(2)/2 (remainder 4e-18).

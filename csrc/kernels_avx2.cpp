@@ -76,6 +76,12 @@ struct V {
   GAC_INLINE static D where_nonzero(D m, D x) {
     return _mm256_and_pd(_mm256_cmp_pd(m, _mm256_setzero_pd(), _CMP_NEQ_OQ), x);
   }
+  GAC_INLINE static F inf_where_zero(F m, F x) {
+    return _mm256_blendv_ps(x, _mm256_set1_ps(INFINITY), _mm256_cmp_ps(m, _mm256_setzero_ps(), _CMP_EQ_OQ));
+  }
+  GAC_INLINE static D inf_where_zero(D m, D x) {
+    return _mm256_blendv_pd(x, _mm256_set1_pd(INFINITY), _mm256_cmp_pd(m, _mm256_setzero_pd(), _CMP_EQ_OQ));
+  }
   GAC_INLINE static D pow2(D n) {  // 2^52 + 1023 + n holds the biased exponent in its low bits
     const __m256i bits = _mm256_castpd_si256(_mm256_add_pd(n, _mm256_set1_pd(4503599627370496.0 + 1023.0)));
     return _mm256_castsi256_pd(_mm256_slli_epi64(bits, 52));

@@ -75,6 +75,12 @@ struct V {
   GAC_INLINE static D where_nonzero(D m, D x) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(m, _mm512_setzero_pd(), _CMP_NEQ_OQ), x);
   }
+  GAC_INLINE static F inf_where_zero(F m, F x) {
+    return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(m, _mm512_setzero_ps(), _CMP_EQ_OQ), _mm512_set1_ps(INFINITY));
+  }
+  GAC_INLINE static D inf_where_zero(D m, D x) {
+    return _mm512_mask_mov_pd(x, _mm512_cmp_pd_mask(m, _mm512_setzero_pd(), _CMP_EQ_OQ), _mm512_set1_pd(INFINITY));
+  }
   GAC_INLINE static D pow2(D n) {  // 2^52 + 1023 + n holds the biased exponent in its low bits
     const __m512i bits = _mm512_castpd_si512(_mm512_add_pd(n, _mm512_set1_pd(4503599627370496.0 + 1023.0)));
     return _mm512_castsi512_pd(_mm512_slli_epi64(bits, 52));

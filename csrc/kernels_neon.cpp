@@ -66,6 +66,8 @@ struct V {
   GAC_INLINE static D where_nonzero(D m, D x) {
     return vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(x), vceqzq_f64(m)));
   }
+  GAC_INLINE static F inf_where_zero(F m, F x) { return vbslq_f32(vceqzq_f32(m), vdupq_n_f32(INFINITY), x); }
+  GAC_INLINE static D inf_where_zero(D m, D x) { return vbslq_f64(vceqzq_f64(m), vdupq_n_f64(INFINITY), x); }
   GAC_INLINE static D pow2(D n) {
     return vreinterpretq_f64_s64(vshlq_n_s64(vaddq_s64(vcvtq_s64_f64(n), vdupq_n_s64(1023)), 52));
   }

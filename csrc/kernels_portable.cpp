@@ -64,6 +64,8 @@ struct V {
   static D round(D x) { GAC_EACH(D, H, std::nearbyint(x.v[i])); }
   static D or_nan(D x, D y) { GAC_EACH(D, H, y.v[i] != y.v[i] ? y.v[i] : x.v[i]); }
   static D where_nonzero(D m, D x) { GAC_EACH(D, H, m.v[i] != 0 ? x.v[i] : 0.0); }
+  static F inf_where_zero(F m, F x) { GAC_EACH(F, W, m.v[i] == 0 ? INFINITY : x.v[i]); }
+  static D inf_where_zero(D m, D x) { GAC_EACH(D, H, m.v[i] == 0 ? INFINITY : x.v[i]); }
   static D pow2(D n) { GAC_EACH(D, H, pow2_one(n.v[i])); }
   static double pow2_one(double n) {
     const uint64_t bits = static_cast<uint64_t>(static_cast<int64_t>(n) + 1023) << 52;

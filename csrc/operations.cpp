@@ -247,7 +247,7 @@ struct Unit {
   int64_t part;    // row of the partial lanes, -1 when the unit writes buckets
 };
 
-// Elements count as x / (sqrt(v) + eps).
+// Elements count as x / (sqrt(v) + eps), as 0 where v is 0.
 struct Weights {
   const Table& seconds;
   double eps;
@@ -609,7 +609,7 @@ void token_row(const gac_tokens& t, int64_t row, double* sums) {
 
 using namespace gac;
 
-int gac_abi(void) { return 4; }
+int gac_abi(void) { return 5; }
 
 int gac_select(const char* isa) { return select(isa) ? 0 : 1; }
 

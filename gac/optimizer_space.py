@@ -28,7 +28,8 @@ class SecondMoments:
     Both together are Adam's own denominator. :meth:`correction` fixes ``t`` for a step; the moments of a parameter
     with another ``t`` (a layer that one branch alone trains, one that was unfrozen late) are rescaled to it, in a copy.
 
-    Parameters with fewer than :data:`WARM_UP` steps are left out, as those that the optimizer never met.
+    Parameters with fewer than :data:`WARM_UP` steps are left out, as those that the optimizer never met. So are
+    elements whose ``v`` is 0, such as an untied embedding's row until its token has occurred: kernels count them as 0.
 
     Where the optimizer counts steps on an accelerator (``fused``, ``capturable``), the host waits for ``t`` until there
     are :data:`WARM_UP`, and then no more. All parameters are then taken to have made equally many steps, and Adam's

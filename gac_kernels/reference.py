@@ -7,6 +7,8 @@ and it makes float64 copies of its input.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,8 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _weighted(tensor: Tensor, second_moment: Tensor, eps: float) -> Tensor:
-    return _flat(tensor) / (_flat(second_moment).sqrt() + eps)
+    v = _flat(second_moment)
+    return _flat(tensor) / (v.sqrt() + eps).masked_fill(v == 0, math.inf)
 
 
 def _moments(tensors: list[Tensor], device: torch.device) -> Tensor:
@@ -112,7 +115,8 @@ def sketch(
         second_moments: a tensor for each of ``tensors``, with as many elements in the same order; any floating dtype
             and strides. Each element ``x`` then counts as ``x / (sqrt(v) + eps)``, in the sketch and in the moments:
             with Adam's second moments (bias-corrected or not, as they are given) that is the space of its update
-            (Kingma and Ba 2015). A negative ``v`` gives NaN. None: elements count as they are.
+            (Kingma and Ba 2015). Where ``v`` is 0 a finite ``x`` counts as 0: Adam has met no gradient of that
+            element yet, so its scale is unknown. A negative ``v`` gives NaN. None: elements count as they are.
         eps: Adam's epsilon; 0, or 2**-126 to 2**127. Only with ``second_moments``.
 
     Returns:

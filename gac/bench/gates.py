@@ -125,7 +125,7 @@ def check_sketch(
         seconds = _pieces(tensors[k]) if second_moments is None else _pieces(second_moments[k])
         for (start, piece), (_, second) in zip(_pieces(tensors[k]), seconds, strict=True):
             if second_moments is not None:
-                piece = piece.double() / (second.double().sqrt() + 1e-8)
+                piece = (piece.double() / (second.double().sqrt() + 1e-8)).masked_fill(second == 0, 0.0)
             moments = moments + shifted.add(piece, start, buckets, mass)
         errors.append((out[first:last].double() - buckets).abs())
         bounds.append(2 * depth * UNIT * mass + 1e-40)

@@ -13,7 +13,7 @@ from pathlib import Path
 ISA_VARIABLE = "GAC_CPU_ISA"
 """Environment variable that limits the instruction set: portable, avx2, avx512 or neon. Read when the library loads."""
 
-_ABI = 4
+_ABI = 5
 _CODES = {1: "null pointer", 2: "out of memory"}
 
 _PROTOTYPES = {

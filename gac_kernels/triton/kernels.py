@@ -313,14 +313,21 @@ def _flip(x, words, shifts):
 
 
 @triton.jit
-def _root(v):
-    """``sqrt(v)``. In float32 the fast instruction takes a subnormal for 0, so those are scaled first."""
+def _divisor(v, eps):
+    """``sqrt(v) + eps``; infinity where ``v`` is 0, so that finite elements count as 0 and others as NaN.
+
+    In float32 the fast root takes a subnormal for 0, so those are scaled first. A ``v`` of 0 is seen in the root: ``v``
+    itself would hold a register until then.
+    """
+    eps = eps.to(v.dtype)
     if v.dtype == tl.float64:
         root = tl.sqrt(v)
+        divisor = root + tl.where(root == 0.0, float("inf"), eps)
     else:
         small = v < 2.0**-126
-        root = tl.sqrt(tl.where(small, v * 2.0**64, v)) * tl.where(small, 2.0**-32, 1.0)
-    return root
+        root = tl.sqrt(tl.where(small, v * 2.0**64, v))
+        divisor = root * tl.where(small, 2.0**-32, 1.0) + tl.where(root == 0.0, float("inf"), eps)
+    return divisor
 
 
 @triton.jit
@@ -338,7 +345,7 @@ def _sketched(pointer, second, start, index, mask, eps, ACC: tl.constexpr, BITWI
             v = _widen(tl.load(second + start + index), BITWISE_BF16)
         else:
             v = _widen(tl.load(second + start + index, mask=mask, other=1.0), BITWISE_BF16)
-        x = x.to(ACC) / (_root(v.to(ACC)) + eps.to(ACC))
+        x = x.to(ACC) / _divisor(v.to(ACC), eps)
     return x
 
 

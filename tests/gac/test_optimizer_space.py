@@ -11,7 +11,7 @@ import gac
 from gac import optimizer_space
 from gac.optimizer_space import WARM_UP, SecondMoments
 from gac_kernels import reference
-from tests.gac.models import rl_loss, sft_loss, tiny_model, tokens
+from tests.gac.models import VOCABULARY, rl_loss, sft_loss, tiny_model, tokens
 from tests.gac.truth import statistics
 
 NUMBERS = ("sigma_s2", "sigma_r2", "delta_g2", "distance2", "norm_s2", "norm_r2", "dot")
@@ -26,7 +26,10 @@ OPTIMIZERS = {
 
 
 def denominators(optimizer, parameters, *, eps_factor=lambda correction: 1.0) -> list[torch.Tensor | None]:
-    """``sqrt(v_hat) + eps`` of each parameter from the optimizer's state, in float64; None where there is none."""
+    """``sqrt(v_hat) + eps`` of each parameter from the optimizer's state, in float64; None where there is none.
+
+    Infinity where ``v`` is 0: those elements count as 0.
+    """
     group = optimizer.param_groups[0]
     found = []
     for p in parameters:
@@ -37,6 +40,7 @@ def denominators(optimizer, parameters, *, eps_factor=lambda correction: 1.0) ->
         v = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
         correction = 1.0 - group["betas"][1] ** float(state["step"])
         found.append((v.double() / correction).sqrt() + group["eps"] * eps_factor(correction))
+        found[-1].masked_fill_(v == 0, math.inf)
     return found
 
 
@@ -61,10 +65,10 @@ def assert_equal(found: gac.Statistics, truth: dict[str, float], *, rel: float) 
         assert float(getattr(found, name)) == pytest.approx(truth[name], rel=rel, abs=loose), name
 
 
-def branches(model, seed: int, n_s: int = 2, n_r: int = 3, factor: float = 1.0):
-    """Losses of one step's micro-batches, as functions."""
-    sft = [lambda b=b: factor * sft_loss(model, b) / n_s for b in tokens(n_s, seed)]
-    rl = [lambda b=b: factor * rl_loss(model, b) / n_r for b in tokens(n_r, seed + 1000)]
+def branches(model, seed: int, n_s: int = 2, n_r: int = 3, factor: float = 1.0, vocabulary: int = VOCABULARY):
+    """Losses of one step's micro-batches, as functions. Of the vocabulary the first ``vocabulary`` tokens occur."""
+    sft = [lambda b=b: factor * sft_loss(model, b % vocabulary) / n_s for b in tokens(n_s, seed)]
+    rl = [lambda b=b: factor * rl_loss(model, b % vocabulary) / n_r for b in tokens(n_r, seed + 1000)]
     return sft, rl
 
 
@@ -219,6 +223,34 @@ def test_the_mixer_may_step_first():
                 optimizer.zero_grad()
             results.append({name: float(getattr(mixer.statistics, name)) for name in NUMBERS})
     assert results[1] == pytest.approx(results[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sketch"])
+def test_a_token_that_occurs_for_the_first_time(estimator):
+    """The row of an untied embedding that has had no gradient yet is left out; divided by eps alone it would be all."""
+    model = tiny_model(tied=False)
+    parameters = list(model.parameters())
+    row = model.get_input_embeddings().weight
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    with gac.patch(model, estimator=estimator, optimizer=optimizer, metric="optimizer") as mixer:
+        for step in range(WARM_UP + 1):
+            new = step == WARM_UP
+            sft, rl = branches(model, step, vocabulary=VOCABULARY if new else VOCABULARY - 1)
+            if new:
+                divisors = denominators(optimizer, parameters)
+                truth, by_eps = (
+                    statistics(*(contributions(losses, parameters, d) for losses in (sft, rl)))
+                    for d in (divisors, [d.where(d.isfinite(), torch.tensor(1e-8)) for d in divisors])
+                )
+            backward(mixer, sft, rl)
+            if new:
+                assert (optimizer.state[row]["exp_avg_sq"] == 0).sum() == row.shape[1]
+                assert row.grad[-1].abs().min() > 0
+            optimizer.step()
+            optimizer.zero_grad()
+        print(f"norm_s2 {float(mixer.statistics.norm_s2):.3g}, divided by eps {by_eps['norm_s2']:.3g}")
+        assert by_eps["norm_s2"] > 1e6 * truth["norm_s2"]
+        assert_equal(mixer.statistics, truth, rel=1e-5 if estimator == "exact" else 1e-4)
 
 
 def test_lone_contributions():

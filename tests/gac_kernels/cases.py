@@ -292,9 +292,9 @@ def second_moments(tensors: list[Tensor], dtypes=DTYPES, scale: float = 1.0) -> 
 
 
 def weighted(tensors: list[Tensor], seconds: list[Tensor], eps: float = 1e-8) -> list[Tensor]:
-    """``x / (sqrt(v) + eps)`` in float64."""
-    pairs = zip(tensors, seconds, strict=True)
-    return [x.detach().double().reshape(-1) / (v.double().reshape(-1).sqrt() + eps) for x, v in pairs]
+    """``x / (sqrt(v) + eps)`` in float64, 0 where ``v`` is 0."""
+    pairs = [(x.detach().double().reshape(-1), v.double().reshape(-1)) for x, v in zip(tensors, seconds, strict=True)]
+    return [torch.where(v == 0, 0.0, x / (v.sqrt() + eps)) for x, v in pairs]
 
 
 def weighted_cases() -> list[SketchCase]:
@@ -391,6 +391,9 @@ def check_weighted_nonfinite(backend, device: str, places=(0, 31, 1024, 1499)) -
         "inf over inf": (inf, inf),
         "1 over inf is 0": (1.0, inf),
         "0 over 0 is 0": (0.0, 0.0),
+        "nan over 0": (nan, 0.0),
+        "inf over 0": (inf, 0.0),
+        "-inf over -0": (-inf, -0.0),
     }
     for x_dtype, v_dtype in itertools.product((torch.float32, torch.bfloat16), (torch.float32, torch.float64)):
         for place in places:
@@ -410,7 +413,7 @@ def check_weighted_overflow(backend, device: str) -> None:
     """Weighted values beyond float32 are infinite in a float32 bucket, but neither counted nor lost in the squares."""
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.full((5000,), 1e35, dtype=dtype, device=device)
-        v = torch.zeros(5000, device=device)
+        v = torch.full((5000,), 1e-40, device=device)
         v[1234:] = 1.0
         out = torch.zeros(5000, device=device)
         got = backend.sketch(x, out, second_moments=v)
@@ -419,8 +422,29 @@ def check_weighted_overflow(backend, device: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
         assert torch.isinf(out[:1234]).all()
         assert torch.isfinite(out[1234:]).all()
-    without = backend.sketch(x, out, second_moments=v, eps=0.0)
-    assert without[1] == 1234
+
+
+def check_second_moments_of_zero(backend, device: str) -> None:
+    """A finite element counts as 0 where ``v`` is 0, whatever its size and eps; the smallest ``v`` is not 0."""
+    rounded = 16 * 2.0**-24  # a weighted element errs by at most 7 units in float32, its square by twice that
+    for x_dtype, v_dtype in itertools.product((torch.float32, torch.float64), DTYPES):
+        x = torch.full((1503,), 2.0**127, dtype=x_dtype, device=device)
+        v = torch.ones(1503, dtype=v_dtype, device=device)
+        v[::2], v[::4] = 0.0, -0.0
+        for eps in (0.0, 1e-8):
+            out = torch.full((1503,), math.nan, device=device)
+            got = backend.sketch(x, out, second_moments=v, eps=eps)
+            assert (out[::2] == 0).all()
+            torch.testing.assert_close(out[1::2].abs(), x[1::2].float(), rtol=rounded, atol=0)
+            want = torch.tensor([751 * 2.0**254, 0.0], dtype=torch.float64)
+            torch.testing.assert_close(got.cpu(), want, rtol=rounded, atol=0)
+    for dtype in DTYPES:
+        smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        x = torch.full((1503,), 0.5 * math.sqrt(smallest), dtype=wide, device=device)
+        out = torch.zeros(1503, device=device)
+        backend.sketch(x, out, second_moments=torch.full_like(x, smallest, dtype=dtype), eps=0.0)
+        torch.testing.assert_close(out.abs(), torch.full_like(out, 0.5), rtol=rounded, atol=0)
 
 
 def moments_bound(tensors: list[Tensor], unit_roundoff: float, depth: int) -> float:

@@ -31,6 +31,7 @@ from tests.gac_kernels.cases import (
     SketchCase,
     bucket_mass,
     check_added_moments,
+    check_second_moments_of_zero,
     check_weighted_nonfinite,
     check_weighted_overflow,
     check_wrong_into,
@@ -402,6 +403,7 @@ def test_sketch_with_nonfinite_elements(isa):
 def test_weighted_sketch_with_nonfinite_elements(isa):
     check_weighted_nonfinite(cpu, "cpu")
     check_weighted_overflow(cpu, "cpu")
+    check_second_moments_of_zero(cpu, "cpu")
 
 
 def test_sign_words_beyond_2_to_the_32(isa):

@@ -7,7 +7,14 @@ import torch
 
 from gac_kernels import SketchLayout, reference
 from gac_kernels.arguments import check_scalar, overlaps_itself
-from tests.gac_kernels.cases import check_added_moments, check_wrong_into, strided_tensors, values
+from tests.gac_kernels.cases import (
+    check_added_moments,
+    check_second_moments_of_zero,
+    check_weighted_nonfinite,
+    check_wrong_into,
+    strided_tensors,
+    values,
+)
 
 
 def test_moments_and_pair_moments_in_exact_integers():
@@ -53,14 +60,16 @@ def test_weighted_sketch_by_hand():
     x, v = torch.tensor([3.0, -4.0, 5.0, 1.0]), torch.tensor([[4.0, 0.0], [0.25, 1.0]], dtype=torch.bfloat16)
     out = torch.zeros(4)
     moments = reference.sketch(x, out, second_moments=v, eps=0.5)
-    want = torch.tensor([1.2, 8.0, 5.0, 2.0 / 3.0], dtype=torch.float64)
+    want = torch.tensor([1.2, 0.0, 5.0, 2.0 / 3.0], dtype=torch.float64)
     torch.testing.assert_close(out.abs().double(), want, rtol=2.0**-23, atol=0)
     torch.testing.assert_close(moments, torch.tensor([want.square().sum(), 0.0]).double(), rtol=2.0**-22, atol=0)
     plain = torch.zeros(4)
     reference.sketch(x, plain)
-    assert torch.equal(plain.sign(), out.sign())  # the same map
+    assert torch.equal(plain.sign() * (want != 0), out.sign())  # the same map
     assert reference.sketch([x, x[:0]], torch.zeros(4), second_moments=[v, v[:0]]).shape == (2,)
-    assert reference.sketch(x, out, second_moments=torch.tensor([1.0, -1.0, math.nan, 0.0]), eps=0.0)[1] == 3
+    assert reference.sketch(x, out, second_moments=torch.tensor([1.0, -1.0, math.nan, 0.0]), eps=0.0)[1] == 2
+    check_second_moments_of_zero(reference, "cpu")
+    check_weighted_nonfinite(reference, "cpu", (31,))
 
 
 def test_token_moments_by_hand():

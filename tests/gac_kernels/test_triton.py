@@ -36,6 +36,7 @@ from tests.gac_kernels.cases import (
     SketchCase,
     bucket_mass,
     check_added_moments,
+    check_second_moments_of_zero,
     check_weighted_nonfinite,
     check_weighted_overflow,
     check_wrong_into,
@@ -365,6 +366,7 @@ def test_sketch_with_nonfinite_elements():
 def test_weighted_sketch_with_nonfinite_elements():
     check_weighted_nonfinite(operations, DEVICE, *(((1024,),) if INTERPRETED else ()))
     check_weighted_overflow(operations, DEVICE)
+    check_second_moments_of_zero(operations, DEVICE)
 
 
 def test_sketch_equals_the_cpu_library():
