@@ -13,9 +13,8 @@ from torch import nn
 ACCUMULATES_SINCE = (0, 19, 0)
 """The release from which ZeRO-1/2 add up all micro-batches under optimizer offload.
 
-Before, the gradients in host memory were stored by the first backward pass of a step and not updated by those between
-the first and the last (pull request 7967), and where several backward passes met a configuration of one, all but the
-last were dropped (7981).
+Before, ZeRO-2 kept the gradients of the first and of the last backward pass of a step alone (pull request 7967), and
+where several passes met ``gradient_accumulation_steps: 1``, those of the last (7981, which names ZeRO-1 too).
 """
 
 _MARKS = ("ds_id", "_hp_mapping")  # of a parameter under ZeRO-3; of one under ZeRO-1/2 or the bfloat16 optimizer
@@ -60,14 +59,15 @@ def _warn_of_lost_gradients(model: nn.Module) -> None:
     if found is None or tuple(map(int, found.groups())) >= ACCUMULATES_SINCE:
         return
     for module in model.modules():
-        if not isinstance(module, package.DeepSpeedEngine) or module.zero_optimization_stage() not in (1, 2):
+        if not isinstance(module, package.DeepSpeedEngine) or not module.zero_cpu_offload():
             continue
-        if module.zero_cpu_offload():
+        stage, steps = module.zero_optimization_stage(), module.gradient_accumulation_steps()
+        if (stage in (1, 2) and steps == 1) or (stage == 2 and steps > 2):
             fixed = ".".join(map(str, ACCUMULATES_SINCE))
             warnings.warn(
-                f"DeepSpeed {package.__version__} drops gradients of micro-batches under ZeRO-"
-                f"{module.zero_optimization_stage()} with optimizer offload: mu is measured on all of them, the "
-                f"optimizer steps with a part. Install deepspeed>={fixed}, or turn offload_optimizer off",
+                f"DeepSpeed {package.__version__} drops gradients of micro-batches under ZeRO-{stage} with optimizer "
+                f"offload and gradient_accumulation_steps {steps}: mu is measured on all of them, the optimizer steps "
+                f"with a part. Install deepspeed>={fixed}, or turn offload_optimizer off",
                 UserWarning,
                 stacklevel=5,
             )

@@ -85,18 +85,21 @@ def test_options_that_do_not_apply():
 
 
 @pytest.mark.parametrize(
-    ("version", "stage", "offload", "warns"),
+    ("version", "stage", "offload", "micro_batches", "warns"),
     [
-        ("0.18.9", 2, True, True),
-        ("0.18.9+abc", 1, True, True),
-        ("0.18.9", 3, True, False),
-        ("0.18.9", 2, False, False),
-        ("0.19.0", 2, True, False),
-        ("0.19.8", 1, True, False),
-        ("1.0.0", 1, True, False),
+        ("0.18.9", 2, True, 1, True),
+        ("0.18.9", 2, True, 2, False),
+        ("0.18.9", 2, True, 4, True),
+        ("0.18.9+abc", 1, True, 1, True),
+        ("0.18.9", 1, True, 4, False),
+        ("0.18.9", 3, True, 1, False),
+        ("0.18.9", 2, False, 4, False),
+        ("0.19.0", 2, True, 4, False),
+        ("0.19.8", 1, True, 1, False),
+        ("1.0.0", 1, True, 1, False),
     ],
 )
-def test_releases_that_lose_gradients_are_named(version, stage, offload, warns, monkeypatch):
+def test_releases_that_lose_gradients_are_named(version, stage, offload, micro_batches, warns, monkeypatch):
     class Engine(nn.Module):
         def __init__(self):
             super().__init__()
@@ -107,6 +110,9 @@ def test_releases_that_lose_gradients_are_named(version, stage, offload, warns, 
 
         def zero_cpu_offload(self):
             return offload
+
+        def gradient_accumulation_steps(self):
+            return micro_batches
 
     package = types.SimpleNamespace(__version__=version, DeepSpeedEngine=Engine)
     monkeypatch.setitem(sys.modules, "deepspeed", package)
