@@ -220,8 +220,8 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
         super().__init__(model, reward_funcs, args, rule, train_dataset, **kwargs)
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError(
-                "DeepSpeed sums the gradients of both branches before they can be told apart; use DDP "
-                "(accelerate launch --multi_gpu) or FSDP2 (--use_fsdp --fsdp_version 2)"
+                "under accelerate, DeepSpeed takes its optimizer step within the last backward pass, and a branch "
+                "would still be to come: use DDP (accelerate launch --multi_gpu) or FSDP2 (--use_fsdp --fsdp_version 2)"
             )
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
             raise ValueError(
@@ -568,7 +568,7 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
             # by what was taken, where the base class goes by optimizer steps of today's size
             epoch, taken = self._position.epoch, self._position.taken
         self._taken = epoch * self._epoch_length + taken
-        return epoch, taken
+        return divmod(self._taken, self._epoch_length)  # larger generations may have no more of the epoch to take
 
     def _load_gac_state(self, checkpoint: str) -> None:
         state = self._checkpoint

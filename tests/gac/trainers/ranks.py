@@ -33,6 +33,8 @@ class Kept(TrainerCallback):
 
     def attach(self, trainer):
         self.trainer = trainer
+        if trainer._sampler is None:  # demonstrations are those of the prompts
+            return
         take = trainer._sampler.take
 
         def kept(position, count):

@@ -14,7 +14,7 @@ from trl import GRPOTrainer
 
 from gac.trainers.demonstrations import EpochSampler
 from gac.trainers.resume import Batching, Position, redistribute
-from tests.gac.trainers.conftest import DEMONSTRATIONS, PROMPTS
+from tests.gac.trainers.conftest import DEMONSTRATIONS, PROMPTS, with_demonstrations
 from tests.gac.trainers.ranks import launch, train
 
 pytestmark = pytest.mark.timeout(300)
@@ -166,6 +166,44 @@ def test_data_begin_anew_where_that_is_asked_for(folder, whole, tmp_path):
     assert_takes([run], 3 * 16, 4)
 
 
+@pytest.mark.parametrize("law", ["hpt", "luffy"])
+def test_what_a_rule_chose_goes_with_the_rollouts(tmp_path, law):
+    """Micro-batches of two groups instead of one, for the second half of a generation."""
+    options = {"law": law, "prompts": with_demonstrations(FEW), "generation_batch_size": 32}
+    whole = train(
+        str(tmp_path / "whole"),
+        max_steps=2,
+        gradient_accumulation_steps=4,
+        save_steps=1,
+        save_strategy="steps",
+        **options,
+    )
+    resumed = train(
+        str(tmp_path / "out"),
+        resume=str(tmp_path / "whole" / "checkpoint-1"),
+        max_steps=2,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        **options,
+    )
+    assert not resumed["prompts"], "nothing was generated"
+    assert any(g.abs().max() > 0 for g in resumed["gradients"][0].values())
+    assert_same_gradient(whole["gradients"][1], resumed["gradients"][0])
+
+
+def test_larger_generations_begin_the_next_epoch(tmp_path):
+    """16 of 20 prompts are done, 4 at a time; with 16 at a time there is no more to take in this epoch."""
+    options = {"prompts": FEW, "per_device_train_batch_size": 16, "save_strategy": "steps", "save_steps": 4}
+    train(str(tmp_path / "whole"), max_steps=4, **options)
+    resumed = str(tmp_path / "whole" / "checkpoint-4")
+    run = train(str(tmp_path / "out"), resume=resumed, max_steps=6, gradient_accumulation_steps=4, **options)
+    assert run["steps"] == 6
+    generator = torch.Generator().manual_seed(42)  # TRL's order: one permutation after the other
+    _, *later = (torch.randperm(20, generator=generator).tolist() for _ in range(3))
+    expected = [[FEW[index]["prompt"] for index in order[:16] for _ in range(4)] for order in later]
+    assert prompts([run]) == expected
+
+
 def test_rollouts_that_are_lost_are_generated_anew(folder, whole, tmp_path, caplog):
     copy = str(tmp_path / "checkpoint-3")
     shutil.copytree(checkpoint(folder, 3), copy)
@@ -210,13 +248,13 @@ def test_fsdp1_is_refused(trainer, monkeypatch):
 
     original = GRPOTrainer.create_accelerator_and_postprocess
     monkeypatch.setattr(GRPOTrainer, "create_accelerator_and_postprocess", create)
-    with pytest.raises(ValueError, match="FSDP1.*use FSDP2"):
+    with pytest.raises(ValueError, match=r"FSDP1.*use FSDP2"):
         trainer()
 
 
 def test_deepspeed_is_refused(trainer, monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.DEEPSPEED))
-    with pytest.raises(ValueError, match="DeepSpeed sums the gradients.*use DDP.*or FSDP2"):
+    with pytest.raises(ValueError, match=r"DeepSpeed takes its optimizer step within.*use DDP.*or FSDP2"):
         trainer()
 
 
