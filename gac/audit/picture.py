@@ -27,7 +27,7 @@ _NAMES = {
     "sigma_r2": "Noise of the RL gradient",
     "delta_g2": "Disagreement of the true gradients",
 }
-_HALF_LIFE = 7.0
+_HALF_LIFE = 69.0
 """Of the running averages that are drawn: the default of law ``gac``."""
 
 

@@ -26,8 +26,8 @@ class GacLaw(Law):
 
     Each update smooths the unbiased ``sigma_s2``, ``sigma_r2`` and ``delta_g2`` with a bias-corrected moving average,
     clamps them at 0 (after smoothing: clamping first would push ``delta_g2`` up), takes the closed form, blends it with
-    the prior, limits the step and clips. A number that was not measured (NaN) leaves its average as it was; a step
-    with non-finite gradients changes nothing.
+    the prior, limits the step and clips. A measurement's weight depends on its age alone. A number that was not
+    measured (NaN) leaves its average as it was; a step with non-finite gradients changes nothing.
 
     **How sure the estimate is.** An average with weights ``w_k`` (which sum to 1) of independent steps has the variance
     ``V = sum w_k^2 SE_k^2``; a step of unknown standard error counts with the average of the known ones. The closed
@@ -56,9 +56,10 @@ class GacLaw(Law):
             ``mu_se^2 / (mu_se^2 + prior_sd^2)``, which has the least expected error if the prior misses the best mu by
             ``prior_sd`` (root mean square); .5 while no standard error is known. Nothing without a prior.
         prior_sd: how far the prior may be off, for ``"se"``.
-        cap: largest change of mu in one step, once the averages have settled. Until then mu may also move by what the
-            newest measurement counts for in them beyond its share in the long run: by anything after the first one, by
-            about ``1/n`` after the ``n``-th.
+        cap: largest change of mu in one step once the averages have settled. Before that, a step that measured may add
+            the share of its measurement, by as much as the average lacks of its full weight: 1 for the first
+            measurement, at most ``1/n`` for the ``n``-th, 0 in the long run, and times the estimate's share in the
+            blend where there is a prior. A branch that returns after an absence adds nothing again.
         mu_min, mu_max: bounds of mu.
         start: the first mu.
     """
@@ -93,7 +94,7 @@ class GacLaw(Law):
         self.state["sums"] = torch.zeros(2, 3, dtype=torch.float64)  # of w*value and of w, with a step's weight w
         self.state["squares"] = torch.zeros(3, 3, dtype=torch.float64)  # of w^2 SE^2; of w^2 where SE is known; of w^2
         self.state["waiting"] = torch.zeros(3, dtype=torch.float64)  # updates since it was measured
-        self.state["unsettled"] = torch.zeros(3, dtype=torch.float64)  # excess share of the newest measurement
+        self.state["unsettled"] = torch.ones(3, dtype=torch.float64)  # what is left of 1 since its first measurement
 
     def smoothed(self) -> Tensor:
         """``[3]``: sigma_s2, sigma_r2, delta_g2, averaged and then clamped at 0; NaN before the first measurement."""
@@ -107,11 +108,11 @@ class GacLaw(Law):
 
     def update(self, statistics: Statistics | None, step: Step) -> Tensor:
         mu = self.mu
-        healthy = None
+        healthy, news = None, 0.0
         self.state["waiting"] = self.state["waiting"] + 1
         if statistics is not None:
             healthy = statistics.nonfinite == 0
-            self._smooth(statistics, healthy)
+            news = self._smooth(statistics, healthy)
 
         raw, error = self._estimate(self.beside(self._alpha(step)))
         known = torch.isfinite(raw)
@@ -119,8 +120,10 @@ class GacLaw(Law):
         if prior is None:
             target = torch.where(known, raw, mu)
         else:
-            target = torch.where(known, torch.lerp(raw, prior, self._weight_of_prior(error)), prior)
-        reach = self.cap + self.state["unsettled"].max()
+            weight = self._weight_of_prior(error)
+            target = torch.where(known, torch.lerp(raw, prior, weight), prior)
+            news = torch.where(known, news * (1 - weight), 0.0)  # a prior alone has no news
+        reach = self.cap + news
         moved = (mu + (target - mu).clamp(-reach, reach)).clamp(self.mu_min, self.mu_max)
         self.record("mu", moved if healthy is None else torch.where(healthy, moved, mu))
         return self.mu
@@ -158,21 +161,25 @@ class GacLaw(Law):
         self.record("alpha", torch.where(torch.isfinite(smoothed), alpha + up - down, alpha))
         return self.state["alpha"]
 
-    def _smooth(self, statistics: Statistics, healthy: Tensor) -> None:
+    def _smooth(self, statistics: Statistics, healthy: Tensor) -> Tensor:
+        """Takes the measurements into the averages; returns what they add to the cap, 0-dim."""
         value = torch.stack([statistics.sigma_s2, statistics.sigma_r2, statistics.delta_g2])
         error = torch.stack([statistics.sigma_s2_se, statistics.sigma_r2_se, statistics.distance2_se])
         use = torch.isfinite(value) & healthy
         sure = torch.isfinite(error)
         one = torch.ones_like(value)
-        rate = self.state["waiting"] * (math.log(2) / self.half_life)  # a measurement after k steps counts for k
-        keep, new = torch.exp(-rate), -torch.expm1(-rate)
+        rate = math.log(2) / self.half_life
+        keep, new = torch.exp(-rate * self.state["waiting"]), -math.expm1(-rate)
+        first = self.state["sums"][1] == 0
         sums = keep * self.state["sums"] + new * torch.stack([value, one])
         variance = torch.where(sure, error.square(), 0.0)
-        squares = keep.square() * self.state["squares"] + new.square() * torch.stack([variance, sure.to(one), one])
+        squares = keep.square() * self.state["squares"] + new**2 * torch.stack([variance, sure.to(one), one])
+        unsettled = torch.where(first, self.state["unsettled"], keep * self.state["unsettled"])
         self.state["sums"] = torch.where(use, sums, self.state["sums"])
-        self.state["unsettled"] = torch.where(use, new / sums[1] - new, self.state["unsettled"])
         self.state["squares"] = torch.where(use, squares, self.state["squares"])
         self.state["waiting"] = torch.where(use, 0.0, self.state["waiting"])
+        self.state["unsettled"] = torch.where(use, unsettled, self.state["unsettled"])
+        return torch.where(use, unsettled * (new / sums[1]), 0.0).max()
 
 
 def _is_word(name: str, value: float | str, word: str) -> bool:

@@ -72,7 +72,7 @@ class HybridGRPOConfig(GRPOConfig):
         default=None, metadata={"help": "A constant SFT weight in [0, 1]; short for law='fixed' with this mu."}
     )
     law_options: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Options of the law, such as {'half_life': 7.0, 'cap': 0.02}."}
+        default=None, metadata={"help": "Options of the law, such as {'half_life': 20.0, 'cap': 0.02}."}
     )
     estimator: str = field(
         default="auto", metadata={"help": "'auto', 'sketch', 'exact' or 'coefficient'; see gac.patch."}

@@ -278,7 +278,7 @@ def test_auto_chooses_by_size(monkeypatch):
 
 def test_interval_measures_every_kth_step_and_the_law_goes_on():
     model = tiny_model()
-    with gac.patch(model, interval=3, law="gac", prior=0.1, cap=0.01) as mixer:
+    with gac.patch(model, interval=3, law="gac", prior=lambda step: 0.1 + 0.01 * step) as mixer:
         measured, hooked, mus = [], [], [float(mixer.mu)]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         for step in range(7):

@@ -34,14 +34,14 @@ def test_a_clamped_disagreement_keeps_its_uncertainty():
 
 
 def test_weights_of_several_steps_by_hand():
-    """Half-life 1: two steps weigh 1/4 and 1/2, over 3/4. A third, after a gap of one step, makes it 1/16, 1/8, 3/4."""
+    """Half-life 1: two steps weigh 1/4 and 1/2, over 3/4. A third, after a gap of one step, makes it 1/16, 1/8, 1/2."""
     controller = gac.Controller("gac", half_life=1.0)
     told(controller, 1.0, 1.0, 0.0, se=(3.0, 0.0, 0.0))
     told(controller, 1.0, 1.0, 0.0, se=(6.0, 0.0, 0.0))
     assert controller.law.standard_errors().tolist() == pytest.approx([math.hypot(3 / 3, 6 * 2 / 3), 0.0, 0.0])
-    controller.update(None)  # a measurement after two steps counts for two
+    controller.update(None)
     told(controller, 1.0, 1.0, 0.0, se=(10.0, 0.0, 0.0))
-    expected = math.hypot(3 / 16, 6 / 8, 10 * 3 / 4) / (15 / 16)
+    expected = math.hypot(3 / 16, 6 / 8, 10 / 2) / (11 / 16)
     assert float(controller.law.standard_errors()[0]) == pytest.approx(expected)
 
 
@@ -65,8 +65,8 @@ def test_a_number_that_was_not_measured_keeps_its_error():
     assert torch.equal(after[1:], before[1:])
 
 
-def test_a_branch_that_returns_counts_for_the_steps_it_was_away():
-    """Not only the steps in which nothing at all was measured: those in which this number was not."""
+def test_what_was_known_ages_while_a_branch_is_away():
+    """By the steps in which this number was not measured, not only by those in which nothing was."""
     controller = gac.Controller("gac", half_life=1.0)
     controller.update(S(1.0, 1.0, 0.0))
     for _ in range(60):
