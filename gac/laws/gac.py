@@ -164,8 +164,9 @@ class GacLaw(Law):
             short, short_error = self._of_average("short_", alpha)
             self.state["mus"] = torch.stack([short, raw])
             follows = self.follows()
-            # both averages hold the newest steps, so that their errors go together
-            raw, error = torch.lerp(raw, short, follows), torch.lerp(error, short_error, follows)
+            # both averages hold the newest steps, so that their errors go together; infinite ones are equal
+            error = torch.where(error == short_error, error, torch.lerp(error, short_error, follows))
+            raw = torch.lerp(raw, short, follows)
         self.record("raw", raw)
         self.record("mu_se", error)
         return raw, error
@@ -238,10 +239,12 @@ class GacLaw(Law):
         errors = (mu - alpha).square() * delta_g2 + mu.square() * sigma_s2 + (1 - mu).square() * sigma_r2
         short, long = errors.unbind()
         difference = long - short
+        # what rounding makes of equal averages is no evidence
+        difference = torch.where(difference.abs() > 1e-6 * errors.abs().max(), difference, 0.0)
         keep = 2.0 ** (-1 / LONG)
         total, squares = self.state["evidence"].unbind()
         evidence = torch.stack([keep * total + difference, keep**2 * squares + difference.square()])
-        self.state["evidence"] = torch.where(use & torch.isfinite(difference), evidence, self.state["evidence"])
+        self.state["evidence"] = torch.where(use & torch.isfinite(long - short), evidence, self.state["evidence"])
 
 
 def _is_word(name: str, value: float | str, word: str, number: str = "a number in [0, 1]") -> bool:
