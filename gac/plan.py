@@ -6,7 +6,6 @@ device with a stated efficiency; the standard error of mu from the delta method.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gac.bench.shapes import MODELS
-from gac.laws.gac import GacLaw
+from gac.laws.gac import LONG
 from gac.ledger import Branch, Ledger
 from gac.measurement import EXACT_BYTES, EXACT_BYTES_REDUCED, EXACT_SHARE
 from gac.observer import BUCKET_BYTES
@@ -310,10 +309,10 @@ def mu_error(
         n: contributions of a branch and step; 1 stands for the comparison with earlier steps, counted as two.
         averaged: micro-batches that each of them is the mean of (FSDP: the ranks).
         size: buckets of the sketch over all ranks; None: exact.
-        half_life: of the law's averages, in steps; default: the law's.
+        half_life: of the law's average, in steps; default: the long one's, which is in charge while statistics stand.
         interval: steps between measurements.
     """
-    half_life = _half_life() if half_life is None else half_life
+    half_life = LONG if half_life is None else half_life
     sigma_s, sigma_r = (x / (1 + noise.ratio) / (n * averaged) for x in (noise.ratio, 1.0))
     both, delta = sigma_s + sigma_r, noise.disagreement
     distance = delta + both
@@ -328,10 +327,6 @@ def mu_error(
     if size is not None:
         sketch = math.sqrt(2 / size * (sigmas + ((mu - alpha) * distance) ** 2)) / distance
     return MuError(mu, one_step, one_step * math.sqrt((1 - keep) / (1 + keep)), sketch)
-
-
-def _half_life() -> float:
-    return inspect.signature(GacLaw).parameters["half_life"].default
 
 
 # -- the plan ---------------------------------------------------------------------------------------------------------
