@@ -43,10 +43,10 @@ RANKS = {
     "ddp": ((2, 0), (64, 0), (1024, 0), (1024, 1023)),
     "fsdp2": ((2, 0), (64, 0), (1024, 0), (1024, 1023)),
     "hsdp": ((8, 0), (64, 0), (1024, 0), (1024, 1023)),
-    "hsdp, 4 stages": ((8, 0), (64, 0), (1024, 0)),
+    "hsdp, a quarter": ((8, 0), (64, 0), (1024, 0)),
 }
-"""World sizes and ranks by engine. The last rank of many holds no rows of most tensors. With pipeline stages, a model
-has a quarter of the ranks, and no process group spans them; no last rank there, as a process keeps its first mesh.
+"""World sizes and ranks by engine. The last rank of many holds no rows of most tensors. In the last case a quarter of
+the ranks trains, and no process group spans it; not as the last rank, because a process keeps its first mesh.
 """
 
 _PACKAGES = tuple(str(Path(module).parent) for module in (gac.__file__, sys.modules["gac_kernels"].__file__))
@@ -111,8 +111,8 @@ def build(llama: LlamaShape, engine: str, ranks: int, *, sends: bool) -> nn.Modu
         if not sends:  # the reducer starts it from C++, where a dispatch mode of Python cannot follow
             model.register_comm_hook(None, _leave)
         return model
-    shape = {"fsdp2": (ranks,), "hsdp": (2, ranks // 2), "hsdp, 4 stages": (4, 2, ranks // 8)}[engine]
-    names = ("stage", "replicate", "shard")[-len(shape) :]
+    shape = {"fsdp2": (ranks,), "hsdp": (2, ranks // 2), "hsdp, a quarter": (4, 2, ranks // 8)}[engine]
+    names = ("part", "replicate", "shard")[-len(shape) :]
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     if len(shape) == 3:
         mesh = mesh["replicate", "shard"]

@@ -36,6 +36,7 @@ def on_ranks(world: int, folder: Path, function: Callable, *arguments, preload: 
         for process in ranks:
             process.kill()
     found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    assert all(process.exitcode == 0 for process in ranks), [process.exitcode for process in ranks]
     errors = [result["error"] for result in found if "error" in result]
     assert not errors, "\n".join(errors)
     return [result["value"] for result in found]
@@ -52,4 +53,5 @@ def _work(rank: int, world: int, folder: str, function: Callable, arguments: tup
     except Exception:
         found = {"error": traceback.format_exc()}
     torch.save(found, os.path.join(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
