@@ -105,29 +105,41 @@ class GacLaw(Law):
         self.prior_sd = number("prior_sd", prior_sd, 1e-6, 1e6)
         self.cap = unit_interval("cap", cap)
         self.mu_min, self.mu_max = bounds(mu_min, mu_max, start=start)
-        # columns: sigma_s2, sigma_r2, delta_g2; in "squares" the third is distance2, measured when delta_g2 is
-        self.state["sums"] = torch.zeros(2, 3, dtype=torch.float64)  # of w*value and of w, with a step's weight w
-        self.state["squares"] = torch.zeros(3, 3, dtype=torch.float64)  # of w^2 SE^2; of w^2 where SE is known; of w^2
+        # [averages, ...], the long one last; columns: sigma_s2, sigma_r2, delta_g2 (in "squares" distance2, which is
+        # measured when delta_g2 is). With a step's weight w:
+        rates = [math.log(2) / half_life for half_life in ((SHORT, LONG) if self.chooses else (self.half_life,))]
+        self._rates = torch.tensor(rates, dtype=torch.float64).view(-1, 1, 1)
+        averages = len(rates)
+        self.state["sums"] = torch.zeros(averages, 2, 3, dtype=torch.float64)  # of w*value and of w
+        self.state["squares"] = torch.zeros(averages, 3, 3, dtype=torch.float64)  # w^2 SE^2; w^2 with known SE; w^2
         self.state["waiting"] = torch.zeros(3, dtype=torch.float64)  # updates since it was measured
         self.state["unsettled"] = torch.ones(3, dtype=torch.float64)  # what is left of 1 since its first measurement
         if self.chooses:
-            self.state["short_sums"] = self.state["sums"].clone()
-            self.state["short_squares"] = self.state["squares"].clone()
-            self.state["mus"] = torch.full((2,), float("nan"), dtype=torch.float64)  # of both averages: short, long
+            self.state["mus"] = torch.full((2,), float("nan"), dtype=torch.float64)  # of both averages
             self.state["evidence"] = torch.zeros(2, dtype=torch.float64)  # long minus short: sum, and sum of squares
 
-    def smoothed(self, prefix: str = "") -> Tensor:
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        self._rates = self._rates.to(self.mu)
+
+    def smoothed(self, average: int = -1) -> Tensor:
         """``[3]``: sigma_s2, sigma_r2, delta_g2, averaged and then clamped at 0; NaN before the first measurement.
 
-        ``prefix="short_"`` for the short one of two averages.
+        ``average=0`` for the short one of two.
         """
-        total, weight = self.state[f"{prefix}sums"].unbind()
+        return self._smoothed()[average]
+
+    def standard_errors(self, average: int = -1) -> Tensor:
+        """``[3]``: of the averages of sigma_s2, sigma_r2 and distance2; NaN where unknown."""
+        return self._standard_errors()[average]
+
+    def _smoothed(self) -> Tensor:
+        total, weight = self.state["sums"].unbind(1)
         return (total / weight).clamp(min=0.0)
 
-    def standard_errors(self, prefix: str = "") -> Tensor:
-        """``[3]``: of the averages of sigma_s2, sigma_r2 and distance2; NaN where unknown."""
-        known, weights, all_weights = self.state[f"{prefix}squares"].unbind()
-        return (known * all_weights / weights).sqrt() / self.state[f"{prefix}sums"][1]
+    def _standard_errors(self) -> Tensor:
+        known, weights, all_weights = self.state["squares"].unbind(1)
+        return (known * all_weights / weights).sqrt() / self.state["sums"][:, 1]
 
     def follows(self) -> Tensor:
         """Weight of the short average, 0-dim."""
@@ -159,24 +171,21 @@ class GacLaw(Law):
 
     def _estimate(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """The estimate of mu and its standard error, recorded; NaN where unknown."""
-        raw, error = self._of_average("", alpha)
+        smoothed = self._smoothed()
+        raws = closed_form(*smoothed.unbind(1), alpha)
+        # of the three averages on mu, times D
+        levers = torch.stack([alpha.expand_as(raws), (1 - alpha).expand_as(raws), raws - alpha], dim=1)
+        errors = torch.linalg.vector_norm(levers * (self._standard_errors() / smoothed.sum(1, keepdim=True)), dim=1)
+        raw, error = raws[-1], errors[-1]
         if self.chooses:
-            short, short_error = self._of_average("short_", alpha)
-            self.state["mus"] = torch.stack([short, raw])
+            self.state["mus"] = raws
             follows = self.follows()
             # both averages hold the newest steps, so that their errors go together; infinite ones are equal
-            error = torch.where(error == short_error, error, torch.lerp(error, short_error, follows))
-            raw = torch.lerp(raw, short, follows)
+            error = torch.where(error == errors[0], error, torch.lerp(error, errors[0], follows))
+            raw = torch.lerp(raw, raws[0], follows)
         self.record("raw", raw)
         self.record("mu_se", error)
         return raw, error
-
-    def _of_average(self, prefix: str, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """The closed form of an average and its standard error."""
-        smoothed = self.smoothed(prefix)
-        raw = closed_form(*smoothed.unbind(), alpha)
-        levers = torch.stack([alpha, 1 - alpha, raw - alpha])  # of the three averages on mu, times D
-        return raw, torch.linalg.vector_norm(levers * (self.standard_errors(prefix) / smoothed.sum()))
 
     def _weight_of_prior(self, error: Tensor) -> Tensor:
         if self.prior_weight is not None:
@@ -203,48 +212,39 @@ class GacLaw(Law):
 
     def _smooth(self, statistics: Statistics, healthy: Tensor, alpha: Tensor) -> Tensor:
         """Takes the measurements into the averages; returns what they add to the cap, 0-dim."""
-        value = torch.stack([statistics.sigma_s2, statistics.sigma_r2, statistics.delta_g2])
-        error = torch.stack([statistics.sigma_s2_se, statistics.sigma_r2_se, statistics.distance2_se])
-        use = torch.isfinite(value) & healthy
+        names = ("sigma_s2", "sigma_r2", "delta_g2", "sigma_s2_se", "sigma_r2_se", "distance2_se")
+        told = torch.stack([getattr(statistics, name) for name in names]).view(2, 3)
+        finite = torch.isfinite(told)
+        use, sure = finite[0] & healthy, finite[1]
+        value, error = told.unbind()
         if self.chooses:
-            self._compare(value, use.all(), alpha)
-            self._average("short_", SHORT, value, error, use)
-        first = self.state["sums"][1] == 0
-        keep, new = self._average("", self.half_life, value, error, use)
-        unsettled = torch.where(first, self.state["unsettled"], keep * self.state["unsettled"])
+            self._compare(value, use, alpha)
+        one = torch.ones_like(value)
+        keep, new = torch.exp(-self._rates * self.state["waiting"]), -torch.expm1(-self._rates)
+        sums = torch.addcmul(new * torch.stack([value, one]), keep, self.state["sums"])
+        known = torch.stack([torch.where(sure, error.square(), 0.0), sure.to(one), one])
+        squares = torch.addcmul(new.square() * known, keep.square(), self.state["squares"])
+        unsettled = self.state["unsettled"]
+        unsettled = torch.where(self.state["sums"][-1, 1] == 0, unsettled, keep[-1, 0] * unsettled)
+        self.state["sums"] = torch.where(use, sums, self.state["sums"])
+        self.state["squares"] = torch.where(use, squares, self.state["squares"])
         self.state["waiting"] = torch.where(use, 0.0, self.state["waiting"])
         self.state["unsettled"] = torch.where(use, unsettled, self.state["unsettled"])
-        return torch.where(use, unsettled * (new / self.state["sums"][1]), 0.0).max()
-
-    def _average(
-        self, prefix: str, half_life: float, value: Tensor, error: Tensor, use: Tensor
-    ) -> tuple[Tensor, float]:
-        """One average, where ``use`` says so; returns what is kept of the earlier weights, and the new one."""
-        sure = torch.isfinite(error)
-        one = torch.ones_like(value)
-        rate = math.log(2) / half_life
-        keep, new = torch.exp(-rate * self.state["waiting"]), -math.expm1(-rate)
-        sums = keep * self.state[f"{prefix}sums"] + new * torch.stack([value, one])
-        variance = torch.where(sure, error.square(), 0.0)
-        added = new**2 * torch.stack([variance, sure.to(one), one])
-        squares = keep.square() * self.state[f"{prefix}squares"] + added
-        self.state[f"{prefix}sums"] = torch.where(use, sums, self.state[f"{prefix}sums"])
-        self.state[f"{prefix}squares"] = torch.where(use, squares, self.state[f"{prefix}squares"])
-        return keep, new
+        return torch.where(use, unsettled * (new[-1, 0] / sums[-1, 1]), 0.0).max()
 
     def _compare(self, value: Tensor, use: Tensor, alpha: Tensor) -> None:
         """Measures in this step the errors of the mu that both averages of the steps before gave."""
-        sigma_s2, sigma_r2, delta_g2 = value.unbind()
-        mu = self.state["mus"]
-        errors = (mu - alpha).square() * delta_g2 + mu.square() * sigma_s2 + (1 - mu).square() * sigma_r2
-        short, long = errors.unbind()
-        difference = long - short
-        # what rounding makes of equal averages is no evidence
-        difference = torch.where(difference.abs() > 1e-6 * errors.abs().max(), difference, 0.0)
-        keep = 2.0 ** (-1 / LONG)
+        _, sigma_r2, delta_g2 = value.unbind()
+        short, long = self.state["mus"].unbind()
+        apart = long - short
+        apart = torch.where(apart.abs() > 1e-9, apart, 0.0)  # what rounding makes of equal averages is no evidence
+        # the error is D*mu^2 - 2*(alpha*delta_g2 + sigma_r2)*mu and a constant
+        difference = apart * ((long + short) * value.sum() - 2 * (alpha * delta_g2 + sigma_r2))
+        known = use.all() & torch.isfinite(difference)
         total, squares = self.state["evidence"].unbind()
+        keep = 2.0 ** (-1 / LONG)
         evidence = torch.stack([keep * total + difference, keep**2 * squares + difference.square()])
-        self.state["evidence"] = torch.where(use & torch.isfinite(long - short), evidence, self.state["evidence"])
+        self.state["evidence"] = torch.where(known, evidence, self.state["evidence"])
 
 
 def _is_word(name: str, value: float | str, word: str, number: str = "a number in [0, 1]") -> bool:

@@ -91,9 +91,9 @@ def test_a_number_in_place_of_the_choice():
     """The short average of the choice is the average of that half-life, and the long one likewise."""
     rows = draws(1, 30, lambda t: 2.0)
     chooses, short, long = (run(rows, h)[1].law for h in ("auto", SHORT, LONG))
-    torch.testing.assert_close(chooses.smoothed("short_"), short.smoothed(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(chooses.smoothed(0), short.smoothed(), rtol=1e-12, atol=0)
     torch.testing.assert_close(chooses.smoothed(), long.smoothed(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(chooses.standard_errors("short_"), short.standard_errors(), equal_nan=True)
+    torch.testing.assert_close(chooses.standard_errors(0), short.standard_errors(), equal_nan=True)
 
 
 def test_steps_that_say_nothing_change_no_evidence():
