@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "laws.md").read_text()
 HALF_LIVES = (7.0, 20.0, 69.0)
 RECORDS = {
-    "default": "audit_default",
-    "default, seed 1": "audit_seed1",
+    "default": "audit_default_half_life_7",
+    "default, seed 1": "audit_seed1_half_life_7",
     "short warm start": "audit_short_warm_start",
 }
 
@@ -70,7 +70,7 @@ NOISE = 0.29
 
 def test_noise():
     """A step's statistics about their mean, on mu to first order: their spread in the default run."""
-    record = json.loads((ROOT / "benchmarks/results/audit_default.json").read_text())["record"]
+    record = json.loads((ROOT / "benchmarks/results/audit_default_half_life_7.json").read_text())["record"]
     measured = torch.tensor(record["estimates"]["exact"], dtype=torch.float64)
     mean = measured.mean(0)
     mu, total = float(closed_form(*mean.clamp(min=0), 0.5)), float(mean.clamp(min=0).sum())
