@@ -34,8 +34,8 @@ SHARDS = {
 }
 """Engines in which the ranks share contributions."""
 
-ON_FOUR = {"ddp, no_sync", "averaged by hand", "main_grad", "fsdp2"}
-"""Which of them also run on four ranks."""
+TWICE_ON_FOUR = {"ddp, no_sync", "averaged by hand", "main_grad", "fsdp2"}
+"""Which of them run on four ranks with both estimators; the others with one."""
 
 PLANS = {
     "uneven branches": engines.UNEVEN,
@@ -46,6 +46,13 @@ PLANS = {
 }
 
 ESTIMATORS = ("exact", "sketch")
+
+ON_FOUR = [
+    (name, estimator)
+    for name in (*REPLICAS, *SHARDS)
+    for estimator in ESTIMATORS
+    if estimator == "exact" or name in TWICE_ON_FOUR
+]
 
 
 def compressed(rank, world, folder):
@@ -59,6 +66,22 @@ def compressed(rank, world, folder):
     finally:
         gac.ledger.SMALLEST_SKETCH = size
     return found
+
+
+def groups_of_two(rank, world, folder):
+    """Two pairs of ranks that train a model each; ``process_group`` says who belongs together."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    group = groups[rank // 2]
+    model = tiny_model()
+
+    def reduce():
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad, group=group)
+            parameter.grad /= 2
+
+    with gac.patch(model, estimator="exact", process_group=group) as mixer:
+        found = engines.train(mixer, model, [rank % 2 if rank < 2 else 10 + rank % 2], 2, reduce=reduce)
+    return found | {"parameters": engines.whole_parameters(model)}
 
 
 BUCKETS, WIDTH = 8192, 128
@@ -199,6 +222,7 @@ CASES |= {
 }
 CASES |= {
     "compressed": compressed,
+    "groups of two": groups_of_two,
     "twenty steps": twenty_steps_of_ddp,
     "communication": communication,
     "overlap": overlap,

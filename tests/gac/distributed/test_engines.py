@@ -30,7 +30,8 @@ WORLD_2 = [
 ]
 WORLD_4 = [
     "save",
-    *(f"{name}, {e}" for name in sorted(cases.ON_FOUR) for e in cases.ESTIMATORS),
+    *(f"{name}, {estimator}" for name, estimator in cases.ON_FOUR),
+    "groups of two",
     "uneven branches, sketch",
     "hsdp",
     "tensor parallel and fsdp2",
@@ -102,11 +103,17 @@ def test_two_ranks_equal_one_process(results, engine, estimator):
     assert_agree(found, alone(2, engine in cases.SHARDS, estimator))
 
 
-@pytest.mark.parametrize("estimator", cases.ESTIMATORS)
-@pytest.mark.parametrize("engine", sorted(cases.ON_FOUR))
+@pytest.mark.parametrize(("engine", "estimator"), cases.ON_FOUR)
 def test_four_ranks_equal_one_process(results, engine, estimator):
     found = agreed(results[4], f"{engine}, {estimator}")
     assert_agree(found, alone(4, engine in cases.SHARDS, estimator))
+
+
+def test_a_process_group_of_some_ranks(results):
+    """Two groups side by side: each agrees within itself, and with one process that saw the data of its ranks."""
+    first, second = results[4][:2], results[4][2:]
+    assert_agree(agreed(first, "groups of two"), alone(2, False, "exact"))
+    assert agreed(second, "groups of two")["mu"] != first[0]["groups of two"]["mu"], "other data"
 
 
 def test_compressed_sketches(results, monkeypatch):
