@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -229,3 +230,14 @@ CASES |= {
     "save": save,
     "load": load,
 }
+
+
+def run(rank: int, world: int, folder: str, names: list[str]) -> dict[str, dict]:
+    """What each case found; a case that raises leaves its error."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = CASES[name](rank, world, folder)
+        except Exception:
+            found[name] = {"error": traceback.format_exc()}
+    return found

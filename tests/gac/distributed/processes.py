@@ -44,6 +44,7 @@ def on_ranks(world: int, folder: Path, function: Callable, *arguments, preload: 
 
 def _work(rank: int, world: int, folder: str, function: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
+    # accelerate reads the launcher's variables; it takes the group as it finds it
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-import multiprocessing
-import os
 
 import pytest
 import torch
 
 import gac
-from tests.gac.distributed import cases, engines, worker
+from tests.gac.distributed import cases, engines
+from tests.gac.distributed.processes import on_ranks
 from tests.gac.models import tiny_model
 
 pytestmark = pytest.mark.timeout(300)
@@ -39,30 +38,14 @@ WORLD_4 = [
 ]
 
 
-def spawn(world: int, folder: str, names: list[str], *, seconds: float) -> list[dict]:
-    """Runs the cases on ``world`` processes; a deadlock fails after ``seconds``."""
-    context = multiprocessing.get_context("forkserver")  # imports once, for all ranks
-    context.set_forkserver_preload(["tests.gac.distributed.cases"])
-    ranks = [context.Process(target=worker.work, args=(rank, world, folder, names)) for rank in range(world)]
-    for process in ranks:
-        process.start()
-    try:
-        for process in ranks:
-            process.join(seconds)
-            assert process.exitcode is not None, f"no end after {seconds} s on {world} ranks: a deadlock?"
-    finally:
-        for process in ranks:
-            process.kill()
-    assert all(process.exitcode == 0 for process in ranks), [process.exitcode for process in ranks]
-    return [torch.load(os.path.join(folder, f"{world}-{rank}.pt"), weights_only=False) for rank in range(world)]
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[int, list[dict]]:
-    folder = str(tmp_path_factory.mktemp("ranks"))
-    found = {4: spawn(4, folder, WORLD_4, seconds=200)}  # the 2 load what the 4 saved
-    found[2] = spawn(2, folder, WORLD_2, seconds=200)
-    found[1] = [{"load": cases.load(0, 1, folder)}]
+    shared = str(tmp_path_factory.mktemp("shared"))  # the 2 load what the 4 saved
+    found = {1: [], 2: [], 4: []}
+    for world, names in ((4, WORLD_4), (2, WORLD_2)):
+        folder = tmp_path_factory.mktemp("ranks")
+        found[world] = on_ranks(world, folder, cases.run, shared, names, preload=cases.__name__, seconds=200)
+    found[1] = [cases.run(0, 1, shared, ["load"])]
     return found
 
 

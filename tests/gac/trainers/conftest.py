@@ -42,30 +42,31 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+TINY_RUN = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": [],
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "lr_scheduler_type": "constant",
+    "learning_rate": 1e-2,
+    "per_device_train_batch_size": 4,
+    "num_generations": 4,
+    "max_completion_length": 3,
+    "max_grad_norm": 0.0,
+}
+"""Options of a `HybridGRPOConfig` for a small run on the CPU."""
+
+
 @pytest.fixture
 def config(tmp_path):
     """Builds a `HybridGRPOConfig` for tiny CPU runs."""
 
     def build(**options):
         cls = options.pop("cls", HybridGRPOConfig)
-        defaults = {
-            "output_dir": str(tmp_path / "out"),
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "report_to": [],
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "lr_scheduler_type": "constant",
-            "learning_rate": 1e-2,
-            "max_steps": 2,
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 2,
-            "num_generations": 4,
-            "max_completion_length": 3,
-            "max_grad_norm": 0.0,
-        }
+        defaults = TINY_RUN | {"output_dir": str(tmp_path / "out"), "max_steps": 2, "gradient_accumulation_steps": 2}
         return cls(**{**defaults, **options})
 
     return build

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from gac.tasks.characters import build_character_tokenizer
 from gac.trainers import HybridGRPOConfig, HybridGRPOTrainer
-from tests.gac.trainers.conftest import DEMONSTRATIONS, PROMPTS, last_digit_reward, tiny_model
+from tests.gac.trainers.conftest import DEMONSTRATIONS, PROMPTS, TINY_RUN, last_digit_reward, tiny_model
 
 
 class Kept(TrainerCallback):
@@ -83,24 +83,7 @@ def train(
 ) -> dict:
     """One rank's part of a run, or a whole one; returns what it saw, or the error that it met."""
     kept = Kept()
-    defaults = {
-        "output_dir": folder,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "lr_scheduler_type": "constant",
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "num_generations": 4,
-        "max_completion_length": 3,
-        "max_grad_norm": 0.0,
-        "law": "gac",
-    }
+    defaults = TINY_RUN | {"output_dir": folder, "gradient_accumulation_steps": 1, "law": "gac"}
     trainer = HybridGRPOTrainer(
         tiny_model(seed=0 if resume is None else 9),
         kept.reward,
