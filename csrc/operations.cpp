@@ -609,7 +609,7 @@ void token_row(const gac_tokens& t, int64_t row, double* sums) {
 
 using namespace gac;
 
-int gac_abi(void) { return 5; }
+int gac_abi(void) { return 6; }
 
 int gac_select(const char* isa) { return select(isa) ? 0 : 1; }
 

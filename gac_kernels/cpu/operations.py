@@ -28,6 +28,7 @@ from gac_kernels.arguments import (
     check_token_inputs,
     tensor_list,
 )
+from gac_kernels.cpu.builtins import QUICK
 from gac_kernels.cpu.library import check, require
 from gac_kernels.cpu.tables import (
     DTYPE_CODES,
@@ -46,16 +47,13 @@ __all__ = ["absorb_", "mix_", "moments", "pair_moments", "sketch", "token_moment
 
 _CPU = torch.device("cpu")
 _FLOAT64 = torch.float64
-_QUICK = 49_152
-"""Elements up to which a call runs on the caller's thread, with the interpreter lock held: a second thread would save
-less than waking it takes (1 to 3 us where it waits actively)."""
 _TWO, _THREE = torch.empty(2, dtype=_FLOAT64), torch.empty(3, dtype=_FLOAT64)  # empty_like costs less than empty
 _empty_like = torch.empty_like
 _shape = Tensor.shape.__get__
 
 
 def _threads(elements: int) -> int:
-    return torch.get_num_threads() if elements > _QUICK else 1
+    return torch.get_num_threads() if elements > QUICK else 1
 
 
 def _sums(count: int, width: int, per_tensor: bool) -> Tensor:
@@ -97,7 +95,7 @@ def _packed_pair(a, b) -> int:
     return 0
 
 
-_QUICK_PACKED = (_QUICK + 1) << 16  # packed numbers below stand for quick sizes
+_QUICK_PACKED = (QUICK + 1) << 16  # packed numbers below stand for quick sizes
 _ONE_THREAD = 1 << 4
 
 
@@ -109,6 +107,9 @@ def moments(tensors, *, per_tensor: bool = False) -> Tensor:
     """Sum of squares and number of non-finite elements; see :func:`gac_kernels.reference.moments`."""
     library = require()
     if not per_tensor:
+        done = library.plain_moments(tensors)
+        if done is not NotImplemented:
+            return done
         tensor = _single(tensors) if type(tensors) is list else tensors
         packed = _packed(tensor)
         if packed:
@@ -167,6 +168,9 @@ def pair_moments(a, b, *, per_tensor: bool = False) -> Tensor:
     """``|a|^2``, ``|b|^2`` and ``<a, b>``; see :func:`gac_kernels.reference.pair_moments`."""
     library = require()
     if not per_tensor:
+        done = library.plain_pair_moments(a, b)
+        if done is not NotImplemented:
+            return done
         x, y = (_single(a), _single(b)) if type(a) is list is type(b) else (a, b)
         packed = _packed_pair(x, y)
         if packed:
@@ -212,6 +216,9 @@ def mix_(a, b, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
     rounded too (to float32, or float64). Results of 16 bits see one rounding only.
     """
     library = require()
+    done = library.plain_mix(a, b, mu, moments)
+    if done is not NotImplemented:
+        return done
     x, y = (_single(a), _single(b)) if type(a) is list is type(b) else (a, b)
     packed = _packed_pair(x, y)
     if packed:
@@ -353,7 +360,7 @@ def sketch(
         into is not None,
     )
     elements = sum(table.numels)
-    handle, threads = library.quick if elements <= _QUICK else library.call, _threads(elements)
+    handle, threads = library.quick if elements <= QUICK else library.call, _threads(elements)
     if weights is None:
         failed = handle.gac_sketch(table.rows, pieces.address, count, table.form, head, result.data_ptr(), threads)
     else:
@@ -436,7 +443,7 @@ def absorb_(
     cells = -(-numel // LANES)
     out = torch.empty(cells, dtype=_FLOAT64) if into is None else check_into(into, (cells,), _CPU)
     last = None if previous is None else previous.data_ptr()
-    call = library.quick.gac_absorb if numel <= _QUICK else library.call.gac_absorb
+    call = library.quick.gac_absorb if numel <= QUICK else library.call.gac_absorb
     add, threads = into is not None, _threads(numel)
     check(call(current.data_ptr(), last, total.data_ptr(), numel, float(factor), out.data_ptr(), add, threads))
     increment_version(total)
