@@ -84,40 +84,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from benchmarks.study.pool import Stopped, run_rows
+    from benchmarks.study.pool import ServerError, Stopped
     from benchmarks.study.progress import Progress
 
-    grid, training = _part("grid"), _part("training")
-    chosen = _chosen_phases(grid, args.phase)
-    deadline = time.monotonic() + 60 * args.minutes if args.minutes is not None else None
-    budget = args.limit
+    grid = _part("grid")
+    deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     progress, failures, waits = Progress(), [], []
+    tried: set[str] = set()
     try:
-        for phase in chosen:
-            records = read_records(args.results)
+        for phase in _chosen_phases(grid, args.phase):
             try:
-                rows = grid.rows(phase, records)
+                failures += _run_phase(phase, args, progress, deadline, tried)
             except grid.NotReady as error:
                 waits.append(f"{phase} waits: {error}")
-                continue
-            rows = [row for row in rows if args.only in row.key]
-            if budget is not None:
-                rows = _first_missing(rows, records, budget)
-                budget -= len(rows)
-            failures += run_rows(
-                rows,
-                train=training.train_row,
-                folder=args.results,
-                cache=args.cache,
-                jobs=args.jobs,
-                report=progress,
-                warm_start_id=training.warm_start_id,
-                preload=training.PRELOAD,
-                deadline=deadline,
-            )
     except Stopped as stop:
         print(f"{args.prog}: {stop}; the same command goes on", file=sys.stderr)
         return 128 + stop.signum
+    except ServerError as error:
+        print(f"{args.prog}: {error}", file=sys.stderr)
+        return 1
     for line in waits:
         progress.say(line)
     if failures:
@@ -125,6 +110,35 @@ def _run(args: argparse.Namespace) -> int:
         for failure in failures:
             print(f"  {failure.key}: {failure.reason}  (log: {failure.log})", file=sys.stderr)
     return 1 if failures or (waits and args.phase) else 0
+
+
+def _run_phase(phase: str, args: argparse.Namespace, progress: Any, deadline: float | None, tried: set[str]) -> list:
+    """Runs what a phase misses and nobody `tried` yet, until its finished rows bring no new ones; returns failures."""
+    from benchmarks.study.pool import run_rows
+
+    grid, training, failures = _part("grid"), _part("training"), []
+    while True:
+        records = read_records(args.results)
+        done = {record["key"] for record in records}
+        rows = [row for row in grid.rows(phase, records) if args.only in row.key]
+        missing = [row.key for row in rows if row.key not in done | tried]
+        if args.limit is not None:
+            missing = missing[: args.limit - len(tried)]
+        if not missing:
+            return failures
+        tried.update(missing)
+        chosen = done.union(missing)
+        failures += run_rows(
+            [row for row in rows if row.key in chosen],
+            train=training.train_row,
+            folder=args.results,
+            cache=args.cache,
+            jobs=args.jobs,
+            report=progress,
+            warm_start_id=training.warm_start_id,
+            preload=training.PRELOAD,
+            deadline=deadline,
+        )
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -160,14 +174,11 @@ def _row(args: argparse.Namespace) -> int:
     grid, training = _part("grid"), _part("training")
     records = {record["key"]: record for record in read_records(args.results)}
     if args.key not in records:
-        raise UsageError(f"KEY {args.key}: no record of it in {args.results}; 'status' and the files there say what is")
-    row = next((row for row in _all_rows(grid, list(records.values())) if row.key == args.key), None)
-    if row is None:
-        raise UsageError(f"KEY {args.key}: there is a record of it, but the grid has no such row")
+        raise UsageError(f"KEY {args.key}: no record of it in {args.results}; see the field 'key' of its lines")
     with tempfile.TemporaryDirectory() as folder:
         try:
             failures = run_rows(
-                [row],
+                [grid.Row.from_record(records[args.key])],
                 train=training.train_row,
                 folder=Path(folder),
                 cache=args.cache,
@@ -230,19 +241,6 @@ def _chosen_phases(grid: Any, names: Sequence[str] | None) -> Sequence[str]:
     if unknown:
         raise UsageError(f"--phase {' '.join(unknown)}: choose from {', '.join(grid.PHASES)}")
     return [phase for phase in grid.PHASES if names is None or phase in names]
-
-
-def _first_missing(rows: Sequence[Any], records: Sequence[dict[str, Any]], count: int) -> list[Any]:
-    have = {record["key"] for record in records}
-    return [row for row in rows if row.key not in have][:count]
-
-
-def _all_rows(grid: Any, records: list[dict[str, Any]]) -> Iterator[Any]:
-    for phase in grid.PHASES:
-        try:
-            yield from grid.rows(phase, records)
-        except grid.NotReady:
-            continue
 
 
 def _positive(text: str) -> int:

@@ -34,9 +34,6 @@ ENVIRONMENT = {
 }
 """Of the processes that train: one thread each, no GPU, and the same order of sets in every process."""
 
-MEASURES = ("accuracy", "kl", "mu")
-"""What must be finite in a record."""
-
 _REFRESH = 0.5
 """Seconds between two looks at the clock and at signals."""
 
@@ -111,7 +108,8 @@ def run_rows(
         return []
     seconds = seconds_by_size(records)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.study.pool", *preload])
+    # the server stays for later calls, so their modules must be the same; it skips what cannot be imported
+    context.set_forkserver_preload([*preload, "benchmarks.study.pool", train.__module__])
     running: list[_Run] = []
     built: set[str] = set()
     failures: list[Failure] = []
@@ -165,19 +163,15 @@ def log_path(cache: Path, key: str) -> Path:
 
 
 def check_record(record: dict[str, Any], key: str) -> dict[str, Any]:
-    """`record` as JSON holds it. Raises ValueError where it is another row's or a measure is not finite."""
+    """`record` as JSON holds it. Raises ValueError where it is another row's or an accuracy is not finite.
+
+    Anything else that is not finite, as the drift of a model that broke, is a result: it becomes null.
+    """
     if record.get("key") != key:
         raise ValueError(f"the record's key is {record.get('key')!r}, not {key!r}")
-    for name in MEASURES:
-        if not _all_finite(record.get(name)):
-            raise ValueError(f"{name} is not finite: {record[name]}")
+    if not all(math.isfinite(value) for _, value in record["accuracy"]):
+        raise ValueError(f"accuracy is not finite: {record['accuracy']}")
     return finite(record)
-
-
-def _all_finite(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_all_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _next(waiting: Sequence[Any], being_built: set[str | None], warm_start_id: Callable[[Any], str] | None) -> Any:
@@ -190,7 +184,6 @@ def _start(context: Any, row: Any, train: Callable, cache: Path, warm_start_id: 
     log.parent.mkdir(parents=True, exist_ok=True)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(train, row, cache, log, sender), daemon=True)
-    begun = time.monotonic()
     try:
         with _environment():
             process.start()
@@ -198,7 +191,7 @@ def _start(context: Any, row: Any, train: Callable, cache: Path, warm_start_id: 
         raise ServerError(f"the process that imports torch and the trainer ended ({error}); see above") from None
     finally:
         sender.close()
-    return _Run(row, warm_start_id(row) if warm_start_id else None, process, receiver, log, begun)
+    return _Run(row, warm_start_id(row) if warm_start_id else None, process, receiver, log, time.monotonic())
 
 
 def _collect(run: _Run) -> tuple[dict[str, Any] | None, str]:

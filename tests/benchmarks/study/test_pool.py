@@ -51,7 +51,7 @@ def train(row: Row, cache: Path) -> dict:
         file.write(json.dumps([row.name, begun, time.time()]) + "\n")
     return {
         "key": row.key,
-        "size": row.size,
+        **vars(row),
         "accuracy": [[0, 0.25], [20, value]],
         "statistics": {"sigma_s2": [float("nan")]},
         "seconds": time.time() - begun,
