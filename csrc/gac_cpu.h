@@ -95,9 +95,10 @@ GAC_API int gac_token_moments(const struct gac_tokens* tokens, double* out, int 
 GAC_API int gac_absorb(const float* current, float* previous, float* total, int64_t m, double scale, double* out, int add,
                        int threads);
 
-// A new function object for Python that takes the plain calls of an operation: 0 moments(x), 1 pair_moments(a, b),
-// 2 mix_(a, b, mu, moments). Called with the interpreter lock held; see python_calls.cpp and gac_kernels/cpu/builtins.py.
-// functions, objects: addresses in the order of Python and Objects there. exchange: a DLPackExchangeAPI of version 1.3 or
-// a later 1.x. quick: elements up to which a call runs on the caller's thread with the lock held.
-GAC_API void* gac_python_call(int which, const void* functions, void* const* objects, const void* exchange,
-                              int64_t quick);
+// A new function object for Python that takes the plain calls of an operation: 0 moments, 1 pair_moments, 2 mix_. The
+// others it passes on to the callable `behind`. Called with the interpreter lock held; see python_calls.cpp and
+// gac_kernels/cpu/builtins.py. functions, objects: addresses in the order of Python and Objects there. exchange: a
+// DLPackExchangeAPI of version 1.3 or a later 1.x. quick: elements up to which a call runs on the caller's thread with
+// the lock held.
+GAC_API void* gac_python_call(int which, void* behind, const void* functions, void* const* objects,
+                              const void* exchange, int64_t quick);

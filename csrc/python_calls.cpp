@@ -7,8 +7,8 @@
 // of the exchange interface, whose layouts are fixed and repeated here, so the library is still tied to no version of
 // Python or torch.
 //
-// A function returns NotImplemented, with nothing done, for whatever is not the plain case: the caller then takes the
-// way with the full checks, which raises their errors.
+// Whatever is not the plain case is passed on, with nothing done, to the Python function behind (`self` of the object),
+// which makes the full checks and raises their errors.
 #include <new>
 #include <vector>
 
@@ -20,7 +20,7 @@ namespace {
 
 struct Object;  // PyObject
 using Size = intptr_t;
-using Function = Object* (*)(Object* self, Object* const* args, Size count);
+using Function = Object* (*)(Object* self, Object* const* args, Size count, Object* names);
 
 struct MethodDef {  // PyMethodDef
   const char* name;
@@ -28,7 +28,7 @@ struct MethodDef {  // PyMethodDef
   int flags;
   const char* doc;
 };
-constexpr int kFastCall = 0x80;  // METH_FASTCALL
+constexpr int kFastCall = 0x80 | 0x02;  // METH_FASTCALL | METH_KEYWORDS
 
 struct Python {  // in the order of builtins.py's _FUNCTIONS
   Object* (*new_function)(MethodDef*, Object* self, Object* module);
@@ -36,10 +36,15 @@ struct Python {  // in the order of builtins.py's _FUNCTIONS
   void (*decref)(Object*);
   Object* (*type)(Object*);
   Object* (*call)(Object*, ...);  // arguments end with nullptr
+  Object* (*call_with)(Object*, Object* tuple, Object* dict);
   Size (*list_size)(Object*);
   Object* (*list_item)(Object*, Size);  // borrowed
   Object* (*tuple_new)(Size);
   int (*tuple_set)(Object*, Size, Object*);  // takes the reference
+  Size (*tuple_size)(Object*);
+  Object* (*tuple_item)(Object*, Size);  // borrowed
+  Object* (*dict_new)();
+  int (*dict_set)(Object*, Object*, Object*);
   double (*as_double)(Object*);
   long (*as_long)(Object*);
   int (*is_true)(Object*);
@@ -49,8 +54,9 @@ struct Python {  // in the order of builtins.py's _FUNCTIONS
 };
 
 struct Objects {  // in the order of builtins.py's _OBJECTS
-  Object *tensor, *parameter, *list, *floating, *none, *not_implemented;
+  Object *tensor, *parameter, *list, *floating, *none;
   Object *is_neg, *increment_version, *thread_count;
+  Object *per_tensor, *moments;  // names of arguments, interned
 };
 
 // DLPack 1.3: DLTensor, DLManagedTensorVersioned and DLPackExchangeAPI.
@@ -110,8 +116,6 @@ Object* counted(Object* object) {
   py.incref(object);
   return object;
 }
-
-Object* unfit() { return counted(objects.not_implemented); }
 
 Object* type_of(Object* object) { return Held(py.type(object)).get(); }  // lives as long as the object does
 
@@ -278,37 +282,40 @@ int run(int64_t elements, int threads, Work&& work) {
   return code;
 }
 
-// The finished call's result; what the library refuses is left to the way with the checks.
-Object* finish(int code, Held& result) { return code == GAC_OK ? result.release() : unfit(); }
+// Each takes a call and sets its result (null with Python's error set), or returns false with nothing done.
 
-Object* moments(Object* argument) {
+bool moments(Object* argument, Object*& answer) {
   Tensors x;
-  if (!read_list(argument, x)) return unfit();
+  if (!read_list(argument, x)) return false;
   const int threads = threads_for(x.elements());
-  if (threads < 0) return nullptr;
   double* out = nullptr;
-  Held result(new_result(2, out));
-  if (!out) return nullptr;
+  Held result(threads < 0 ? nullptr : new_result(2, out));
+  if (!result.get()) return true;
   if (x.elements() > quick) x.hold();
-  return finish(run(x.elements(), threads, [&](int count) {
+  const int code = run(x.elements(), threads, [&](int count) {
     if (x.single()) return gac_moments_one(x.data(), x.packed(count), out);
     return gac_moments(x.rows(), x.count(), x.form(), 0, out, count);
-  }), result);
+  });
+  if (code != GAC_OK) return false;
+  answer = result.release();
+  return true;
 }
 
-Object* pair_moments(Object* first, Object* second) {
+bool pair_moments(Object* first, Object* second, Object*& answer) {
   Tensors a, b;
-  if (!read_pairs(first, second, a, b)) return unfit();
+  if (!read_pairs(first, second, a, b)) return false;
   const int threads = threads_for(a.elements());
-  if (threads < 0) return nullptr;
   double* out = nullptr;
-  Held result(new_result(3, out));
-  if (!out) return nullptr;
+  Held result(threads < 0 ? nullptr : new_result(3, out));
+  if (!result.get()) return true;
   if (a.elements() > quick) a.hold(), b.hold();
-  return finish(run(a.elements(), threads, [&](int count) {
+  const int code = run(a.elements(), threads, [&](int count) {
     if (a.single() && a.dtype() == b.dtype()) return gac_pair_moments_one(a.data(), b.data(), a.packed(count), out);
     return gac_pair_moments(a.rows(), b.rows(), a.count(), a.form() | b.form() << 4, 0, out, count);
-  }), result);
+  });
+  if (code != GAC_OK) return false;
+  answer = result.release();
+  return true;
 }
 
 // The number of a float or of a 0-dim float tensor.
@@ -336,48 +343,84 @@ bool increment_version(Object* written) {
   return Held(py.call(objects.increment_version, tuple.get(), nullptr)).get();
 }
 
-Object* mix(Object* first, Object* second, Object* mu, Object* with_moments) {
+bool mix(Object* first, Object* second, Object* mu, bool with_moments, Object*& answer) {
   Tensors a, b;
   double weight = 0;
-  if (!read_pairs(first, second, a, b) || !read_number(mu, weight)) return unfit();
-  const int wanted = py.is_true(with_moments), threads = threads_for(a.elements());
-  if (wanted < 0 || threads < 0) return nullptr;
+  if (!read_pairs(first, second, a, b) || !read_number(mu, weight)) return false;
+  const int threads = threads_for(a.elements());
   double* out = nullptr;
-  Held result(wanted ? new_result(3, out) : counted(objects.none));
-  if (wanted && !out) return nullptr;
+  Held result(threads < 0 ? nullptr : with_moments ? new_result(3, out) : counted(objects.none));
+  if (!result.get()) return true;
   if (a.elements() > quick) a.hold(), b.hold();
   const int code = run(a.elements(), threads, [&](int count) {
     if (a.single() && a.dtype() == b.dtype()) return gac_mix_one(a.data(), b.data(), a.packed(count), weight, out);
     return gac_mix(a.rows(), b.rows(), a.count(), a.form() | b.form() << 4, weight, out, count);
   });
-  if (code == GAC_OK && !increment_version(first)) return nullptr;
-  return finish(code, result);
+  if (code != GAC_OK) return false;
+  if (increment_version(first)) answer = result.release();
+  return true;
 }
 
-// Python calls these. A wrong number of arguments, and memory that runs out before anything is done, are left to the
-// way with the checks.
+// The only keyword argument, which is false where it is left out. False for calls of another form.
+bool read_flag(Object* const* args, Size count, Object* names, Size positional, Object* name, bool& flag) {
+  if (count != positional) return false;
+  flag = false;
+  if (!names) return true;
+  if (py.tuple_size(names) != 1 || py.tuple_item(names, 0) != name) return false;
+  const int truth = py.is_true(args[count]);
+  if (truth < 0) py.clear_error();
+  flag = truth > 0;
+  return truth >= 0;
+}
+
+// The same call of the Python function behind.
+Object* pass_on(Object* behind, Object* const* args, Size count, Object* names) {
+  const Size named = names ? py.tuple_size(names) : 0;
+  const Held positional(py.tuple_new(count)), keywords(named ? py.dict_new() : nullptr);
+  if (!positional.get() || (named && !keywords.get())) return nullptr;
+  for (Size k = 0; k < count; ++k)
+    if (py.tuple_set(positional.get(), k, counted(args[k]))) return nullptr;
+  for (Size k = 0; k < named; ++k)
+    if (py.dict_set(keywords.get(), py.tuple_item(names, k), args[count + k])) return nullptr;
+  return py.call_with(behind, positional.get(), keywords.get());
+}
+
+// Memory can run out only before anything is done: the function behind is then called, and says so if need be.
 template <class Body>
-Object* guarded(bool right_count, Body&& body) {
+Object* guarded(Object* behind, Object* const* args, Size count, Object* names, Body&& body) {
+  Object* answer = nullptr;
   try {
-    return right_count ? body() : unfit();
+    if (body(answer)) return answer;
   } catch (const std::bad_alloc&) {
-    return unfit();
   }
+  return pass_on(behind, args, count, names);
 }
-Object* call_moments(Object*, Object* const* args, Size count) {
-  return guarded(count == 1, [&] { return moments(args[0]); });
+
+Object* call_moments(Object* self, Object* const* args, Size count, Object* names) {
+  return guarded(self, args, count, names, [&](Object*& answer) {
+    bool each;
+    return read_flag(args, count, names, 1, objects.per_tensor, each) && !each && moments(args[0], answer);
+  });
 }
-Object* call_pair_moments(Object*, Object* const* args, Size count) {
-  return guarded(count == 2, [&] { return pair_moments(args[0], args[1]); });
+Object* call_pair_moments(Object* self, Object* const* args, Size count, Object* names) {
+  return guarded(self, args, count, names, [&](Object*& answer) {
+    bool each;
+    return read_flag(args, count, names, 2, objects.per_tensor, each) && !each &&
+           pair_moments(args[0], args[1], answer);
+  });
 }
-Object* call_mix(Object*, Object* const* args, Size count) {
-  return guarded(count == 4, [&] { return mix(args[0], args[1], args[2], args[3]); });
+Object* call_mix(Object* self, Object* const* args, Size count, Object* names) {
+  return guarded(self, args, count, names, [&](Object*& answer) {
+    bool sums;
+    return read_flag(args, count, names, 3, objects.moments, sums) && mix(args[0], args[1], args[2], sums, answer);
+  });
 }
 
 MethodDef methods[] = {
-    {"moments", call_moments, kFastCall, nullptr},
-    {"pair_moments", call_pair_moments, kFastCall, nullptr},
-    {"mix_", call_mix, kFastCall, nullptr},
+    {"moments", call_moments, kFastCall, "moments(tensors, *, per_tensor=False)\n--\n\nThe plain calls; see __self__."},
+    {"pair_moments", call_pair_moments, kFastCall,
+     "pair_moments(a, b, *, per_tensor=False)\n--\n\nThe plain calls; see __self__."},
+    {"mix_", call_mix, kFastCall, "mix_(a, b, mu, *, moments=False)\n--\n\nThe plain calls; see __self__."},
 };
 
 }  // namespace
@@ -385,11 +428,12 @@ MethodDef methods[] = {
 
 using namespace gac;
 
-void* gac_python_call(int which, const void* functions, void* const* kept, const void* dlpack_exchange, int64_t held) {
+void* gac_python_call(int which, void* behind, const void* functions, void* const* kept, const void* dlpack_exchange,
+                      int64_t most) {
   py = *static_cast<const Python*>(functions);
   exchange = static_cast<const Exchange*>(dlpack_exchange);
-  quick = held;
+  quick = most;
   std::memcpy(&objects, kept, sizeof objects);
   for (size_t k = 0; k < sizeof objects / sizeof(Object*); ++k) py.incref(static_cast<Object*>(kept[k]));  // for good
-  return py.new_function(&methods[which], nullptr, nullptr);
+  return py.new_function(&methods[which], static_cast<Object*>(behind), nullptr);
 }

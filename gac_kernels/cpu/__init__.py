@@ -1,9 +1,10 @@
 """The operations on CPU tensors, by the C++ library in ``csrc/``: one call for a whole list of tensors.
 
 Same names, signatures, checks and results as :mod:`gac_kernels.reference`. Importing loads nothing; the library is
-loaded by the first call or by :func:`available`.
+loaded by the first call or by :func:`available`, which also puts builtins in the places of the functions that have one.
 """
 
+from gac_kernels.cpu.builtins import builtins_for
 from gac_kernels.cpu.library import failure, load
 from gac_kernels.cpu.operations import absorb_, mix_, moments, pair_moments, sketch, token_moments
 
@@ -11,8 +12,11 @@ __all__ = ["absorb_", "available", "mix_", "moments", "pair_moments", "sketch", 
 
 
 def available() -> bool:
-    """True when the library is there and loads; loads it."""
-    return load() is not None
+    """True when the library is there and loads; loads it, and puts the builtins in their places."""
+    library = load()
+    if library is not None:
+        globals().update(builtins_for(library.quick))
+    return library is not None
 
 
 def status() -> dict:

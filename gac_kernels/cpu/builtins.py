@@ -1,13 +1,14 @@
 """Builtin functions for plain calls, made by the C++ library at run time; see ``csrc/python_calls.cpp``.
 
-They take what is plain (CPU tensors or lists of them, contiguous, of type ``Tensor`` or ``Parameter``) and return
-``NotImplemented``, with nothing done, for everything else. Where they cannot be had (a Python other than CPython, or one
-without the global lock; torch before 2.10, which has no exchange interface) stand-ins refuse every call.
+They take CPU tensors, or lists of them, that are contiguous and of type ``Tensor`` or ``Parameter``. Every other call
+they pass on, with nothing done, to the function behind (``__self__``). They cannot be had on a Python other than
+CPython or without its global lock, nor with torch before 2.10, which has no exchange interface.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -17,23 +18,24 @@ from torch import Tensor
 from torch.autograd import graph
 from torch.nn import Parameter
 
-QUICK = 49_152
-"""Elements up to which a call runs on the caller's thread, with the interpreter lock held: a second thread would save
-less than waking it takes (1 to 3 us where it waits actively)."""
+from gac_kernels.cpu import operations
 
-NAMES = ("moments", "pair_moments", "mix_")
-"""In the order of the C function's numbers."""
-
+_NAMES = ("moments", "pair_moments", "mix_")  # by the numbers they have in C
 _FUNCTIONS = (
     "PyCFunction_NewEx",
     "Py_IncRef",
     "Py_DecRef",
     "PyObject_Type",
     "PyObject_CallFunctionObjArgs",
+    "PyObject_Call",
     "PyList_Size",
     "PyList_GetItem",
     "PyTuple_New",
     "PyTuple_SetItem",
+    "PyTuple_Size",
+    "PyTuple_GetItem",
+    "PyDict_New",
+    "PyDict_SetItem",
     "PyFloat_AsDouble",
     "PyLong_AsLong",
     "PyObject_IsTrue",
@@ -69,32 +71,25 @@ def _increment_version() -> Callable:
     return inner if scratch._version > before else graph.increment_version
 
 
-def _refuse(*arguments):
-    """Stands in for a builtin that cannot be had."""
-    return NotImplemented
-
-
-def plain_calls(library: ctypes.PyDLL) -> dict[str, Callable]:
-    """The builtins by the names of their operations, or their stand-ins.
-
-    ``moments(x)``, ``pair_moments(a, b)``, ``mix_(a, b, mu, moments)``: one tensor (each) or a list. Results are those of
-    the operations for the whole list.
-    """
-    stand_ins = dict.fromkeys(NAMES, _refuse)
+@functools.cache
+def builtins_for(library: ctypes.PyDLL) -> dict[str, Callable]:
+    """The builtins by the names of the operations; none where they cannot be had."""
     if sys.implementation.name != "cpython" or sysconfig.get_config_var("Py_GIL_DISABLED"):
-        return stand_ins
+        return {}
     try:
         addresses = [ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value for name in _FUNCTIONS]
         exchange = _exchange()
     except AttributeError:
-        return stand_ins
+        return {}
     if exchange is None:
-        return stand_ins
+        return {}
     functions = (ctypes.c_void_p * len(addresses))(*addresses)
-    kept = (Tensor, Parameter, list, float, None, NotImplemented)
+    kept = (Tensor, Parameter, list, float, None)
     kept += (Tensor.is_neg, _increment_version(), torch.get_num_threads)
+    kept += (sys.intern("per_tensor"), sys.intern("moments"))
     objects = (ctypes.py_object * len(kept))(*kept)
     make = library.gac_python_call
     make.restype = ctypes.py_object
-    make.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-    return {name: make(k, functions, objects, exchange, QUICK) for k, name in enumerate(NAMES)}
+    make.argtypes = (ctypes.c_int, ctypes.py_object, *[ctypes.c_void_p] * 3, ctypes.c_int64)
+    rest = (functions, objects, exchange, operations.QUICK)
+    return {name: make(k, getattr(operations, name), *rest) for k, name in enumerate(_NAMES)}

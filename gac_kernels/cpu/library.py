@@ -10,8 +10,6 @@ from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
-from gac_kernels.cpu.builtins import plain_calls
-
 ISA_VARIABLE = "GAC_CPU_ISA"
 """Environment variable that limits the instruction set: portable, avx2, avx512 or neon. Read when the library loads."""
 
@@ -43,7 +41,6 @@ class Library:
         path: the file.
         call: its functions, which release the interpreter lock; ``call.gac_moments(...)``.
         quick: the same functions called with the lock held: cheaper, for work of a few microseconds.
-        plain_moments, plain_pair_moments, plain_mix: builtins for plain calls, see :mod:`gac_kernels.cpu.builtins`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,9 +59,6 @@ class Library:
         for name in ("gac_isa", "gac_threading"):
             getattr(self.call, name).restype = c_char_p
         self.call.gac_select.argtypes = (c_char_p,)
-        plain = plain_calls(self.quick)
-        self.plain_moments, self.plain_pair_moments = plain["moments"], plain["pair_moments"]
-        self.plain_mix = plain["mix_"]
         wanted = os.environ.get(ISA_VARIABLE, "")
         if wanted:
             self.select(wanted)

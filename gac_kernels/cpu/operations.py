@@ -1,8 +1,9 @@
 """The operations on CPU tensors. What each computes is said in :mod:`gac_kernels.reference`.
 
-Two ways lead to C. The quick one takes contiguous tensors of plain types and does the least a correct call needs,
-since for small tensors the call is the cost. Whatever it does not recognise takes the careful one, which makes the
-full checks of :mod:`gac_kernels.arguments` and raises their errors.
+Two ways lead from here to C. The quick one takes contiguous tensors of plain types and does the least a correct call
+needs, since for small tensors the call is the cost. Whatever it does not recognise takes the careful one, which makes
+the full checks of :mod:`gac_kernels.arguments` and raises their errors. Before both, where they can be had, come the
+builtins of :mod:`gac_kernels.cpu.builtins`, which pass on to here what they do not take.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from gac_kernels.arguments import (
     check_token_inputs,
     tensor_list,
 )
-from gac_kernels.cpu.builtins import QUICK
 from gac_kernels.cpu.library import check, require
 from gac_kernels.cpu.tables import (
     DTYPE_CODES,
@@ -47,6 +47,9 @@ __all__ = ["absorb_", "mix_", "moments", "pair_moments", "sketch", "token_moment
 
 _CPU = torch.device("cpu")
 _FLOAT64 = torch.float64
+QUICK = 49_152
+"""Elements up to which a call runs on the caller's thread, with the interpreter lock held: a second thread would save
+less than waking it takes (1 to 3 us where it waits actively)."""
 _TWO, _THREE = torch.empty(2, dtype=_FLOAT64), torch.empty(3, dtype=_FLOAT64)  # empty_like costs less than empty
 _empty_like = torch.empty_like
 _shape = Tensor.shape.__get__
@@ -107,9 +110,6 @@ def moments(tensors, *, per_tensor: bool = False) -> Tensor:
     """Sum of squares and number of non-finite elements; see :func:`gac_kernels.reference.moments`."""
     library = require()
     if not per_tensor:
-        done = library.plain_moments(tensors)
-        if done is not NotImplemented:
-            return done
         tensor = _single(tensors) if type(tensors) is list else tensors
         packed = _packed(tensor)
         if packed:
@@ -168,9 +168,6 @@ def pair_moments(a, b, *, per_tensor: bool = False) -> Tensor:
     """``|a|^2``, ``|b|^2`` and ``<a, b>``; see :func:`gac_kernels.reference.pair_moments`."""
     library = require()
     if not per_tensor:
-        done = library.plain_pair_moments(a, b)
-        if done is not NotImplemented:
-            return done
         x, y = (_single(a), _single(b)) if type(a) is list is type(b) else (a, b)
         packed = _packed_pair(x, y)
         if packed:
@@ -216,9 +213,6 @@ def mix_(a, b, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
     rounded too (to float32, or float64). Results of 16 bits see one rounding only.
     """
     library = require()
-    done = library.plain_mix(a, b, mu, moments)
-    if done is not NotImplemented:
-        return done
     x, y = (_single(a), _single(b)) if type(a) is list is type(b) else (a, b)
     packed = _packed_pair(x, y)
     if packed:
