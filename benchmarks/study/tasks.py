@@ -201,8 +201,8 @@ TASKS: dict[str, StudyTask] = {
         ),
         StudyTask(
             "base_conversion", "code", "confirmation", "base_conversion",
-            {"min_base": 2, "max_base": 16, "min_value": 0, "max_value": 15},
-            render_conversion, _steps(150, 100, 80),
+            {"min_base": 2, "max_base": 16, "min_value": 1, "max_value": 15},  # 0 would be written as nothing
+            render_conversion, _steps(130, 100, 80),
         ),
         StudyTask(
             "leg_counting", "science", "development", "leg_counting",
