@@ -147,12 +147,13 @@ def _status(args: argparse.Namespace) -> int:
     grid = _part("grid")
     records = read_records(args.results)
     have, known = {record["key"] for record in records}, set()
-    seconds, sizes, lines = seconds_by_size(records), [], []
+    seconds, sizes, lines, waits = seconds_by_size(records), [], [], 0
     for phase in grid.PHASES:
         try:
             rows = grid.rows(phase, records)
         except grid.NotReady as error:
             lines.append(f"{phase}: waits: {error}")
+            waits += 1
             continue
         missing = [row for row in rows if row.key not in have]
         known.update(row.key for row in rows)
@@ -161,7 +162,8 @@ def _status(args: argparse.Namespace) -> int:
         rest = f", {len(missing)} left, {duration(left)}" if missing else ""
         lines.append(f"{phase}: {len(rows) - len(missing)} of {len(rows)} done{rest}")
     print("\n".join(lines))
-    print(f"time left, {args.jobs} at a time: {duration(time_left(sizes, [], seconds, args.jobs) if sizes else 0)}")
+    left = duration(time_left(sizes, [], seconds, args.jobs) if sizes else 0)
+    print(f"time left, {args.jobs} at a time: {left}" + (f", and {waits} phases that wait" if waits else ""))
     if stray := len(have - known):
         print(f"{stray} records belong to no row of the phases that are ready")
     return 0
@@ -206,7 +208,7 @@ def _compare(old: dict[str, Any], new: dict[str, Any]) -> int:
         print(f"differs: {line}")
     if len(lines) > _SHOWN:
         print(f"... and {len(lines) - _SHOWN} more")
-    print(f"{len(lines)} differences from the record" if lines else "identical to the record, timings aside")
+    print(f"differing values: {len(lines)}" if lines else "identical to the record, timings aside")
     return 1 if lines else 0
 
 
@@ -227,7 +229,10 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
 
 
 def _report(args: argparse.Namespace) -> int:
-    _part("report").main(args.results, out=args.out)
+    try:
+        _part("report").main(args.results, out=args.out)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     return 0
 
 

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from multiprocessing import connection
+from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,7 @@ def run_rows(
 
     with _alone(folder), _signals() as caught:
         report.begin(waiting[0].phase, len(rows), len(rows) - len(waiting))
+        report.update([], left())
         try:
             while (waiting or running) and not caught:
                 while len(running) < jobs and not caught and (deadline is None or time.monotonic() < deadline):
@@ -186,6 +187,7 @@ def _start(context: Any, row: Any, train: Callable, cache: Path, warm_start_id: 
     process = context.Process(target=_child, args=(train, row, cache, log, sender), daemon=True)
     try:
         with _environment():
+            _launch_server()
             process.start()
     except (EOFError, OSError) as error:
         raise ServerError(f"the process that imports torch and the trainer ended ({error}); see above") from None
@@ -213,7 +215,6 @@ def _collect(run: _Run) -> tuple[dict[str, Any] | None, str]:
 
 def _child(train: Callable, row: Any, cache: Path, log: Path, sender: Any) -> None:
     """One run, in its own process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what a Ctrl-C ends
     threading.Thread(target=_end_with_parent, daemon=True).start()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(file, 1)
@@ -236,6 +237,16 @@ def _end_with_parent() -> None:
     """Without this a run would go on when its parent is killed."""
     connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
+
+
+def _launch_server() -> None:
+    """Where it does not run yet. It and the runs are deaf to Ctrl-C: this process decides what to end."""
+    resource_tracker.ensure_running()  # unblocks what is blocked, so it must come first
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

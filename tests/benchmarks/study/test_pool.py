@@ -158,7 +158,7 @@ def test_time_left():
 COMMAND = """
 import sys
 from tests.benchmarks.study import test_pool
-test_pool.install({rows})
+sys.modules.update(test_pool.parts({rows}))
 from benchmarks.study.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -168,19 +168,45 @@ class NotReady(Exception):
     pass
 
 
-def install(rows: list[Row], set_item=sys.modules.__setitem__) -> None:
-    """A grid whose second phase needs all of the first, and a trainer that trains nothing."""
+def parts(rows: list[Row]) -> dict[str, types.SimpleNamespace]:
+    """A grid whose tuning shows four rows beyond what is done and whose other phase needs all of tuning."""
 
     def of_phase(phase: str, records: list[dict]) -> list[Row]:
-        missing = {row.key for row in rows if row.phase == "tuning"} - {record["key"] for record in records}
-        if phase != "tuning" and missing:
+        done = {record["key"] for record in records}
+        tuning = [row for row in rows if row.phase == "tuning"]
+        missing = [row for row in tuning if row.key not in done]
+        if phase == "tuning":
+            return [row for row in tuning if row not in missing[4:]]
+        if missing:
             raise NotReady(f"{len(missing)} rows of tuning are missing")
         return [row for row in rows if row.phase == phase]
 
-    grid = types.SimpleNamespace(PHASES=("tuning", "comparison"), NotReady=NotReady, rows=of_phase)
-    training = types.SimpleNamespace(PRELOAD=(), train_row=train, warm_start_id=lambda row: row.warm + row.name)
-    set_item("benchmarks.study.grid", grid)
-    set_item("benchmarks.study.training", training)
+    def from_record(record: dict) -> Row:
+        return Row(**{field.name: record[field.name] for field in dataclasses.fields(Row)})
+
+    return {
+        "benchmarks.study.grid": types.SimpleNamespace(
+            PHASES=("tuning", "comparison"),
+            NotReady=NotReady,
+            rows=of_phase,
+            Row=types.SimpleNamespace(from_record=from_record),
+        ),
+        "benchmarks.study.training": types.SimpleNamespace(
+            PRELOAD=(), train_row=train, warm_start_id=lambda row: row.name
+        ),
+    }
+
+
+@pytest.fixture
+def main(tmp_path, monkeypatch):
+    """``main(rows, argument, ...)`` in this process."""
+
+    def function(rows, *argv):
+        for name, part in parts(rows).items():
+            monkeypatch.setitem(sys.modules, name, part)
+        return __main__.main([*argv, "--results", str(tmp_path / "data"), "--cache", str(tmp_path)])
+
+    return function
 
 
 def command(tmp_path: Path, rows: list[Row], *argv: str) -> subprocess.Popen:
@@ -196,7 +222,7 @@ def command(tmp_path: Path, rows: list[Row], *argv: str) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("how", ["term", "term group", "kill", "kill group"])
-def test_a_killed_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, how):
+def test_a_killed_command_goes_on_where_it_stopped(main, tmp_path, how):
     rows = [Row("a"), Row("b", "endless"), Row("c", "slow"), Row("d", "endless")]
     process = command(tmp_path, rows, "run")
     wait_for(lambda: (tmp_path / "b.pid").exists() and (tmp_path / "d.pid").exists())
@@ -210,15 +236,29 @@ def test_a_killed_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys
     assert {record["key"] for record in read_records(tmp_path / "data")} == {"tuning/a", "tuning/c"}
     begun = spans(tmp_path)
 
-    install(
-        [Row(name) for name in "abcd"] + [Row("e", phase="comparison")], lambda *item: set_module(monkeypatch, *item)
-    )
-    folders = ["--results", str(tmp_path / "data"), "--cache", str(tmp_path)]
-    assert __main__.main(["run", *folders]) == 0
+    assert main([*(Row(name) for name in "abcdef"), Row("g", phase="comparison")], "run") == 0
     assert {name: spans(tmp_path)[name] for name in "ac"} == {name: begun[name] for name in "ac"}
-    assert {record["key"] for record in read_records(tmp_path / "data")} == {f"tuning/{n}" for n in "abcd"} | {
-        "comparison/e"
-    }
+    assert sorted(record["name"] for record in read_records(tmp_path / "data")) == list("abcdefg")
+
+
+def test_phases_in_turn_up_to_a_limit(main, tmp_path, capsys):
+    rows = [*(Row(name) for name in "abcd"), Row("e", phase="comparison")]
+    for limit, done in ((3, "abc"), (1, "abcd"), (5, "abcde")):
+        assert main(rows, "run", "--limit", str(limit)) == 0
+        assert sorted(record["name"] for record in read_records(tmp_path / "data")) == list(done)
+        assert ("comparison waits: 1 rows" in capsys.readouterr().out) == (done == "abc")
+    assert main([Row("f", "raises")], "run") == 1
+    assert "tuning/f: ArithmeticError: no luck with f" in capsys.readouterr().err
+
+
+def test_a_row_is_repeated_and_compared(main, tmp_path, capsys):
+    assert main([Row("a")], "run") == 0
+    assert main([], "row", "tuning/a") == 0
+    (record,) = read_records(tmp_path / "data")
+    append(tmp_path / "data" / "tuning.jsonl", record | {"accuracy": [[0, 0.25], [20, 0.51]], "seconds": 99})
+    assert main([], "row", "tuning/a") == 1
+    assert "differs: accuracy[1][1]: 0.51 -> 0.5\ndiffering values: 1" in capsys.readouterr().out
+    assert main([], "row", "tuning/b") == 2
 
 
 def wait_for(condition, seconds: float = 20) -> None:
@@ -233,7 +273,3 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def set_module(monkeypatch, name, module) -> None:
-    monkeypatch.setitem(sys.modules, name, module)
