@@ -1,0 +1,184 @@
+"""The comparisons of the study, phase by phase, from checked runs."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.study.arms import (
+    REFERENCE,
+    Pairs,
+    against,
+    arm,
+    by_arm,
+    hindsight,
+    is_form_of_gac,
+    paired,
+    with_searches,
+)
+from benchmarks.study.inference import Comparison, compare, holm
+from benchmarks.study.measures import Run, read_run
+
+PHASES = ("tuning", "comparison", "ablation", "size", "confirmation")
+SIZES = ("small", "medium", "large")
+ALPHA = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Arms of one phase, and ``gac`` minus each of them in late accuracy.
+
+    Attributes:
+        arms: every arm with its runs, searches included.
+        versus: `gac` minus the arm. Arms without a pair are not there.
+        adjusted: p after Holm's correction over the family. Arms found in hindsight are in no family; one that is
+            carried over from other data has the p of the setting that it is.
+    """
+
+    arms: Mapping[str, Pairs]
+    versus: Mapping[str, Comparison]
+    adjusted: Mapping[str, float]
+
+    def verdict(self, name: str) -> str:
+        """``better``, ``worse`` or ``open`` for `gac` against the arm, ``missing`` without an interval."""
+        found = self.versus.get(name)
+        if found is None or math.isnan(found.low):
+            return "missing"
+        if self.adjusted.get(name, 1.0) >= ALPHA or found.mean == 0:
+            return "open"
+        return "better" if found.mean > 0 else "worse"
+
+    def told_apart(self) -> list[str]:
+        """Arms with a corrected p below the level."""
+        return [name for name in self.versus if self.verdict(name) in ("better", "worse")]
+
+    def tasks(self) -> list[str]:
+        """Tasks that `gac` ran on."""
+        return sorted({task for task, _ in self.arms.get(REFERENCE, {})})
+
+    def options(self, method: str) -> dict[str, Pairs]:
+        """Single settings of a method: ``fixed:mu=0.1`` and so on."""
+        return {name: pairs for name, pairs in self.arms.items() if name.startswith(f"{method}:") and "=" in name}
+
+    def rules(self) -> list[str]:
+        """Arms that are neither a form of `gac`, nor a constant, nor two stages."""
+        return [n for n in self.versus if not is_form_of_gac(n) and n.partition(":")[0] not in ("fixed", "sequential")]
+
+    def best_constants(self) -> dict[str, float]:
+        """For each task the constant that did best in hindsight."""
+        options = self.options("fixed")
+        if len(options) < 2:
+            return {}
+        return {task: float(name.partition("=")[2]) for task, name in hindsight(options).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """All that was run.
+
+    Attributes:
+        runs: by phase; every phase is there, perhaps empty.
+        development, confirmation: the comparisons on both halves of the data sets.
+        ablation: `gac` against its own forms, on development tasks.
+    """
+
+    runs: Mapping[str, Sequence[Run]]
+    development: Family
+    confirmation: Family
+    ablation: Family
+
+    def halves(self) -> list[tuple[str, Family]]:
+        """The comparisons that have something to say."""
+        pairs = (("development", self.development), ("confirmation", self.confirmation))
+        return [(name, family) for name, family in pairs if family.versus]
+
+
+def study(records: Iterable[Mapping[str, Any]]) -> Study:
+    """Everything that is compared, from the records of any phases.
+
+    Raises:
+        ValueError: a malformed record, a phase that the study does not know, or the same run twice.
+    """
+    runs: dict[str, list[Run]] = {phase: [] for phase in PHASES}
+    for record in records:
+        run = read_run(record)
+        if run.phase not in runs:
+            raise ValueError(f"record {run.key}: phase must be one of {', '.join(PHASES)}, got {run.phase!r}")
+        runs[run.phase].append(run)
+    ablation = list(runs["ablation"])
+    if REFERENCE not in {arm(run) for run in ablation}:
+        ablation += [run for run in runs["comparison"] if ablation and arm(run) == REFERENCE]
+    return Study(
+        runs=runs,
+        development=family(runs["comparison"], runs["tuning"]),
+        confirmation=family(runs["confirmation"], runs["comparison"] or runs["tuning"]),
+        ablation=family(ablation),
+    )
+
+
+def family(runs: Iterable[Run], earlier: Iterable[Run] = ()) -> Family:
+    """The family of `runs`, with what search finds in them and in `earlier`."""
+    arms = with_searches(by_arm(runs), earlier)
+    versus = against(arms)
+    adjusted = holm({name: found.p for name, found in versus.items() if not _outside(name)})
+    for name in versus:
+        if name.endswith(":carried"):
+            twin = next(other for other in arms if not _outside(other) and arms[other] is arms[name])
+            adjusted[name] = adjusted[twin]
+    return Family(arms, versus, adjusted)
+
+
+def sizes(found: Study) -> dict[str, Family]:
+    """A family for each size that ran, over the tasks, arms and seeds of phase "size"; small is from the comparison."""
+    wanted = {(arm(run), run.task) for run in found.runs["size"]}
+    pool = list(found.runs["size"])
+    if not any(run.size == "small" for run in pool):
+        pool += [run for run in found.runs["comparison"] if run.size == "small" and (arm(run), run.task) in wanted]
+    by_size = {size: [run for run in pool if run.size == size] for size in SIZES}
+    return {size: family(runs) for size, runs in by_size.items() if runs and wanted}
+
+
+def size_contrast(families: Mapping[str, Family], name: str) -> tuple[str, str, Comparison] | None:
+    """``(largest, smallest, margin over `name` at the largest minus that at the smallest)``, over shared cells."""
+    have = [size for size in SIZES if size in families and name in families[size].versus]
+    if len(have) < 2:
+        return None
+    margins = []
+    for size in (have[-1], have[0]):
+        arms = families[size].arms
+        cells = set(arms[REFERENCE]) & set(arms[name])
+        margins.append({c: arms[REFERENCE][c].measures.late - arms[name][c].measures.late for c in cells})
+    differences: dict[str, list[float]] = {}
+    for cell in sorted(set(margins[0]) & set(margins[1])):
+        differences.setdefault(cell[0], []).append(margins[0][cell] - margins[1][cell])
+    return (have[-1], have[0], compare(differences)) if differences else None
+
+
+def agreement(found: Study) -> dict[str, tuple[Comparison, Comparison]]:
+    """Arms judged on both halves, those in hindsight and the forms of `gac` aside."""
+    first, second = found.development.versus, found.confirmation.versus
+    return {n: (first[n], second[n]) for n in first if n in second and not _outside(n) and not is_form_of_gac(n)}
+
+
+def ratio(reference: Pairs, other: Pairs, measure) -> Comparison | None:
+    """Paired comparison of ``log(reference / other)`` of a positive measure; None without a pair."""
+    differences = paired(reference, other, lambda run: _log(measure(run)))
+    return compare(differences) if differences else None
+
+
+def unequal_starts(runs: Iterable[Run]) -> list[str]:
+    """Keys of runs whose warm start is not as accurate as that of the first run on the same task, size and seed."""
+    first: dict[tuple[str, str, int], float] = {}
+    return [
+        run.key
+        for run in runs
+        if first.setdefault((run.task, run.size, run.seed), run.measures.warm) != run.measures.warm
+    ]
+
+
+def _outside(name: str) -> bool:
+    return name.endswith((":hindsight", ":carried"))
+
+
+def _log(value: float | None) -> float | None:
+    return math.log(value) if value is not None and value > 0 else None

@@ -1,0 +1,126 @@
+"""The answer in five sentences, and the sentences that it shares with the questions."""
+
+import math
+
+from benchmarks.study.analysis import Family, Study, agreement
+from benchmarks.study.arms import REFERENCE, is_form_of_gac, label, paired
+from benchmarks.study.inference import Comparison, compare, spearman
+from benchmarks.study.wording import clause, count, difference, listing, tally
+
+
+def answer(study: Study) -> str:
+    """The five sentences that the page begins with."""
+    if not study.halves():
+        return "No pair of runs can be compared yet, so none of the questions below has an answer."
+    constant = _halves(study, lambda family: f"is {clause(family, 'fixed:search')}")
+    rules = _halves(study, lambda family: f"is {tally(family, family.rules(), label)}")
+    stages = _halves(study, lambda family: f"is {clause(family, 'sequential:search')}")
+    sentences = [
+        f"**Constants.** Against the constant that a search in the same data set finds, the default law {constant}.",
+        f"**Other rules.** Against rules and controllers with tuned constants, the default law {rules}.",
+        f"**Two stages.** Against SFT first and RL after it, with the split found by search, the default law {stages}.",
+        f"**What carries it.** {space_sentence(study)} {part_sentence(study)}",
+        f"**Where it loses.** {loss_sentence(study)} {agreement_sentence(study)}",
+    ]
+    return "\n".join(f"{index}. {text}" for index, text in enumerate(sentences, start=1))
+
+
+def status(study: Study, planned: dict[str, int | None]) -> str:
+    """What is missing, phase by phase; nothing where every phase is complete.
+
+    `planned` has the number of runs of each phase, None where the grid cannot say yet.
+    """
+    missing = []
+    for phase, runs in study.runs.items():
+        wanted = planned.get(phase)
+        if not runs:
+            missing.append(f"{phase}: not yet run")
+        elif wanted is None:
+            missing.append(f"{phase}: {count(len(runs), 'run')} so far")
+        elif len(runs) < wanted:
+            missing.append(f"{phase}: {len(runs):,} of {wanted:,} runs")
+    if not missing:
+        return ""
+    return f"**Preliminary.** {'; '.join(missing)}. All that follows rests on the runs that are there."
+
+
+def space_sentence(study: Study) -> str:
+    """Gradient space against coefficient space."""
+    parts = [
+        f"{clause(family, 'gac-coefficient')} ({phase})"
+        for phase, family in (("ablation", study.ablation), *study.halves())
+        if "gac-coefficient" in family.versus
+    ]
+    if not parts:
+        return "Gradient space against coefficient space: not yet run."
+    return f"Against the law on token coefficients, the law on gradients is {'; '.join(parts)}."
+
+
+def part_sentence(study: Study) -> str:
+    """Which ablations matter."""
+    family = study.ablation
+    names = [name for name in family.versus if name.startswith(f"{REFERENCE}:") and is_form_of_gac(name)]
+    if not names:
+        return "Ablations: not yet run."
+    forms = f"Of {count(len(names), 'form')} of the law with one part changed,"
+    matter = sorted((n for n in names if n in family.told_apart()), key=lambda n: -abs(family.versus[n].mean))
+    if not matter:
+        largest = max(names, key=lambda name: abs(family.versus[name].mean))
+        shown = difference(family.versus[largest])
+        return f"{forms} none is told apart from the default; the largest difference is to {label(largest)} ({shown})."
+    told = [f"{label(name)} (the default is {clause(family, name)})" for name in matter]
+    return f"{forms} {len(matter)} {'is' if len(matter) == 1 else 'are'} told apart from the default: {listing(told)}."
+
+
+def loss_sentence(study: Study) -> str:
+    """In which data sets `gac` is below the constant found by search."""
+    halves = study.halves()
+    known = {task: in_task(family, "fixed:search", task) for _, family in halves for task in family.tasks()}
+    known = {task: found for task, found in known.items() if found}
+    if not known:
+        return "Data set by data set: no constant was searched for yet."
+    lost = [task for task, found in known.items() if found.mean < 0]
+    clear = [task for task in lost if known[task].high < 0]
+    if not lost:
+        return f"In none of {count(len(known), 'data set')} is `gac` below the constant found by search."
+    named = f" ({listing(clear)})" if clear else ""
+    return (
+        f"`gac` is below the constant found by search in {len(lost)} of {count(len(known), 'data set')} "
+        f"({listing(lost)}), and in {len(clear)} by more than the noise between seeds{named}, without correction."
+    )
+
+
+def agreement_sentence(study: Study) -> str:
+    """Whether the confirmation's differences are those of development."""
+    both = agreement(study)
+    if not both:
+        return "Whether confirmation agrees with development: not yet run."
+    first, second = study.development, study.confirmation
+    same = sum(a.mean * b.mean > 0 for a, b in both.values())
+    inside = sum(b.low <= a.mean <= b.high for a, b in both.values())
+    turned = [label(n) for n in both if {first.verdict(n), second.verdict(n)} == {"better", "worse"}]
+    kept = sum(first.verdict(n) == second.verdict(n) for n in both)
+    rank = spearman([a.mean for a, _ in both.values()], [b.mean for _, b in both.values()])
+    text = (
+        f"Of {count(len(both), 'comparison')} made on both halves, the sign is the same in {same} and the verdict in "
+        f"{kept}, and {inside} of the means on development data lie in the interval of the confirmation"
+    )
+    text += "" if math.isnan(rank) else f" (rank correlation {rank:.2f})"
+    return text + (f"; better turns to worse or back for {listing(turned)}." if turned else "; none turns around.")
+
+
+def in_task(family: Family, name: str, task: str) -> Comparison | None:
+    """`gac` minus an arm in one data set."""
+    if name not in family.arms:
+        return None
+    found = paired(family.arms[REFERENCE], family.arms[name]).get(task)
+    return compare({task: found}) if found else None
+
+
+def _halves(study: Study, text) -> str:
+    parts = []
+    for half, family in (("development", study.development), ("confirmation", study.confirmation)):
+        tasks = len(family.tasks())
+        where = count(tasks, f"{half} data set") if tasks else f"{half} data"
+        parts.append(f"{text(family)} on {where}")
+    return "; it ".join(parts)

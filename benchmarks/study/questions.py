@@ -1,0 +1,279 @@
+"""The questions of the study, each answered by sentences that follow from the numbers and by a table."""
+
+import math
+from statistics import fmean
+
+from benchmarks.study.analysis import Family, Study, size_contrast, sizes
+from benchmarks.study.answers import in_task, loss_sentence, part_sentence, space_sentence
+from benchmarks.study.arms import FOUND, REFERENCE, Pairs, is_form_of_gac, label, mean_over_tasks
+from benchmarks.study.inference import Comparison, spearman
+from benchmarks.study.tables import LATE, evidence
+from benchmarks.study.wording import NOT_RUN, clause, difference, equals, excluded, number, percent, table, tally
+
+NEAR = 0.1
+"""A mean mu this close to the best constant is taken to be as good; constants are 0.2 apart."""
+_PARTS = {
+    "gac-sketch": "sketched instead of exact gradients",
+    "gac-temporal": "one contribution a branch, noise from earlier steps",
+    "gac-coefficient": "token coefficients instead of gradients",
+    "gac:no-average": "no averaging of the statistics",
+    "gac:half_life=7": "one average, half-life 7 steps",
+    "gac:half_life=69": "one average, half-life 69 steps",
+    "gac:with-prior": "with the published prior",
+    "gac:no-cap": "no bound on the change of mu in a step",
+    "gac:no-disagreement": "disagreement taken as 0",
+    "gac:no-noise": "noise taken as 0: mu goes to 0.5",
+    "gac:no-variance": "noise taken as 0: mu goes to 0.5",
+    "gac:optimizer-metric": "statistics in Adam's space",
+    "gac:alpha=kl": "alpha follows the KL drift",
+}
+
+
+def constants(study: Study) -> str:
+    """Against constants."""
+    lines = []
+    for half, family in study.halves():
+        found = family.versus.get("fixed:search")
+        if found is None:
+            lines.append(f"On {half} data fewer than two constants or seeds have run, so there is no search yet.")
+            continue
+        single = [name for name in family.options("fixed") if name in family.versus]
+        text = (
+            f"On {half} data, against the search over {len(single)} constants, `gac` is "
+            f"{clause(family, 'fixed:search')}; the interval excludes {excluded(found)}. "
+            f"With data sets as draws from many, the difference is {_wide(found)}. "
+            f"Against every constant by itself `gac` is {tally(family, single, label)}. "
+            f"In hindsight the best constants are {_values(family.best_constants())}; `gac` minus these is "
+            f"{difference(family.versus.get('fixed:hindsight'))}, which says what a perfect search could have."
+        )
+        if "fixed:carried" in family.versus:
+            best = next(name for name in single if family.arms[name] is family.arms["fixed:carried"])
+            text += f" Against {label(best)}, the best on earlier runs, `gac` is {clause(family, 'fixed:carried')}."
+        lines.append(text)
+    return "\n\n".join(lines) or NOT_RUN
+
+
+def rules(study: Study) -> str:
+    """Against rules."""
+    lines = []
+    for half, family in study.halves():
+        names = family.rules()
+        text = f"On {half} data, `gac` is {tally(family, names, label)}."
+        if names:
+            least = min(names, key=lambda name: family.versus[name].mean)
+            text += f" The strongest rule is {label(least)}: `gac` is {clause(family, least)}."
+        for name in family.versus:
+            if name.startswith(f"{REFERENCE}:"):
+                text += f" Against its own form that is tuned like the others ({label(name)}), the default is "
+                text += f"{clause(family, name)}."
+        lines.append(text)
+    return "\n\n".join(lines) or NOT_RUN
+
+
+def stages(study: Study) -> str:
+    """Against SFT first, RL after it."""
+    lines = []
+    for half, family in study.halves():
+        options = family.options("sequential")
+        if not options:
+            lines.append(f"On {half} data: not yet run.")
+            continue
+        text = f"On {half} data, against the split found by search among {len(options)}, `gac` is "
+        text += f"{clause(family, 'sequential:search')}."
+        for end in ("sequential:split=0", "sequential:split=120"):
+            if end in family.versus:
+                text += f" Against {label(end)} it is {clause(family, end)}."
+        lines.append(text)
+    return "\n\n".join(lines) or NOT_RUN
+
+
+def losses(study: Study) -> str:
+    """Task by task."""
+    rows, reasons = [], []
+    for half, family in study.halves():
+        best = family.best_constants()
+        for task in family.tasks():
+            gac = {cell: run for cell, run in family.arms[REFERENCE].items() if cell[0] == task}
+            found = in_task(family, "fixed:search", task)
+            rival, versus = _strongest(family, task)
+            rows.append(
+                [
+                    task,
+                    half,
+                    percent(mean_over_tasks(gac, lambda run: run.measures.warm)),
+                    percent(mean_over_tasks(gac, LATE)),
+                    difference(found),
+                    f"{label(rival)} {difference(versus)}" if rival else "",
+                    number(mean_over_tasks(gac, lambda run: run.measures.mean_mu)),
+                    number(best.get(task), ".1f"),
+                    *_noise(gac.values()),
+                ]
+            )
+            if found and found.mean < 0:
+                reasons.append(_reason(task, found, gac, best.get(task)))
+    if not rows:
+        return NOT_RUN
+    header = [
+        "data set",
+        "half",
+        "warm start, %",
+        "`gac`, %",
+        "`gac` minus constant by search",
+        "strongest other arm, `gac` minus it",
+        "mean mu",
+        "best constant",
+        "SFT share of noise, first to last third, %",
+        "disagreement, % of distance",
+    ]
+    text = [loss_sentence(study), *reasons, _distance_sentence(study)]
+    note = (
+        "The strongest other arm of a data set is chosen in hindsight among all, so that column errs against `gac`. "
+        "Intervals are those of single data sets, without correction."
+    )
+    return "\n\n".join([" ".join(part for part in text if part), table(header, rows, 2), note])
+
+
+def by_size(study: Study) -> str:
+    """Margins at the three sizes."""
+    families = sizes(study)
+    if not families:
+        return NOT_RUN
+    names = dict.fromkeys(
+        name for family in families.values() for name in family.versus if not name.endswith(":carried")
+    )
+    rows, texts = [], []
+    for name in sorted(names, key=lambda name: not name.endswith(FOUND)):
+        contrast = size_contrast(families, name)
+        cells = [difference(family.versus.get(name)) for family in families.values()]
+        rows.append([label(name), *cells, difference(contrast[2]) if contrast else ""])
+        if contrast and ("=" not in name) and not name.endswith(":hindsight"):
+            texts.append(_trend(name, *contrast))
+    header = [
+        "`gac` minus",
+        *(f"{size}, {_parameters(family)}" for size, family in families.items()),
+        "largest minus smallest",
+    ]
+    note = (
+        "Searches here are over the settings that ran at every size of this phase, so that small may differ from above."
+    )
+    return "\n\n".join([" ".join(texts) or "Only one size has run yet.", table(header, rows), note])
+
+
+def parts(study: Study) -> str:
+    """Ablations."""
+    family = study.ablation
+    names = [name for name in family.versus if is_form_of_gac(name)]
+    if not names:
+        return NOT_RUN
+    rows = [
+        [
+            label(name),
+            _PARTS.get(name, ""),
+            percent(mean_over_tasks(family.arms[name], LATE)),
+            difference(family.versus[name]),
+            *evidence(family, name, family.versus[name]),
+            number(mean_over_tasks(family.arms[name], lambda run: run.measures.mean_mu)),
+        ]
+        for name in sorted(names, key=lambda name: -family.versus[name].mean)
+    ]
+    header = ["form", "what is different", "late accuracy, %", "`gac` minus it", "p", "d", "won, %", "pairs", "mean mu"]
+    return f"{part_sentence(study)}\n\n{table(header, rows, 2)}"
+
+
+def space(study: Study) -> str:
+    """Gradients against token coefficients; exact against cheaper estimators."""
+    lines = [space_sentence(study)]
+    for phase, family in (("ablation", study.ablation), *study.halves()):
+        for name in ("gac-sketch", "gac-temporal"):
+            if name in family.versus:
+                lines.append(f"Against {label(name)} ({phase}), `gac` with exact gradients is {clause(family, name)}.")
+    return " ".join(lines)
+
+
+def _reason(task: str, found: Comparison, gac: Pairs, best: float | None) -> str:
+    mean = mean_over_tasks(gac, lambda run: run.measures.mean_mu)
+    sure = "" if math.isnan(found.high) or found.high < 0 else " (its interval includes 0)"
+    text = f"On {task} it is {-100 * found.mean:.1f} points below{sure}"
+    if mean is None or best is None:
+        return text + "."
+    if abs(mean - best) <= NEAR:
+        return f"{text}, with a mean mu of {mean:.2f} next to the best constant of {best:.1f}: its level is not why."
+    side = "above" if mean > best else "below"
+    return f"{text}, with a mean mu of {mean:.2f} {side} the best constant of {best:.1f}."
+
+
+def _distance_sentence(study: Study) -> str:
+    """Whether the loss grows with the distance of mu from the best constant."""
+    distances, margins = [], []
+    for _, family in study.halves():
+        for task, best in family.best_constants().items():
+            gac = {cell: run for cell, run in family.arms[REFERENCE].items() if cell[0] == task}
+            mean, found = mean_over_tasks(gac, lambda run: run.measures.mean_mu), in_task(family, "fixed:search", task)
+            if mean is not None and found:
+                distances.append(abs(mean - best))
+                margins.append(found.mean)
+    rank = spearman(distances, margins)
+    if math.isnan(rank):
+        return ""
+    return (
+        f"Over {len(margins)} data sets the rank correlation between the margin and the distance of the mean mu from "
+        f"the best constant is {rank:+.2f} (negative where distance is what costs)."
+    )
+
+
+def _strongest(family: Family, task: str) -> tuple[str | None, Comparison | None]:
+    """The single arm, no form of `gac` and no search, that `gac` is least ahead of in a data set."""
+    single = [name for name in family.versus if not is_form_of_gac(name) and not name.endswith(FOUND)]
+    known = {name: found for name in single if (found := in_task(family, name, task))}
+    if not known:
+        return None, None
+    name = min(known, key=lambda n: known[n].mean)
+    return name, known[name]
+
+
+def _noise(runs) -> list[str]:
+    """SFT's share of the noise in the first and last third of a run, and the disagreement's share of the distance."""
+    first, last, share = [], [], []
+    for run in runs:
+        statistics = run.record.get("statistics") or {}
+        rows = zip(*(statistics.get(name, ()) for name in ("sigma_s2", "sigma_r2", "delta_g2")), strict=False)
+        rows = [row for row in rows if all(isinstance(v, int | float) for v in row)]
+        third = len(rows) // 3
+        if third:
+            for target, part in ((first, rows[:third]), (last, rows[-third:])):
+                s, r = (max(fmean(row[i] for row in part), 0.0) for i in (0, 1))
+                target.append(s / (s + r) if s + r > 0 else math.nan)
+            s, r, d = (fmean(row[i] for row in rows) for i in range(3))
+            share.append(max(d, 0.0) / (s + r + max(d, 0.0)) if s + r > 0 else math.nan)
+    if not share:
+        return ["", ""]
+    return [f"{100 * fmean(first):.0f} to {100 * fmean(last):.0f}", f"{100 * fmean(share):.0f}"]
+
+
+def _trend(name: str, large: str, small: str, found: Comparison) -> str:
+    shown = f"{difference(found)} points, p {equals(found.p)}, uncorrected"
+    if math.isnan(found.low) or found.low <= 0 <= found.high:
+        return (
+            f"From {small} to {large} the change of the margin over {label(name)} is not told apart from 0 ({shown})."
+        )
+    return (
+        f"From {small} to {large} the margin over {label(name)} {'grows' if found.mean > 0 else 'shrinks'} ({shown})."
+    )
+
+
+def _wide(found: Comparison) -> str:
+    if math.isnan(found.tasks_low):
+        return "unknown"
+    return f"{100 * found.mean:+.1f} points ({100 * found.tasks_low:+.1f} to {100 * found.tasks_high:+.1f})"
+
+
+def _values(best: dict[str, float]) -> str:
+    return ", ".join(f"{task} {value:g}" for task, value in sorted(best.items()))
+
+
+def _parameters(family: Family) -> str:
+    return (
+        f"{next(iter(family.arms[REFERENCE].values())).record.get('parameters', 0) / 1e6:.1f} M"
+        if REFERENCE in family.arms
+        else "?"
+    )

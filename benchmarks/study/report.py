@@ -1,0 +1,177 @@
+"""Draws docs/study.md and its pictures from the committed records, however many of the phases are there."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study import answers, conduct, pictures, questions, tables, text
+from benchmarks.study.analysis import Study, study, unequal_starts
+from benchmarks.study.measures import PROBLEMS, Run
+from benchmarks.study.records import read_records
+from benchmarks.study.wording import NOT_RUN, count, listing, percent, table
+
+_QUESTIONS = (
+    ("Is the default law better than the best constant?", questions.constants, ("study_constants", "study_forest")),
+    ("Is it better than each rule?", questions.rules, ("study_curves",)),
+    ("Is it better than SFT first and RL after it?", questions.stages, ()),
+    ("Where does it lose, and why?", questions.losses, ("study_mu",)),
+    ("Does the margin change with the size of the model?", questions.by_size, ("study_size",)),
+    ("Which component carries the effect?", questions.parts, ("study_ablation",)),
+    ("Is gradient space better than coefficient space?", questions.space, ()),
+    ("Do development and confirmation agree?", answers.agreement_sentence, ()),
+    ("Is training healthier?", conduct.health, ("study_drift",)),
+    ("How much does the learning rate matter?", conduct.rates, ()),
+    ("What does it cost?", conduct.cost, ()),
+    ("Every arm, and the secondary measures", tables.every_arm, ()),
+)
+
+
+def main(results: Path, out: Path) -> None:
+    """Writes the page `out` and, in the folder ``images`` beside it, its pictures.
+
+    Args:
+        results: folder with the records, ``PHASE.jsonl``.
+        out: the page, ``docs/study.md``.
+
+    Raises:
+        ValueError: no record at all, or a malformed one.
+    """
+    records = read_records(results)
+    if not records:
+        raise ValueError(f"results: no records in {results}; make some with python -m benchmarks.study run")
+    found = study(records)
+    drawn = pictures.draw(found, out.parent / "images")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page(found, drawn, planned(records)))
+
+
+def readme_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """The one table, in the short form that the README shows."""
+    return tables.main_table(study(records), brief=True)
+
+
+def planned(records: Sequence[Mapping[str, Any]]) -> dict[str, int | None]:
+    """Number of runs that each phase has by the grid; None where it waits for tuning."""
+    from benchmarks.study import grid
+
+    found: dict[str, int | None] = {}
+    for phase in grid.PHASES:
+        try:
+            found[phase] = len(grid.rows(phase, records))
+        except grid.NotReady:
+            found[phase] = None
+    return found
+
+
+def page(found: Study, drawn: Mapping[str, str], wanted: Mapping[str, int | None]) -> str:
+    """The whole page.
+
+    Args:
+        found: the study.
+        drawn: pictures with their alternative texts.
+        wanted: number of runs of each phase, None where it is not known yet.
+    """
+    image = lambda name: f"![{drawn[name]}](images/{name}.png)" if name in drawn else ""
+    steps = max((int(run.steps) for runs in found.runs.values() for run in runs), default=0)
+    total = sum(len(runs) for runs in found.runs.values())
+    blocks = [
+        "# The study: a measured mix against chosen ones",
+        f"Drawn by `python -m benchmarks.study report` from {count(total, 'run')}; verdicts and numbers follow from "
+        "the data. Differences are in points of late accuracy, positive where `gac` is ahead, with 95% intervals.",
+        answers.status(found, wanted),
+        answers.answer(found),
+        tables.main_table(found),
+        "Bold: p below 0.05 after Holm's correction. Accuracies are means over data sets of late accuracy, in percent."
+        if found.halves()
+        else "",
+        image("study"),
+        "## Method",
+        text.METHOD.format(steps=steps, problems=PROBLEMS),
+        "### Data sets",
+        _data_sets(found),
+        "### What the data say about fairness",
+        _fairness(found),
+        "## Questions",
+    ]
+    for title, chapter, images in _QUESTIONS:
+        blocks += [f"### {title}", chapter(found), *(image(name) for name in images)]
+    blocks += ["## Limits", text.LIMITS.format(steps=steps), "## To repeat it", text.REPRODUCE, _versions(found)]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _data_sets(found: Study) -> str:
+    tasks: dict[str, list[Run]] = {}
+    for runs in found.runs.values():
+        for run in runs:
+            tasks.setdefault(run.task, []).append(run)
+    rows = []
+    for task, runs in sorted(tasks.items(), key=lambda item: (item[1][0].domain, item[1][0].role != "development")):
+        warm = [run.measures.warm for run in runs if run.size == "small"] or [run.measures.warm for run in runs]
+        seeds = {run.seed for run in runs if run.phase != "tuning"}
+        span = f"{percent(min(warm), 0)} to {percent(max(warm), 0)}"
+        rows.append([task, runs[0].domain, runs[0].role, span, str(len(seeds)), str(len(runs))])
+    header = ["data set", "domain", "half", "warm start, lowest to highest, %", "seeds compared", "runs"]
+    starts = {(run.task, run.size, run.seed): run.measures.warm for runs in found.runs.values() for run in runs}
+    outside = sum(not 0.1 <= warm <= 0.6 for warm in starts.values())
+    note = f"Of {count(len(starts), 'warm start')}, {outside} {'lies' if outside == 1 else 'lie'} outside 10% to 60%."
+    return f"{table(header, rows, 3)}\n\n{note} The range is that of the small model."
+
+
+def _fairness(found: Study) -> str:
+    """Equal starts, steps and rollouts, and the number of trials, counted in the records."""
+    compared = [run for phase, runs in found.runs.items() if phase != "tuning" for run in runs]
+    lines = []
+    if compared:
+        odd = unequal_starts(compared)
+        same = "all arms start from the same accuracy"
+        if odd:
+            same = f"{len(odd)} runs do NOT start from the accuracy of the others"
+        lines.append(f"Within a data set, size and seed {same} ({count(len(compared), 'run')}).")
+        lines.append(f"Optimizer steps: {_span(compared, 'steps')}.")
+        if all("rollouts" in run.record for run in compared):
+            lines.append(f"Rollouts of a run: {_span(compared, 'rollouts')}.")
+    trials: dict[str, set[tuple[str, float]]] = {}
+    for run in found.runs["tuning"]:
+        trials.setdefault(run.method, set()).add((run.setting, run.lr))
+    if trials:
+        numbers = sorted({len(found) for found in trials.values()})
+        same = f"{numbers[0]} for every method"
+        if len(numbers) > 1:
+            same = f"{numbers[0]} to {numbers[-1]}, NOT the same for every method, or tuning is not complete"
+        overlap = {(r.task, r.seed) for r in found.runs["tuning"]} & {(r.task, r.seed) for r in compared}
+        lines.append(f"Trials of tuning: {same}. Seeds of tuning that a comparison uses as well: {len(overlap)}.")
+    rates: dict[float, list[str]] = {}
+    for run in found.runs["comparison"]:
+        if run.method not in rates.setdefault(run.lr, []):
+            rates[run.lr].append(run.method)
+    if rates:
+        chosen = "; ".join(f"{lr:g} for {listing(sorted(methods))}" for lr, methods in sorted(rates.items()))
+        lines.append(f"Learning rates that tuning chose: {chosen}.")
+    return " ".join(lines) or NOT_RUN
+
+
+def _span(runs: Sequence[Run], field: str) -> str:
+    """The one value of a field, or its range with the methods at both ends."""
+    values: dict[float, set[str]] = {}
+    for run in runs:
+        values.setdefault(run.record[field], set()).add(run.method)
+    if len(values) == 1:
+        return f"{next(iter(values)):,} in every one"
+    low, high = min(values), max(values)
+    who = lambda methods: listing(sorted(methods)) if len(methods) <= 4 else count(len(methods), "method")
+    return f"from {low:,} ({who(values[low])}) to {high:,} ({who(values[high])})"
+
+
+def _versions(found: Study) -> str:
+    seen: dict[str, set[str]] = {}
+    for runs in found.runs.values():
+        for run in runs:
+            for name, value in (run.record.get("versions") or {}).items():
+                seen.setdefault(name, set()).add(str(value))
+    if not seen:
+        return ""
+    return (
+        "Made with "
+        + ", ".join(f"{name} {' and '.join(sorted(values))}" for name, values in sorted(seen.items()))
+        + "."
+    )

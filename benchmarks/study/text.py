@@ -1,0 +1,66 @@
+"""What the report says that no number decides: method and limits."""
+
+METHOD = """\
+**Runs.** A run is one row of the grid: a data set, a model size, a method with its constants, a learning rate, a
+seed. It starts from a warm start (supervised, its length set for 10% to 60% accuracy) and takes {steps} optimizer
+steps, each with rollouts scored by exact match and with demonstrations, as far as the method uses both. Held-out
+accuracy is greedy, over {problems} problems, at every 20th step. A seed draws everything anew: the problems of all
+splits, the model, its warm start, the order of the data, the rollouts. All arms of a seed share data and warm start,
+which is what makes pairs.
+
+**Data sets.** Four domains with two data sets each from reasoning-gym. Methods were tuned on the development half
+alone; the confirmation half ran after everything was chosen.
+
+**Fairness.** Every method gets the same number of trials: three learning rates at its default constants, then four
+settings of its own main constant at the best of them, on seeds that no comparison uses; the best mean late accuracy
+over the development data sets wins. The default law runs with its default constants and a tuned learning rate; its
+tuned form is an arm of its own. Constants and splits are not fixed by tuning: all of them run, and the report
+searches among them.
+
+**Search.** Three opponents stand for "a good constant". *By search*: in each data set and for each seed, the constant
+with the best mean over the data set's other seeds. That is a search with whole runs on the very task, which the
+default law does not get, and yet no run is judged by a choice that it took part in. (The choices of one data set
+share runs, which intervals leave out.) *From other data*: one constant for all data sets, the best on earlier runs
+(development: on tuning; confirmation: on development). *Hindsight*: in each data set the best constant on all seeds,
+chosen and judged on the same runs. Nobody can have that one; it bounds what any constant of the grid can reach, and
+it is in no test. Splits of SFT and RL are searched in the same way.
+
+**Measures.** Primary: *late accuracy*, the mean of the last three evaluations, by which tuning chose too. Secondary:
+final accuracy, and the area under accuracy over steps, over the number of steps. *KL-drift area*: trapezoid over
+steps of the mean KL(policy || warm start) in nats a token. *Large mu events*: share of steps whose `|mu_t -
+mu_(t-1)|` is above 0.005 (rules that act per prompt have no mu). *Collapsed*: final accuracy below the warm start's,
+without allowing for error; *beyond chance* asks for 1.96 binomial standard errors of the difference.
+
+**Statistics.** Differences are paired by data set and seed. Data sets are strata and not draws: the estimate is the
+mean over data sets of the mean difference in each, and its 95% interval comes from the spread of seeds within data
+sets, with Satterthwaite's degrees of freedom (simulated coverage: `tests/benchmarks/study/test_inference.py`). It
+says what other seeds would give on *these* data sets; for constants the interval that takes data sets as draws is
+given as well. Tests are paired sign-flip permutations, exact up to 14 pairs, else 20,000 flips; `p` is after Holm's
+correction over all arms of the half (ablations are a family of their own). `d` is the mean over the standard
+deviation within data sets, with Hedges' correction. "Better" and "worse" mean a corrected `p` below 0.05 (intervals
+are not corrected, so one may leave out 0 without a verdict); all else is "not told apart", which is no proof of
+equality: the interval says what is still possible. Differences are in points of accuracy (percentage points),
+positive where `gac` is ahead."""
+
+LIMITS = """\
+- Models have 0.3 M to 5 M parameters, are trained on characters and take {steps} steps. Nothing here shows that an
+  order of methods carries over to pretrained models a thousand times as large, for which most of the rules were made.
+- Data sets are generated puzzles with one right answer. "Science" and "code" stand for facts with arithmetic and for
+  procedures on strings; there is no sandbox, no proof and no preference.
+- Intervals are about seeds. Eight data sets in four domains were chosen and not drawn, and five seeds do not find
+  differences below about their interval's half-width.
+- Rules are our own code after papers and public sources, with published constants scaled to the length of a run. A
+  rule that needs a long run, a large group or a strong model is at a disadvantage that tuning one constant does not
+  undo.
+- Learning rates are tuned on a grid of three and on one seed, so that a method may be half a step of the grid off its
+  best, `gac` like the others.
+- The law minimises the error of one step's mixed gradient about `alpha = 0.5`. Accuracy after many steps is another
+  goal: where demonstrations are better or worse teachers than rollouts, no noise tells the law so.
+- Times were taken with two runs side by side. They compare arms with each other and are no benchmark of the steps."""
+
+REPRODUCE = """\
+    python -m benchmarks.study run        # every run that is missing; may be stopped at any point
+    python -m benchmarks.study report     # this page and its pictures, from the data alone
+    python -m benchmarks.study row KEY    # one run again, compared with its record
+
+Data: `benchmarks/results/study/*.jsonl`, one line a run, each with its command and versions."""
