@@ -116,7 +116,7 @@ struct V {
 
 #include "kernels.inl"
 
-static const Kernels table = make_kernels("avx2");
+static constexpr Kernels table = make_kernels("avx2");
 
 }  // namespace avx2
 

@@ -113,7 +113,15 @@ struct V {
 
 #include "kernels.inl"
 
-static const Kernels table = make_kernels("avx512");
+// The mix of float32 is the one with 256 bits: bound by memory and stores, it is 3 to 6% faster there (measured on Zen
+// 4, cold buffers from 4 K to 1 M elements). Its table is a constant, hence ready when this one is made.
+static Kernels make_table() {
+  Kernels kernels = make_kernels("avx512");
+  kernels.mix[kFloat32] = avx2_kernels->mix[kFloat32];
+  return kernels;
+}
+
+static const Kernels table = make_table();
 
 }  // namespace avx512
 

@@ -325,7 +325,7 @@ bool read_number(Object* argument, double& number) {
     return true;
   }
   Plain tensor;
-  if (type_of(argument) != objects.tensor || !read(argument, tensor) || tensor.dimensions) return false;
+  if (!read(argument, tensor) || tensor.dimensions) return false;
   switch (tensor.dtype) {
     case kFloat32: number = *reinterpret_cast<const float*>(tensor.data); break;
     case kBFloat16: number = to_double(*reinterpret_cast<const bf16*>(tensor.data)); break;

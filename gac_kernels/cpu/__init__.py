@@ -4,18 +4,26 @@ Same names, signatures, checks and results as :mod:`gac_kernels.reference`. Impo
 loaded by the first call or by :func:`available`, which also puts builtins in the places of the functions that have one.
 """
 
-from gac_kernels.cpu.builtins import builtins_for
-from gac_kernels.cpu.library import failure, load
+from functools import cache
+
+from gac_kernels.cpu.builtins import NAMES, builtins_for
+from gac_kernels.cpu.library import Library, failure, load
 from gac_kernels.cpu.operations import absorb_, mix_, moments, pair_moments, sketch, token_moments
 
 __all__ = ["absorb_", "available", "mix_", "moments", "pair_moments", "sketch", "status", "token_moments"]
+
+
+@cache
+def _put_builtins(library: Library) -> None:
+    functions = globals()
+    functions.update(builtins_for(library.quick, {name: functions[name] for name in NAMES}))
 
 
 def available() -> bool:
     """True when the library is there and loads; loads it, and puts the builtins in their places."""
     library = load()
     if library is not None:
-        globals().update(builtins_for(library.quick))
+        _put_builtins(library)
     return library is not None
 
 

@@ -8,19 +8,20 @@ CPython or without its global lock, nor with torch before 2.10, which has no exc
 from __future__ import annotations
 
 import ctypes
-import functools
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.autograd import graph
 from torch.nn import Parameter
 
-from gac_kernels.cpu import operations
+from gac_kernels.cpu.operations import QUICK
 
-_NAMES = ("moments", "pair_moments", "mix_")  # by the numbers they have in C
+NAMES = ("moments", "pair_moments", "mix_")
+"""The operations that have a builtin, by the numbers they have in C."""
+
 _FUNCTIONS = (
     "PyCFunction_NewEx",
     "Py_IncRef",
@@ -66,14 +67,18 @@ def _increment_version() -> Callable:
     before = scratch._version
     try:
         inner((scratch,))
-    except TypeError:
+    except (AttributeError, TypeError):
         return graph.increment_version
     return inner if scratch._version > before else graph.increment_version
 
 
-@functools.cache
-def builtins_for(library: ctypes.PyDLL) -> dict[str, Callable]:
-    """The builtins by the names of the operations; none where they cannot be had."""
+def builtins_for(library: ctypes.PyDLL, behind: Mapping[str, Callable]) -> dict[str, Callable]:
+    """The builtins by the names of the operations; none where they cannot be had.
+
+    Args:
+        library: the C++ library, called with the interpreter lock held.
+        behind: by name, the functions that get what the builtins do not take.
+    """
     if sys.implementation.name != "cpython" or sysconfig.get_config_var("Py_GIL_DISABLED"):
         return {}
     try:
@@ -91,5 +96,4 @@ def builtins_for(library: ctypes.PyDLL) -> dict[str, Callable]:
     make = library.gac_python_call
     make.restype = ctypes.py_object
     make.argtypes = (ctypes.c_int, ctypes.py_object, *[ctypes.c_void_p] * 3, ctypes.c_int64)
-    rest = (functions, objects, exchange, operations.QUICK)
-    return {name: make(k, getattr(operations, name), *rest) for k, name in enumerate(_NAMES)}
+    return {name: make(k, behind[name], functions, objects, exchange, QUICK) for k, name in enumerate(NAMES)}
