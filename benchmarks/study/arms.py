@@ -74,7 +74,7 @@ def label(name: str, steps: int = 120) -> str:
     if method == "fixed" and setting.startswith("mu="):
         return f"constant {setting[3:]}"
     if method == "sequential" and setting.startswith("split="):
-        return "SFT alone" if setting == f"split={steps}" else f"SFT {setting[6:]}, then RL"
+        return "SFT alone" if setting == f"split={steps}" else f"SFT {setting[6:]} then RL"
     if method == REFERENCE:
         return f"gac {setting}" if setting in _ABLATIONS else f"gac tuned: {setting}"
     return name.replace(":", " ")

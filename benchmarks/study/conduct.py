@@ -26,10 +26,9 @@ def health(study: Study) -> str:
             texts += [_drift_sentence(name, found)] if found else []
         others = [family.arms[n] for n in family.arms if not is_form_of_gac(n) and not n.endswith(FOUND)]
         rest = {(*cell, index): run for index, pairs in enumerate(others) for cell, run in pairs.items()}
-        collapsed = (
-            f"{_collapsed(family.arms[REFERENCE])} runs of `gac` collapsed, and {_collapsed(rest)} of all others"
-        )
-        lines.append(" ".join([*texts, f"{collapsed} (in brackets: beyond chance)."]))
+        mine, theirs = _collapsed(family.arms[REFERENCE]), _collapsed(rest)
+        texts.append(f"Of the runs of `gac`, {mine} collapsed, of all others {theirs}; in brackets: beyond chance.")
+        lines.append(" ".join(texts))
     rows = [[label(name), *(cell for _, family in study.halves() for cell in _conduct(family, name))] for name in names]
     lost = sum(run.measures.kl_area is None for runs in study.runs.values() for run in runs)
     note = (

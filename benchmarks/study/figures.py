@@ -142,6 +142,8 @@ def mu_paths(tasks: Mapping[str, Mapping[str, object]], path: Path) -> None:
         ("sigma_r2", "RL noise", ORANGE, "--"),
         ("delta_g2", "disagreement", GREEN, "-."),
     )
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     columns = min(4, len(tasks))
     blocks = math.ceil(len(tasks) / columns)
     with _Figure(2 * blocks, columns, (max(_WIDTH, 2.5 * columns), 4.2 * blocks + 0.7), path, sharex=True) as axes:
@@ -162,6 +164,9 @@ def mu_paths(tasks: Mapping[str, Mapping[str, object]], path: Path) -> None:
                 curve = [(x, y) for x, y in task["statistics"].get(key, ()) if y > 0]
                 _plain(bottom, curve, label, color=colour, linestyle=style)
             bottom.set_yscale("log")
+            bottom.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=8))
+            bottom.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            bottom.yaxis.set_minor_formatter(NullFormatter())
             if place % columns == 0:
                 top.set_ylabel("mu")
                 bottom.set_ylabel("squared norm")

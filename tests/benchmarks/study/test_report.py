@@ -90,6 +90,7 @@ def test_partial_data(records):
     assert "**Preliminary.**" in page
     assert "confirmation: not yet run" in page
     assert f"{records[0]['phase']}: {len(records)} of 500 runs" in page
+    assert ("not every arm has run on every pair yet (7 to 8)" in page) == (len(records) == 153)
     assert "nan" not in page.lower()
     assert "| nan" not in report.readme_table(records)
 
