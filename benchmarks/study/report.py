@@ -109,7 +109,6 @@ def _table_note(found: Study) -> str:
         pairs = {versus.pairs for name, versus in family.versus.items() if not name.endswith(FOUND)}
         if len(pairs) > 1:
             span = f"{min(pairs)} to {max(pairs)}"
-            span = f"{min(pairs)} to {max(pairs)}"
             note += f" On {half} data not every arm has run on every pair yet ({span}): all rests on what it has."
     return note
 
