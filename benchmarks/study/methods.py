@@ -1,0 +1,104 @@
+"""What is compared: each method with its published constants and the settings that tuning tries.
+
+Every method gets the same number of trials: three learning rates at its default, then `len(Method.trials)` settings of
+its own main constant at the best of them. Schedules that are published in steps are scaled to the length of a run.
+"""
+
+import dataclasses
+from typing import Any
+
+STEPS = 200
+"""Optimizer steps of a run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One method.
+
+    Attributes:
+        law: name of the law or rule.
+        default: its default setting, ``key=value,...``; empty where the law's own defaults are it.
+        trials: settings of its main constant that tuning tries besides.
+        prior: its prior schedule, ``warmup,decay,peak,valley``.
+        beta: coefficient of TRL's KL term; above 0 where the law needs KL to be measured.
+    """
+
+    law: str
+    default: str
+    trials: tuple[str, str]
+    prior: str | None = None
+    beta: float = 0.0
+
+
+MEASURE_KL = 1e-6
+"""A KL coefficient that makes TRL measure KL and moves no parameter that anyone could tell."""
+
+PRIOR = "40,160,0.85,0.15"
+"""The published prior (200 steps up, 800 down, between .85 and .15) at a run's length."""
+
+METHODS = {
+    "gac": Method("gac", "", ("alpha=0.25", "alpha=0.75")),
+    "paper": Method("paper", "", ("ema_beta=0.9", "ema_beta=0.9,blend=0.9,mu_change_cap=0.05"), PRIOR),
+    "fixed": Method("fixed", "mu=0.5", ("mu=0.1", "mu=0.9")),
+    "sequential": Method("sequential", "split=100", ("split=50", "split=150")),
+    "chord-mu": Method("chord-mu", "", ("decay=100", "valley=0.3")),
+    "chord-phi": Method("chord-phi", "", ("mu=0.5", "mu=0.9")),
+    "hpt": Method("hpt", "gate=2", ("gate=1", "gate=4")),
+    "superrl": Method("superrl", "", ("sft_coefficient=0.3", "sft_coefficient=3.0")),
+    "srft": Method("srft", "", ("sft_weight=2.0", "rl_weight=0.5")),
+    "luffy": Method("luffy", "", ("shaping=0.01", "shaping=1.0")),
+    "relift": Method("relift", "queue=32", ("queue=16", "queue=64")),
+    "kl-ctrl": Method("kl-ctrl", "", ("target=0.1", "target=0.1,gain=1.0"), beta=MEASURE_KL),
+    "entropy-ctrl": Method("entropy-ctrl", "", ("rate=0.01", "rate=0.1")),
+}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sketch": {"estimator": "sketch"},
+    "temporal": {"micro_batches": 1},
+    "coefficient": {"estimator": "coefficient"},
+    "no-average": {"law": "gac:half_life=0.001"},
+    "half_life=7": {"law": "gac:half_life=7"},
+    "half_life=69": {"law": "gac:half_life=69"},
+    "with-prior": {"prior": PRIOR},
+    "no-cap": {"law": "gac:cap=1.0"},
+    "no-disagreement": {"law": "gac-no-disagreement"},
+    "no-variance": {"law": "gac-no-variance"},
+    "optimizer-metric": {"metric": "optimizer"},
+    "alpha=kl": {"law": "gac:alpha=kl", "beta": MEASURE_KL},
+}
+"""Forms of ``gac`` with one thing changed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What the trainer is told.
+
+    Attributes:
+        law: name and options, as ``gac train --law`` takes them.
+        prior: the law's prior schedule, or None.
+        estimator, metric: as for ``gac.patch``.
+        micro_batches: of each branch; the rows of a step are the same whatever it is.
+        beta: coefficient of the KL term.
+    """
+
+    law: str
+    prior: str | None = None
+    estimator: str = "auto"
+    metric: str = "gradient"
+    micro_batches: int = 4
+    beta: float = 0.0
+
+
+def arm_of(method: str, setting: str) -> Arm:
+    """The arm that a method and one of its settings mean.
+
+    Raises:
+        ValueError: unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    chosen = METHODS[method]
+    if method == "gac" and setting in VARIANTS:
+        return Arm(**{"law": "gac"} | VARIANTS[setting])
+    setting = setting or chosen.default
+    return Arm(f"{chosen.law}:{setting}" if setting else chosen.law, prior=chosen.prior, beta=chosen.beta)

@@ -1,0 +1,292 @@
+"""One run in this process: data, warm start, hybrid phase, record."""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study.drift import mean_kl
+from benchmarks.study.grid import Row
+from benchmarks.study.methods import STEPS, Arm, arm_of
+from benchmarks.study.models import SIZES, build
+from benchmarks.study.tasks import TASKS, task_data
+
+PRELOAD = ("torch", "datasets", "reasoning_gym", "gac.tasks.evaluation", "gac.trainers.hybrid_grpo", "trl", "rich")
+"""What a process may import before it is forked into runs."""
+
+EVALUATE_EVERY = 25
+ROLLOUTS, GENERATIONS, DEMONSTRATIONS = 64, 8, 32
+"""Rollouts of a step, rollouts of a prompt, demonstrations of a step."""
+LR_RAMP = 20
+WARM_START_BATCH = 64
+_GROUP = 5
+"""Steps whose statistics are averaged into one number of the record."""
+
+
+def train_row(row: Row, cache: Path) -> dict[str, Any]:
+    """Makes the run and returns its record (`benchmarks/study/README.md` has the fields).
+
+    `cache` keeps data and warm starts, which many runs share. The same row gives the same numbers on the same machine,
+    but for those that measure time.
+    """
+    import torch
+
+    torch.set_num_threads(1)  # operations of this size are too small to share out
+    began = time.perf_counter()
+    from transformers import PrinterCallback
+
+    from gac.tasks.models import load_model
+
+    data, folder = warm_start(row, cache)
+
+    initial, _ = load_model(str(folder))
+    model, tokenizer = load_model(str(folder))
+    length = max(len(item["answer"]) for split in data.values() for item in split) + 1
+    recorder = _Recorder(model, initial, tokenizer, data["heldout"], length)
+    trainer = _trainer(row, arm_of(row.method, row.setting), model, tokenizer, data, length, recorder.reward)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(recorder.callback())
+    try:
+        trainer.train()
+    except RuntimeError:
+        if all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise
+        recorder.broke()  # weights that are not finite cannot be sampled from: the run counts, with what it reached
+    return _record(row, recorder, trainer, time.perf_counter() - began)
+
+
+def warm_start_id(row: Row) -> str:
+    """Names the starting model of a run: runs of the same name share it."""
+    return f"{row.task}-{row.size}-seed{row.seed}"
+
+
+def warm_start(row: Row, cache: Path) -> tuple[dict[str, list[dict[str, Any]]], Path]:
+    """Data and folder of the starting model, made where they are not there yet."""
+    folder = cache / "warm_start" / warm_start_id(row)
+    with _locked(folder.with_suffix(".lock")):
+        if not folder.exists():
+            part = folder.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            _make_warm_start(row, part)
+            part.rename(folder)
+    return json.loads((folder / "data.json").read_text()), folder
+
+
+def _make_warm_start(row: Row, folder: Path) -> None:
+    from gac.tasks.warm_start import warm_start
+
+    found = task_data(row.task, row.seed)
+    data = {name: getattr(found, name) for name in ("heldout", "demonstrations", "prompts")}
+    (folder / "data.json").write_text(json.dumps(data))
+    texts = (item["prompt"] + item["answer"] for split in data.values() for item in split)
+    model, tokenizer = build(row.size, texts, row.seed)
+    warm_start(
+        model,
+        tokenizer,
+        data["demonstrations"],
+        steps=TASKS[row.task].warm_start_steps[row.size],
+        batch_size=WARM_START_BATCH,
+        lr=SIZES[row.size].warm_start_lr,
+        seed=row.seed,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _trainer(row: Row, arm: Arm, model, tokenizer, data, length: int, reward):
+    """TRL's GRPO with a supervised branch, as the arm says."""
+    from datasets import Dataset
+
+    import benchmarks.study.ablations  # noqa: F401  (registers the laws that only the study needs)
+    from gac.cli._config import TrainConfig, quiet_libraries
+    from gac.trainers import HybridGRPOConfig, HybridGRPOTrainer
+    from gac.trainers.prompts import COLUMN
+    from gac.trainers.rules import rule_of
+
+    quiet_libraries()
+    law, options = TrainConfig(law=arm.law, prior=arm.prior).law_and_options()
+    arguments = HybridGRPOConfig(
+        output_dir=tempfile.gettempdir(),
+        law=law,
+        law_options=options,
+        estimator=arm.estimator,
+        gac_metric=arm.metric,
+        gac_report_interval=None,
+        beta=arm.beta,
+        sft_batch_size=DEMONSTRATIONS // arm.micro_batches,
+        max_steps=STEPS,
+        learning_rate=row.lr,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=LR_RAMP,
+        per_device_train_batch_size=ROLLOUTS // arm.micro_batches,
+        gradient_accumulation_steps=arm.micro_batches,
+        num_generations=GENERATIONS,
+        max_completion_length=length,
+        seed=row.seed,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    # a rule takes its demonstrations from the prompts that have one: the same 400 that other laws draw from
+    from_prompts = rule_of(arguments.build_controller().law).from_prompts
+    prompts = [item | {COLUMN: item["completion"] if item["demonstrated"] else None} for item in data["prompts"]]
+    return HybridGRPOTrainer(
+        model,
+        reward,
+        arguments,
+        Dataset.from_list(prompts if from_prompts else data["prompts"]),
+        None if from_prompts else data["demonstrations"],
+        processing_class=tokenizer,
+    )
+
+
+class _Recorder:
+    """Collects a run's numbers: logs of every step, accuracy and drift every so many."""
+
+    def __init__(self, model, initial, tokenizer, heldout: Sequence[dict[str, Any]], length: int) -> None:
+        self.model, self.initial, self.tokenizer, self.heldout, self.length = model, initial, tokenizer, heldout, length
+        self.logs: list[dict[str, Any]] = []
+        self.seconds: list[float] = []
+        self.accuracy: list[list[float]] = []
+        self.kl: list[list[float]] = []
+        self.rollouts = 0
+        self.evaluate(0)
+
+    def reward(self, completions: Sequence[Any], answer: Sequence[str], **columns: Any) -> list[float]:
+        """Exact match, counted."""
+        from gac.tasks.problems import exact_match_reward
+
+        self.rollouts += len(completions)
+        return exact_match_reward(completions, answer)
+
+    def evaluate(self, step: int) -> None:
+        from gac.tasks.evaluation import accuracy
+
+        self.accuracy.append(
+            [step, round(accuracy(self.model, self.tokenizer, self.heldout, max_new_tokens=self.length), 6)]
+        )
+        drift = 0.0 if step == 0 else mean_kl(self.model, self.initial, self.tokenizer, self.heldout, self.length)
+        self.kl.append([step, _rounded(drift)])
+
+    def broke(self) -> None:
+        """Fills up the curves of a run whose weights are not finite any more: it answers nothing."""
+        for step in range(self.accuracy[-1][0] + EVALUATE_EVERY, STEPS + 1, EVALUATE_EVERY):
+            self.accuracy.append([step, 0.0])
+            self.kl.append([step, math.nan])
+
+    def callback(self):
+        from transformers import TrainerCallback
+
+        recorder = self
+
+        class Callback(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                self.begin = time.perf_counter()
+
+            def on_step_end(self, args, state, control, **kwargs):
+                recorder.seconds.append(time.perf_counter() - self.begin)
+                if state.global_step % EVALUATE_EVERY == 0 or state.global_step == state.max_steps:
+                    recorder.evaluate(state.global_step)
+
+            def on_log(self, args, state, control, logs=None, **kwargs):
+                if logs and "loss" in logs:
+                    recorder.logs.append(dict(logs))
+
+        return Callback()
+
+
+def _record(row: Row, recorder: _Recorder, trainer, seconds: float) -> dict[str, Any]:
+    from gac.trainers.rules import rule_of
+
+    logs = recorder.logs
+    task, arm = TASKS[row.task], arm_of(row.method, row.setting)
+    rule = rule_of(trainer.mixer.controller.law)
+    # a run that broke has fewer logs
+    column = lambda name: [log.get(name, math.nan) for log in logs] + [math.nan] * (STEPS - len(logs))
+    settled = recorder.seconds[5:]  # the first steps hold one-time costs
+    busy = sum(settled)
+    return {
+        "key": row.key,
+        **vars(row),
+        "domain": task.domain,
+        "role": task.role,
+        "law": arm.law,
+        "estimator": trainer.mixer.estimator,
+        "metric": arm.metric,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "steps": STEPS,
+        "broke_at": len(logs) if len(logs) < STEPS else None,
+        "accuracy": recorder.accuracy,
+        "kl": recorder.kl,
+        # rules that act per prompt have no mu that says how they mix
+        "mu": [
+            None if rule.from_prompts or not math.isfinite(value) else round(value, 4) for value in column("gac/mu")
+        ],
+        "reward": _means(column("reward"), 10),
+        "statistics": {
+            "step": [step for step, _ in _means(column("reward"), _GROUP)],
+            **{
+                name: [value for _, value in _means(column(f"gac/{name}"), _GROUP)]
+                for name in ("sigma_s2", "sigma_r2", "delta_g2")
+            },
+        },
+        "seconds": round(seconds, 2),
+        "seconds_per_step": round(busy / len(settled), 4),
+        "gac_share": round(sum(value for value in column("gac/seconds")[5:] if value == value) / busy, 5),
+        "rollouts": recorder.rollouts,
+        "tokens": int(logs[-1]["num_tokens"]) if logs else 0,
+        "versions": _versions(),
+        "command": f"python -m benchmarks.study row {row.key}",
+    }
+
+
+def _versions() -> dict[str, Any]:
+    from gac.cli._rundir import versions
+
+    found = versions()
+    names = ("python", "gac-kernels", "torch", "transformers", "trl", "reasoning-gym", "numpy")
+    return {name: found[name] for name in names} | {"cpu": _cpu(), "cores": os.cpu_count(), "threads": 1}
+
+
+def _cpu() -> str:
+    """The processor's name as Linux tells it, else the architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _means(values: Sequence[float], size: int) -> list[list[float]]:
+    """``[last step, mean]`` of every `size` steps, over what was measured."""
+    found = []
+    for begin in range(0, len(values), size):
+        known = [value for value in values[begin : begin + size] if math.isfinite(value)]
+        found.append([min(begin + size, len(values)), _rounded(sum(known) / len(known)) if known else None])
+    return found
+
+
+def _rounded(value: float) -> float:
+    """Four significant digits: enough for pictures, short in the file."""
+    return float(f"{value:.4g}")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
