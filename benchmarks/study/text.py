@@ -4,14 +4,14 @@ METHOD = """\
 **Runs.** A run is one row of the grid: a data set, a model size, a method with its constants, a learning rate, a
 seed. It starts from a warm start (supervised, its length set for 10% to 60% accuracy) and takes {steps} optimizer
 steps, each with rollouts scored by exact match and with demonstrations, as far as the method uses both. Held-out
-accuracy is greedy, over {problems} problems, at every 20th step. A seed draws everything anew: the problems of all
+accuracy is greedy, over {problems} problems, at every 25th step. A seed draws everything anew: the problems of all
 splits, the model, its warm start, the order of the data, the rollouts. All arms of a seed share data and warm start,
 which is what makes pairs.
 
 **Data sets.** Four domains with two data sets each from reasoning-gym. Methods were tuned on the development half
 alone; the confirmation half ran after everything was chosen.
 
-**Fairness.** Every method gets the same number of trials: three learning rates at its default constants, then four
+**Fairness.** Every method gets the same number of trials: three learning rates at its default constants, then two
 settings of its own main constant at the best of them, on seeds that no comparison uses; the best mean late accuracy
 over the development data sets wins. The default law runs with its default constants and a tuned learning rate; its
 tuned form is an arm of its own. Constants and splits are not fixed by tuning: all of them run, and the report

@@ -217,7 +217,8 @@ def _record(row: Row, recorder: _Recorder, trainer, seconds: float) -> dict[str,
     rule = rule_of(trainer.mixer.controller.law)
     # a run that broke has fewer logs
     column = lambda name: [log.get(name, math.nan) for log in logs] + [math.nan] * (STEPS - len(logs))
-    settled = recorder.seconds[5:]  # the first steps hold one-time costs
+    first = min(5, len(recorder.seconds) // 2)  # the first steps hold one-time costs
+    settled = recorder.seconds[first:]
     busy = sum(settled)
     return {
         "key": row.key,
@@ -245,8 +246,8 @@ def _record(row: Row, recorder: _Recorder, trainer, seconds: float) -> dict[str,
             },
         },
         "seconds": round(seconds, 2),
-        "seconds_per_step": round(busy / len(settled), 4),
-        "gac_share": round(sum(value for value in column("gac/seconds")[5:] if value == value) / busy, 5),
+        "seconds_per_step": round(busy / len(settled), 4) if settled else None,
+        "gac_share": round(sum(v for v in column("gac/seconds")[first:] if v == v) / busy, 5) if settled else None,
         "rollouts": recorder.rollouts,
         "tokens": int(logs[-1]["num_tokens"]) if logs else 0,
         "versions": _versions(),
