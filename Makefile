@@ -5,7 +5,7 @@ OUT    ?= runs/default
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install train test lint format wheel bench compare audit clean
+.PHONY: help install train test lint format wheel bench compare study audit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -42,6 +42,10 @@ bench: install  ## measure the kernels on this machine
 
 compare: install  ## three seeds of five laws; long
 	$(BIN)/gac compare --laws gac,fixed:0.1,fixed:0.5,fixed:0.9,chord --seeds 3
+
+study: install  ## the runs of docs/study.md that are missing, then the page; hours
+	$(BIN)/python -m benchmarks.study run
+	$(BIN)/python -m benchmarks.study report
 
 audit: install  ## estimators and laws against a measured truth; 10 minutes
 	$(BIN)/gac audit

@@ -32,7 +32,7 @@ _GROUP = 5
 
 
 def train_row(row: Row, cache: Path) -> dict[str, Any]:
-    """Makes the run and returns its record (`benchmarks/study/README.md` has the fields).
+    """Makes the run and returns its record (`benchmarks/README.md` has the fields).
 
     `cache` keeps data and warm starts, which many runs share. The same row gives the same numbers on the same machine,
     but for those that measure time.
