@@ -206,6 +206,7 @@ def force(monkeypatch):
     def clear():
         ops._select.cache_clear()
         ops._implementation.cache_clear()
+        ops._cpu_mix.cache_clear()
 
     def force(value):
         monkeypatch.setenv("GAC_BACKEND", value)
@@ -224,6 +225,7 @@ def test_the_variable_forces_a_backend(force):
         assert ops._select("cpu")[0].__name__ == f"gac_kernels.{backend}"
         assert gac_kernels.backend_status()["cpu"] == f"{backend} (GAC_BACKEND={backend})"
         assert gac_kernels.moments(torch.ones(300)).tolist() == [300.0, 0.0]
+        assert ops._cpu_mix() is importlib.import_module(f"gac_kernels.{backend}").mix_
 
 
 def test_a_wrong_backend_is_named(force):
