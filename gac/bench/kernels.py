@@ -22,7 +22,7 @@ from gac.bench.cases import (
 )
 from gac.bench.inputs import Pools, free_bytes
 from gac.bench.shapes import MODELS
-from gac.bench.timing import Samples, quantile, ratio, timer_for
+from gac.bench.timing import Samples, quantile, ratio, ratio_interval, timer_for
 
 SIZES = tuple(1 << k for k in range(10, 27, 2))
 """1K to 64M elements."""
@@ -153,6 +153,7 @@ def _derived(prepared: Prepared, samples: dict[str, Samples]) -> dict:
         "times_read": times_read,
         "percent_of_read": 100.0 * prepared.bytes / prepared.read_bytes / times_read,
         "speedup": {name: ratio(samples[name].time, ours.time) for name in prepared.peers},
+        "speedup_interval": {name: ratio_interval(samples[name].time, ours.time) for name in prepared.peers},
     }
     if ours.wall:
         derived["speedup_wall"] = {name: ratio(samples[name].wall, ours.wall) for name in prepared.peers}

@@ -6,6 +6,7 @@ machine hit all of them alike. The speed-up over a peer is the median over round
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -60,6 +61,22 @@ class Samples:
 def ratio(slower: list[float], faster: list[float]) -> float:
     """Median over the rounds that both took part in of ``slower / faster``."""
     return quantile([s / f for s, f in zip(slower, faster, strict=False)], 0.5)
+
+
+def ratio_interval(slower: list[float], faster: list[float], error: float = 1e-3) -> tuple[float, float]:
+    """Bounds of the median of the rounds' ratios that miss it with probability `error` at most, whatever their spread.
+
+    Order statistics: the median lies below the k-th smallest of n ratios with the probability that a fair coin falls
+    heads fewer than k times in n. With too few rounds for `error` they are the smallest and the largest. A table has
+    some 300 ratios, which is why `error` is small.
+    """
+    ratios = sorted(s / f for s, f in zip(slower, faster, strict=False))
+    n, k, below = len(ratios), 0, 0.5 ** len(ratios)
+    while 2 * below <= error and k < (n - 1) // 2:
+        k += 1
+        below += math.comb(n, k) * 0.5**n
+    k = max(0, k - 1)
+    return ratios[k], ratios[n - 1 - k]
 
 
 def cache_bytes(device: torch.device) -> int:

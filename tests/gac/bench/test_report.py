@@ -20,6 +20,7 @@ def kernel(operation="sketch", dtype="fp32", label="64M", *, ok=True, elements=1
         row |= {
             "gbps": 28.0, "read": "torch.sum", "read_gbps": 30.0, "times_read": 1.05, "percent_of_read": 95.0,
             "speedup": {"eager: norm": 1.5, "eager: other": 1.2, "foreach: norm": 2.0},
+            "speedup_interval": {"eager: norm": [1.4, 1.6], "eager: other": [1.1, 1.3], "foreach: norm": [1.9, 2.1]},
         }  # fmt: skip
     return row | changes
 
@@ -88,7 +89,9 @@ def test_tables_print_and_are_markdown(capsys):
 
 def test_cpu_figures():
     naive = {"eager: norm, norm, norm(a-b)": 4.0}
-    rows = [kernel(), kernel(dtype="bf16", times_read=1.7), kernel("pair_moments", speedup=naive)]
+    level = {"speedup": {"eager: other": 0.99}, "speedup_interval": {"eager: other": [0.97, 1.01]}}
+    rows = [kernel(), kernel(dtype="bf16", times_read=1.7, **level), kernel("pair_moments", speedup=naive)]
+    rows[-1]["speedup_interval"] = {name: [3.9, 4.1] for name in naive}
     host = {"hook": {"hook": 2e-6, "hook_and_read": 3e-6}, "import": {"p50": 0.3}}
     found = {f.name: (f.value, f.ok) for f in figures(results(*rows, step=[step()], host=host))}
     assert found == {
@@ -96,12 +99,18 @@ def test_cpu_figures():
         "sketch, fp32, 64M elements, over reading the buffer": ("1.05x", True),
         "sketch, bf16, 64M elements, over reading the buffer": ("1.70x", False),
         "pair_moments over norm, norm, norm(a-b)": ("4.0x", False),
-        "least speed-up over any peer (sketch bf16 64M against eager: other)": ("1.20x", True),
+        "least speed-up over any peer (sketch bf16 64M against eager: other)": ("0.99x (0.97 to 1.01)", True),
         "time in GAC over step time, 10M float32, 1024 tokens a micro-batch, interval 1": ("0.400%", True),
         "time in GAC over step time, 10M float32, 1024 tokens a micro-batch, interval 10": ("0.080%", True),
         "host time of a hook, per parameter": ("2.00 us", True),
         "import gac on top of torch": ("0.30 s", False),
     }
+
+
+def test_a_kernel_is_slower_than_a_peer_when_the_whole_interval_says_so():
+    row = kernel(speedup={"eager: other": 0.99}, speedup_interval={"eager: other": [0.95, 0.998]})
+    (found,) = [f for f in figures(results(kernel(), row)) if f.name.startswith("least")]
+    assert (found.value, found.ok) == ("0.99x (0.95 to 1.00)", False)
 
 
 def test_gpu_figures():
