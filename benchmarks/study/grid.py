@@ -10,7 +10,7 @@ from benchmarks.study.methods import METHODS, VARIANTS
 from benchmarks.study.tasks import TASKS
 
 PHASES = ("tuning", "comparison", "ablation", "size", "confirmation")
-LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 TUNING_SEEDS = (100,)
 SEEDS = (1, 2, 3, 4, 5)
 CONSTANTS = ("mu=0.1", "mu=0.3", "mu=0.5", "mu=0.7", "mu=0.9")
