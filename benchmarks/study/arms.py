@@ -6,8 +6,10 @@ from typing import Any
 
 from benchmarks.study.inference import Comparison, compare
 from benchmarks.study.measures import Run
+from benchmarks.study.methods import STEPS
 
 REFERENCE = "gac"
+RL_ALONE, SFT_ALONE = "sequential:split=0", f"sequential:split={STEPS}"
 SEARCHED = ("fixed", "sequential")
 """Methods whose constant is nothing but a knob: a user has to search for it."""
 
@@ -34,14 +36,14 @@ _LABELS = {
     "gac-sketch": "gac sketch",
     "gac-temporal": "gac temporal",
     "gac-coefficient": "gac in coefficient space",
-    "hpt": "hpt gate=0 = superrl",
     "fixed:search": "constant by search",
     "fixed:carried": "constant from other data",
     "fixed:hindsight": "constant in hindsight",
     "sequential:search": "SFT then RL by search",
     "sequential:carried": "SFT then RL from other data",
     "sequential:hindsight": "SFT then RL in hindsight",
-    "sequential:split=0": "RL alone",
+    RL_ALONE: "RL alone",
+    SFT_ALONE: "SFT alone",
     "paper": "paper's controller",
     "fixed": "constant",
     "sequential": "SFT then RL",
@@ -66,7 +68,7 @@ def arm(record: Mapping[str, Any] | Run) -> str:
     return f"{method}:{setting}" if setting else method
 
 
-def label(name: str, steps: int = 120) -> str:
+def label(name: str) -> str:
     """An arm's name as readers see it."""
     if name in _LABELS:
         return _LABELS[name]
@@ -74,7 +76,7 @@ def label(name: str, steps: int = 120) -> str:
     if method == "fixed" and setting.startswith("mu="):
         return f"constant {setting[3:]}"
     if method == "sequential" and setting.startswith("split="):
-        return "SFT alone" if setting == f"split={steps}" else f"SFT {setting[6:]} then RL"
+        return f"SFT {setting[6:]} then RL"
     if method == REFERENCE:
         return f"gac {setting}" if setting in _ABLATIONS else f"gac tuned: {setting}"
     return name.replace(":", " ")

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from benchmarks.study import figures
 from benchmarks.study.analysis import SIZES, Family, Study, sizes
-from benchmarks.study.arms import FOUND, REFERENCE, is_form_of_gac, label, mean_over_tasks
+from benchmarks.study.arms import FOUND, REFERENCE, RL_ALONE, SFT_ALONE, is_form_of_gac, label, mean_over_tasks
 from benchmarks.study.measures import Run
 from benchmarks.study.tables import LATE, forest_rows, kind, ordered
 
@@ -48,7 +48,7 @@ def _headline(name: str) -> bool:
     if not name or is_form_of_gac(name):
         return False
     if method == "sequential":
-        return setting in ("search", "split=0", "split=120")
+        return setting == "search" or name in (RL_ALONE, SFT_ALONE)
     return method != "fixed" or "=" not in setting
 
 

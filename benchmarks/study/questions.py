@@ -5,7 +5,7 @@ from statistics import fmean
 
 from benchmarks.study.analysis import Family, Study, size_contrast, sizes
 from benchmarks.study.answers import in_task, loss_sentence, part_sentence, space_sentence
-from benchmarks.study.arms import FOUND, REFERENCE, Pairs, is_form_of_gac, label, mean_over_tasks
+from benchmarks.study.arms import FOUND, REFERENCE, RL_ALONE, SFT_ALONE, Pairs, is_form_of_gac, label, mean_over_tasks
 from benchmarks.study.inference import Comparison, spearman
 from benchmarks.study.tables import LATE, evidence
 from benchmarks.study.wording import NOT_RUN, clause, difference, equals, excluded, number, percent, table, tally
@@ -80,7 +80,7 @@ def stages(study: Study) -> str:
             continue
         text = f"On {half} data, against the split found by search among {len(options)}, `gac` is "
         text += f"{clause(family, 'sequential:search')}."
-        for end in ("sequential:split=0", "sequential:split=120"):
+        for end in (RL_ALONE, SFT_ALONE):
             if end in family.versus:
                 text += f" Against {label(end)} it is {clause(family, end)}."
         lines.append(text)

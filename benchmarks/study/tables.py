@@ -1,7 +1,7 @@
 """The table of all arms in its forms, and the order in which arms are shown."""
 
 from benchmarks.study.analysis import Family, Study
-from benchmarks.study.arms import FOUND, REFERENCE, against, is_form_of_gac, label, mean_over_tasks
+from benchmarks.study.arms import FOUND, REFERENCE, RL_ALONE, SFT_ALONE, against, is_form_of_gac, label, mean_over_tasks
 from benchmarks.study.inference import Comparison
 from benchmarks.study.wording import NOT_RUN, difference, number, percent, probability, table
 
@@ -44,7 +44,7 @@ def main_table(study: Study, brief: bool = False) -> str:
     header, rows = ["arm"], []
     for half, _ in halves:
         header += [f"{half}, %", "`gac` minus it"] + ([] if brief else ["p", "d", "won, %", "pairs"])
-    ends = ("sequential:split=0", "sequential:split=120")
+    ends = (RL_ALONE, SFT_ALONE)
     for name in ordered(study):
         if kind(name) in _KINDS.values() and "=" in name and name not in ends:
             continue
