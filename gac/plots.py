@@ -11,7 +11,7 @@ from typing import Any
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#000000")
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
-_SETTINGS = {
+SETTINGS = {
     "figure.dpi": 130,
     "font.size": 9,
     "axes.titlesize": 10,
@@ -26,6 +26,7 @@ _SETTINGS = {
     "legend.fontsize": 8,
     "lines.linewidth": 1.6,
 }
+"""matplotlib's parameters for every picture of the project."""
 
 Record = Mapping[str, Any]
 
@@ -42,7 +43,7 @@ def draw_run(records: Sequence[Record], summary: Mapping[str, Any], path: str | 
     if not records:
         raise ValueError("draw_run: no records to draw")
     plt = _pyplot()
-    with plt.rc_context(_SETTINGS):
+    with plt.rc_context(SETTINGS):
         figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained", sharex=True)
         _accuracy_panel(axes[0, 0], records, summary["warm_start_accuracy"])
         _mu_panel(axes[0, 1], records)
@@ -68,7 +69,7 @@ def draw_comparison(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str |
     if not runs or not all(runs.values()):
         raise ValueError("draw_comparison: every law needs at least one run")
     plt = _pyplot()
-    with plt.rc_context(_SETTINGS):
+    with plt.rc_context(SETTINGS):
         figure, axes = plt.subplots(1, 3, figsize=(12, 3.9), layout="constrained", width_ratios=(1.15, 1.15, 0.9))
         for index, (law, seeds) in enumerate(runs.items()):
             style = {"color": COLOURS[index % len(COLOURS)], "linestyle": _STYLES[index % len(_STYLES)]}
@@ -103,7 +104,7 @@ def draw_modules(maps: Mapping[str, Any], path: str | Path, *, title: str = "") 
     labels, steps = maps["labels"], maps["steps"]
     height = min(max(2.0, 0.155 * len(labels)), 24.0)
     size = (1.6 + 3.3 * len(panels), height + 2.6)
-    with plt.rc_context(_SETTINGS | {"axes.grid": False}):
+    with plt.rc_context(SETTINGS | {"axes.grid": False}):
         figure, axes = plt.subplots(
             2, len(panels), figsize=size, layout="constrained", squeeze=False, height_ratios=(1.0, height), sharex="col"
         )

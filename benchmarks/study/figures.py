@@ -9,31 +9,16 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.study.inference import Comparison
+from gac.plots import COLOURS, SETTINGS
 
-BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, GREY = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#555555",
-)
+BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, GREY = COLOURS[:7]
 _CYCLE = (BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, GREY)
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_SETTINGS = {
+_SETTINGS = SETTINGS | {
     "figure.dpi": 140,
     "font.size": 11,
     "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
     "legend.fontsize": 10,
     "lines.linewidth": 1.8,
     "svg.hashsalt": "gac",

@@ -44,10 +44,10 @@ def draw_audit(record: Record, path: str | Path, *, title: str = "") -> None:
     matplotlib.use("Agg")  # no display is needed
     import matplotlib.pyplot as plt
 
-    from gac.plots import _SETTINGS
+    from gac.plots import SETTINGS
 
     values, deleted = record.truths()
-    with plt.rc_context(_SETTINGS):
+    with plt.rc_context(SETTINGS):
         figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
         _mu_panel(axes[0, 0], record, values, deleted)
         _excess_panel(axes[0, 1], record, values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gac.plots import COLOURS
+from gac.plots import COLOURS, SETTINGS
 
 _MARKERS = {
     "moments": "o",
@@ -14,20 +14,6 @@ _MARKERS = {
     "mix_": "D",
     "absorb_": "v",
     "token_moments": "P",
-}
-_SETTINGS = {
-    "figure.dpi": 130,
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
 }
 
 
@@ -50,7 +36,7 @@ def draw(results: dict, path: str | Path) -> None:
     import matplotlib.pyplot as plt
 
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    with plt.rc_context(_SETTINGS):
+    with plt.rc_context(SETTINGS):
         figure, axes = plt.subplots(
             1, len(dtypes), figsize=(5.6 * len(dtypes), 4.6), layout="constrained", sharey=True, squeeze=False
         )
