@@ -26,6 +26,7 @@ _ABLATIONS = {
     "no-disagreement",
     "no-noise",
     "no-variance",
+    "direction",
     "optimizer-metric",
     "half_life=7",
     "half_life=69",

@@ -63,6 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no-cap": {"law": "gac:cap=1.0"},
     "no-disagreement": {"law": "gac-no-disagreement"},
     "no-variance": {"law": "gac-no-variance"},
+    "direction": {"law": "gac-direction"},
     "optimizer-metric": {"metric": "optimizer"},
     "alpha=kl": {"law": "gac:alpha=kl", "beta": MEASURE_KL},
 }

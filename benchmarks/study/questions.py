@@ -24,6 +24,7 @@ _PARTS = {
     "gac:no-disagreement": "disagreement taken as 0",
     "gac:no-noise": "noise taken as 0: mu goes to 0.5",
     "gac:no-variance": "noise taken as 0: mu goes to 0.5",
+    "gac:direction": "best direction instead of least error, for Adam",
     "gac:optimizer-metric": "statistics in Adam's space",
     "gac:alpha=kl": "alpha follows the KL drift",
 }
