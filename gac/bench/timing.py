@@ -24,6 +24,9 @@ _SHORTEST = 100e-6
 _LONG = 0.05
 """Seconds from which on one call is warm-up enough."""
 
+_ENOUGH = 30
+"""Rounds after which a median is good to a few percent on a machine whose memory others share."""
+
 
 def quantile(values: list[float], q: float) -> float:
     """The ``q`` quantile, interpolated."""
@@ -105,7 +108,11 @@ class CpuTimer:
     def measure(
         self, variants: Mapping[str, Call], sets: int, *, seconds: float, rounds: tuple[int, int] = (5, 60)
     ) -> dict[str, Samples]:
-        """``seconds`` is what to spend; ``rounds`` the fewest and most."""
+        """``seconds`` is what to spend, about; ``rounds`` the fewest and most.
+
+        Where a slow peer would leave few rounds, calls below 50 ms go on without it up to :data:`_ENOUGH` rounds: their
+        ratios are what the figures rest on.
+        """
         estimates = {}
         for name, call in variants.items():
             estimates[name] = self._time(call, 1, sets)
@@ -114,12 +121,15 @@ class CpuTimer:
         repeats = {name: max(1, min(256, round(_SHORTEST / t))) for name, t in estimates.items()}
         one_round = sum(repeats[name] * t for name, t in estimates.items())
         count = max(rounds[0], min(rounds[1], int(seconds / one_round)))
+        shares = {
+            name: max(count, _ENOUGH) if t < _LONG else 1 if t > seconds else count for name, t in estimates.items()
+        }
         samples = {name: Samples() for name in variants}
         order, draw = list(variants), random.Random(0)
-        for k in range(count):
+        for k in range(max(shares.values())):
             draw.shuffle(order)
             for name in order:
-                if k and estimates[name] > seconds:  # one round of a slow one is enough
+                if k >= shares[name]:
                     continue
                 samples[name].time.append(self._time(variants[name], repeats[name], sets))
         return samples

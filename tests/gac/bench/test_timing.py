@@ -2,7 +2,7 @@
 
 import random
 
-from gac.bench.timing import ratio, ratio_interval
+from gac.bench.timing import CpuTimer, ratio, ratio_interval
 
 
 def test_the_interval_holds_the_median_as_often_as_it_says():
@@ -24,3 +24,13 @@ def test_more_rounds_narrow_it_and_few_give_the_extremes():
     low, high = ratio_interval(ratios, [1.0] * 60)
     assert 1.0 < low < ratio(ratios, [1.0] * 60) < high < 1.59
     assert ratio_interval([2.0, 1.0, 3.0], [1.0, 1.0, 1.0]) == (1.0, 3.0)
+
+
+def test_slow_variants_do_not_keep_quick_ones_from_their_rounds():
+    from time import sleep
+
+    calls = {"quick": lambda k: None, "slow": lambda k: sleep(0.06), "slowest": lambda k: sleep(0.13)}
+    samples = CpuTimer().measure(calls, 1, seconds=0.1)
+    assert len(samples["quick"].time) >= 30
+    assert len(samples["slow"].time) == 5
+    assert len(samples["slowest"].time) == 1  # one call takes longer than the whole should
