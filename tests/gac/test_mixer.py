@@ -419,6 +419,30 @@ def test_handed_out_weights_keep_their_values():
     assert values == pytest.approx([0.5, 0.48, 0.46])
 
 
+def test_a_gradient_that_a_hook_takes_away():
+    """The exact estimator reads gradients as they arrive; the sketch reads sums, and says whose is gone."""
+    inputs = torch.randn(4, 4, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for cleared in (False, True):
+        torch.manual_seed(1)
+        model = torch.nn.Linear(8, 8)
+        with gac.patch(model, estimator="exact") as mixer:
+            if cleared:
+                model.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            for branch, batches in ((mixer.sft, inputs[:2]), (mixer.rl, inputs[2:])):
+                with branch():
+                    for batch in batches:
+                        mixer.backward(model(batch).square().mean())
+            mixer.step()
+            found.append(mixer.statistics)
+    for name in ("sigma_s2", "sigma_r2", "distance2"):
+        assert torch.equal(getattr(found[0], name), getattr(found[1], name))
+
+    told = pytest.raises(RuntimeError, match="parameter 'weight' was cleared during the backward")
+    with gac.patch(model, estimator="sketch") as mixer, told, mixer.sft():
+        mixer.backward(model(inputs[0]).square().mean())
+
+
 class TestWrongUse:
     def test_backward_outside_a_branch(self):
         model = tiny_model()
