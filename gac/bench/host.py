@@ -32,7 +32,7 @@ class _Many(nn.Module):
         return torch.stack(list(self.items)).sum()
 
 
-def hook_cost(device: torch.device, *, parameters: int = 1000, rounds: int = 15) -> dict[str, float | int]:
+def hook_cost(device: torch.device, *, parameters: int = 1000, rounds: int = 60) -> dict[str, float | int]:
     """Seconds of host time per parameter and backward pass that a patched model adds.
 
     Returns:
