@@ -1,13 +1,16 @@
 """Laws that only the study needs: the default law with one part taken out, or another aim."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
+from gac.laws import base
 from gac.laws.base import Law, Step, number, register, unit_interval
 from gac.laws.gac import GacLaw
 from gac.statistics import Statistics
 
 
-@register("gac-no-disagreement")
 class NoDisagreementLaw(GacLaw):
     """The default law that takes both gradients to point the same way: ``mu = sigma_r2 / (sigma_s2 + sigma_r2)``."""
 
@@ -16,7 +19,6 @@ class NoDisagreementLaw(GacLaw):
         return smoothed * torch.tensor([1.0, 1.0, 0.0]).to(smoothed)
 
 
-@register("gac-no-variance")
 class NoVarianceLaw(GacLaw):
     """The default law that takes both gradients to be free of noise: mu goes to ``alpha``, whatever is measured."""
 
@@ -25,7 +27,6 @@ class NoVarianceLaw(GacLaw):
         return smoothed * torch.tensor([0.0, 0.0, 1.0]).to(smoothed)
 
 
-@register("gac-direction")
 class DirectionLaw(Law):
     """The mu whose mixed gradient points best, for optimizers such as Adam that divide its length out again.
 
@@ -66,3 +67,22 @@ class DirectionLaw(Law):
         self.record("raw", raw)
         self.record("mu", torch.where(use & torch.isfinite(raw), moved, mu))
         return self.mu
+
+
+LAWS = {
+    "gac-no-disagreement": NoDisagreementLaw,
+    "gac-no-variance": NoVarianceLaw,
+    "gac-direction": DirectionLaw,
+}
+
+
+@contextlib.contextmanager
+def registered() -> Iterator[None]:
+    """These laws can be named inside, and are gone from the registry afterwards."""
+    for name, law in LAWS.items():
+        register(name)(law)
+    try:
+        yield
+    finally:
+        for name in LAWS:
+            base._LAWS.pop(name, None)

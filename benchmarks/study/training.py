@@ -43,6 +43,7 @@ def train_row(row: Row, cache: Path) -> dict[str, Any]:
     began = time.perf_counter()
     from transformers import PrinterCallback
 
+    from benchmarks.study.ablations import registered
     from gac.tasks.models import load_model
 
     data, folder = warm_start(row, cache)
@@ -51,11 +52,13 @@ def train_row(row: Row, cache: Path) -> dict[str, Any]:
     model, tokenizer = load_model(str(folder))
     length = max(len(item["answer"]) for split in data.values() for item in split) + 1
     recorder = _Recorder(model, initial, tokenizer, data["heldout"], length)
-    trainer = _trainer(row, arm_of(row.method, row.setting), model, tokenizer, data, length, recorder.reward)
+    with registered():
+        trainer = _trainer(row, arm_of(row.method, row.setting), model, tokenizer, data, length, recorder.reward)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(recorder.callback())
     try:
-        trainer.train()
+        with registered():
+            trainer.train()
     except RuntimeError:
         if all(parameter.isfinite().all() for parameter in model.parameters()):
             raise
@@ -106,7 +109,6 @@ def _trainer(row: Row, arm: Arm, model, tokenizer, data, length: int, reward):
     """TRL's GRPO with a supervised branch, as the arm says."""
     from datasets import Dataset
 
-    import benchmarks.study.ablations  # noqa: F401  (registers the laws that only the study needs)
     from gac.cli._config import TrainConfig, quiet_libraries
     from gac.trainers import HybridGRPOConfig, HybridGRPOTrainer
     from gac.trainers.prompts import COLUMN

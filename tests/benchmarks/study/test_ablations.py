@@ -3,8 +3,23 @@
 import pytest
 import torch
 
-import benchmarks.study.ablations  # noqa: F401  (registers them)
+from benchmarks.study.ablations import LAWS, registered
 from gac.controller import Controller
+
+
+@pytest.fixture(autouse=True)
+def laws():
+    with registered():
+        yield
+
+
+def test_they_are_known_only_while_asked_for():
+    from gac.laws import available
+
+    assert set(LAWS) <= set(available())
+    with registered():
+        pass
+    assert not set(LAWS) & set(available())
 
 
 def statistics(**numbers):

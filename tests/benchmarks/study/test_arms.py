@@ -32,7 +32,7 @@ def _constants(table, **row):
         ("fixed", "mu=0.3", "fixed:mu=0.3", "constant 0.3"),
         ("fixed", "", "fixed:mu=0.5", "constant 0.5"),
         ("sequential", "split=0", "sequential:split=0", "RL alone"),
-        ("sequential", "split=120", "sequential:split=120", "SFT alone"),
+        ("sequential", "split=200", "sequential:split=200", "SFT alone"),
         ("chord-mu", "decay=40", "chord-mu:decay=40", "chord-mu decay=40"),
     ],
 )

@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks.study import grid
+from benchmarks.study.ablations import registered
 from benchmarks.study.methods import METHODS, STEPS, VARIANTS, arm_of
 from gac.cli._config import TrainConfig
 from gac.controller import Controller
@@ -72,13 +73,11 @@ def test_keys_are_unique_and_lead_back_to_their_rows():
 
 
 def test_every_arm_has_a_law_that_can_be_made():
-    import benchmarks.study.ablations  # noqa: F401
-
     arms = [arm_of(method, setting) for method, spec in METHODS.items() for setting in ("", *spec.trials)]
     arms += [arm_of("gac", variant) for variant in VARIANTS]
     for arm in arms:
         name, options = TrainConfig(law=arm.law, prior=arm.prior).law_and_options()
-        with carried_out():
+        with carried_out(), registered():
             law = Controller(name, **options).law
         assert arm.beta > 0 or "kl" not in law.needs
 
