@@ -12,6 +12,7 @@ namespace gac {
 namespace {
 
 constexpr int64_t kChunk = 1 << 14;       // elements of a reduction's chunk
+constexpr int64_t kMixShare = 1 << 15;    // elements that make a thread worth its start in a mix
 constexpr int64_t kBlock = 1024;          // elements converted, or mixed after their sums are taken, at a time
 constexpr int64_t kTokensBlock = 512;     // tokens converted at a time
 constexpr int64_t kUnitRows = 64;         // rows of a sketch unit when slabs are short
@@ -95,11 +96,13 @@ double nonfinite_in(const Tensor& t, int64_t begin, int64_t count, double square
   return static_cast<double>(found);
 }
 
-// Chunks of a list of tensors, numbered through.
+// Chunks of a list of tensors, numbered through; length(tensor) says how many elements a chunk of it has.
 class Chunks {
  public:
-  explicit Chunks(const Table& table) : first_(table.size() + 1) {
-    for (int64_t k = 0; k < table.size(); ++k) first_[k + 1] = first_[k] + ceil_div(table[k].numel, kChunk);
+  explicit Chunks(const Table& table) : Chunks(table, [](int64_t) { return kChunk; }) {}
+  template <class Length>
+  Chunks(const Table& table, Length&& length) : first_(table.size() + 1) {
+    for (int64_t k = 0; k < table.size(); ++k) first_[k + 1] = first_[k] + ceil_div(table[k].numel, length(k));
   }
   int64_t size() const { return first_.back(); }
   int64_t first(int64_t tensor) const { return first_[tensor]; }
@@ -676,15 +679,37 @@ int gac_mix(const int64_t* a, const int64_t* b, int64_t n, int form, double mu, 
   return guarded([&]() -> int {
     const Table left(a, n, form & 15), right(b, n, form >> 4);
     if (!left.readable() || !right.readable()) return GAC_NULL_POINTER;
-    double ignored[3];
-    reduce<3>(left, false, out ? out : ignored, threads, [&](int64_t k, int64_t begin, int64_t count, double* sums) {
-      const Tensor x = left[k], y = right[k];
-      for_pair_runs(x, y, begin, count, [&](char* p, const char* q, int64_t, int64_t m) {
-        double part[3] = {};
-        mix_run(x.dtype, y.dtype, p, q, m, mu, out ? part : nullptr);
-        for (int w = 0; w < 3; ++w) sums[w] += part[w];
+    if (out) {
+      reduce<3>(left, false, out, threads, [&](int64_t k, int64_t begin, int64_t count, double* sums) {
+        const Tensor x = left[k], y = right[k];
+        for_pair_runs(x, y, begin, count, [&](char* p, const char* q, int64_t, int64_t m) {
+          double part[3];
+          mix_run(x.dtype, y.dtype, p, q, m, mu, part);
+          for (int w = 0; w < 3; ++w) sums[w] += part[w];
+        });
       });
-    });
+      return GAC_OK;
+    }
+    // Nothing is summed, so chunks need not be the same for every number of threads: longer ones are 1% faster. Where
+    // there are gaps they are, and so are the ends of runs, which are rounded in another way.
+    int64_t numel = 0;
+    for (int64_t k = 0; k < n; ++k) numel += left[k].numel;
+    const int64_t workers = std::clamp<int64_t>(numel / kMixShare, 1, std::max(threads, 1));
+    const auto length = [&](int64_t k) {
+      const Tensor x = left[k], y = right[k];
+      const int64_t share = ceil_div(x.numel, 4 * workers * kChunk) * kChunk;
+      return std::min(x.columns, y.columns) < x.numel ? kChunk : std::clamp(share, 2 * kChunk, 8 * kChunk);
+    };
+    const Chunks chunks(left, length);
+    auto body = [&](int64_t c) {
+      const int64_t k = chunks.tensor_of(c);
+      const Tensor x = left[k], y = right[k];
+      const int64_t step = length(k), begin = (c - chunks.first(k)) * step;
+      for_pair_runs(x, y, begin, std::min(step, x.numel - begin), [&](char* p, const char* q, int64_t, int64_t m) {
+        mix_run(x.dtype, y.dtype, p, q, m, mu, nullptr);
+      });
+    };
+    parallel_for(static_cast<int>(workers), chunks.size(), body);
     return GAC_OK;
   });
 }
@@ -692,7 +717,7 @@ int gac_mix(const int64_t* a, const int64_t* b, int64_t n, int form, double mu, 
 int gac_mix_one(void* a, const void* b, int64_t packed, double mu, double* out) {
   const int64_t numel = packed >> 16;
   const int dtype = static_cast<int>(packed & 15), threads = static_cast<int>(packed >> 4 & 0xfff);
-  if (numel > kChunk) {
+  if (numel > (out ? kChunk : 2 * kMixShare - 1)) {
     const int64_t left[] = {static_cast<int64_t>(reinterpret_cast<intptr_t>(a)), numel};
     const int64_t right[] = {static_cast<int64_t>(reinterpret_cast<intptr_t>(b)), numel};
     return gac_mix(left, right, 1, 17 * (2 + dtype), mu, out, threads);

@@ -537,6 +537,13 @@ def _everything(large):
         results += [cpu.sketch(tensors, out, layout=layout, second_moments=[t.square() for t in other]), out]
     mixed = [t.clone() for t in tensors]
     results += [cpu.mix_(mixed, other, 0.4, moments=True), *[m.contiguous() for m in mixed]]
+    packed, rows = values(700, 499), values(700, 600)[:, 1:500]
+    for mu in (0.4, torch.tensor(0.4)):
+        whole, together = packed.clone(), packed.clone()
+        cpu.mix_([*mixed, whole], [*other, rows], mu)
+        cpu.mix_(together, rows, mu, moments=True)
+        assert same(whole, together)
+        results += [whole, *[m.contiguous() for m in mixed]]
     logprobs = -values(64, 300).abs()
     results.append(cpu.token_moments(logprobs, values(64), torch.ones(64, 300), torch.arange(64) % 2 == 0))
     return results
