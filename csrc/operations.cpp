@@ -1,6 +1,7 @@
 // The operations: cuts lists of tensors into fixed chunks, runs the inner loops on them and combines the partial sums in
 // a fixed order.
 #include <algorithm>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -19,7 +20,7 @@ constexpr int64_t kUnitRows = 64;         // rows of a sketch unit when slabs ar
 constexpr int64_t kSplitRows = 256;       // longer slabs are split; also the rows that float lanes add up at most
 constexpr int64_t kSplits = 64;           // parts of a slab at most
 constexpr int64_t kAbsorbCell = 1024;     // elements of one sum of absorb_
-constexpr int64_t kAbsorbCells = 64;      // cells of a task
+constexpr int64_t kAbsorbCells = 32;      // cells of a task
 
 struct Tensor {
   char* data;
@@ -283,6 +284,20 @@ struct Weights {
   }
 };
 
+// Accumulators of a row, on a cache line's edge and half a page away from the elements at `data`: split lines and loads
+// that look like one of the last stores by their place in the page cost up to a third.
+template <class A>
+struct Lanes {
+  Lanes(int64_t count, const char* source) : storage(new A[count + kPage / sizeof(A)]) {
+    const auto begin = reinterpret_cast<uintptr_t>(storage.get());
+    const uintptr_t wanted = reinterpret_cast<uintptr_t>(source) / kLine * kLine + kPage / 2;
+    data = reinterpret_cast<A*>(begin + (wanted - begin) % kPage);
+  }
+  static constexpr uintptr_t kLine = 64, kPage = 4096;
+  std::unique_ptr<A[]> storage;
+  A* data;
+};
+
 struct Sketch {
   const Table& tensors;
   const int64_t* pieces;
@@ -328,6 +343,10 @@ struct Sketch {
   template <class A>
   void add(const Segment& segment, int64_t begin, int64_t end, A* lanes, int64_t number);
   void check(int64_t number);
+  const char* address(const Segment& segment) const {  // of its first element, gaps aside
+    const Tensor t = tensors[segment.tensor];
+    return t.data + segment.offset * bytes_of(t.dtype);
+  }
   void combine(int64_t begin, int64_t end);
   void fill_gaps();
   template <class S>
@@ -455,7 +474,7 @@ void Sketch::run_unit(const Unit& unit, const Unit& next) {
   const int64_t k = unit.region;
   const int64_t begin = unit_begin(unit.number), end = std::min(unit_begin(unit.number + 1), region_numel(k));
   const int64_t step = split ? kSplitRows * map.lanes : slab;  // float lanes are emptied after a step
-  std::vector<A> lanes(map.lanes);
+  const Lanes<A> lanes(map.lanes, address(segments[unit.first]));
   int64_t first = unit.first;
   for (int64_t at = begin; at < end; at += step) {
     while (first < next.first && segments[first].start + segments[first].count <= at) ++first;
@@ -465,13 +484,13 @@ void Sketch::run_unit(const Unit& unit, const Unit& next) {
     }
     const int64_t stop = std::min(at + step, end);
     const int64_t count = std::min(map.lanes, stop - at);
-    std::fill(lanes.begin(), lanes.end(), A(0));
-    for (int64_t s = first; s < next.first && segments[s].start < stop; ++s) add(segments[s], at, stop, lanes.data(), s);
+    std::fill(lanes.data, lanes.data + map.lanes, A(0));
+    for (int64_t s = first; s < next.first && segments[s].start < stop; ++s) add(segments[s], at, stop, lanes.data, s);
     if (!split) {
-      write(bucket_of(k, at), count, lanes.data());
+      write(bucket_of(k, at), count, lanes.data);
     } else {
       double* partial = &partials[unit.part * map.lanes];
-      for (int64_t i = 0; i < map.lanes; ++i) partial[i] += lanes[i];
+      for (int64_t i = 0; i < map.lanes; ++i) partial[i] += lanes.data[i];
     }
   }
   for (int64_t s = unit.first; s < next.first; ++s) check(s);

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -50,6 +50,15 @@ class Samples:
     time: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
+
+    @classmethod
+    def joined(cls, measurements: Iterable[Samples]) -> Samples:
+        """The rounds of several measurements."""
+        result = cls()
+        for found in measurements:
+            for name in ("time", "host", "wall"):
+                getattr(result, name).extend(getattr(found, name))
+        return result
 
     def summary(self) -> dict[str, float | int]:
         """``p20``, ``p50``, ``p80`` in seconds and ``rounds``; medians of ``host`` and ``wall`` where taken."""
