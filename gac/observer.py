@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -21,6 +22,10 @@ BUCKET_BYTES = 128 * 2**20
 Tokens = float | Tensor | None
 """What a contribution counts for; see :meth:`gac.Mixer.backward`."""
 
+_Batch = tuple[list[int], list[Tensor], list[Tensor]]
+"""Regions of a ledger's layout, gradients, second moments (none of them in the space of gradients)."""
+
+_is_sparse = operator.attrgetter("is_sparse")
 _graph_task_id = torch._C._current_graph_task_id
 _queue_callback = torch.autograd.Variable._execution_engine.queue_callback
 
@@ -115,6 +120,7 @@ class Observer:
         self._open = False
         self._seen: set[int] = set()
         self._pending: dict[int, Tensor | None] = {}  # None: p.grad, when it is handed over
+        self._orders: dict[int, tuple[list[int], list[tuple[list[int], list[nn.Parameter]]]]] = {}  # by the first one
         self._incoming: dict[int, Tensor] = {}
         self._handles = []
         self.measuring = False
@@ -297,7 +303,45 @@ class Observer:
     def _flush(self) -> None:
         for device, stream in self._streams.items():
             torch.cuda.current_stream(device).wait_stream(stream)
-        batches: list[tuple[list[int], list[Tensor], list[Tensor]]] = [([], [], []) for _ in self.ledgers]
+        batches = self._running_sums() or self._batches()
+        self._pending.clear()
+        self._pass.bytes = 0
+        for ledger, scale, (regions, gradients, moments) in zip(self.ledgers, self._scales, batches, strict=True):
+            if regions and self.second_moments is None:
+                ledger.read(self.branch, regions, gradients, scale)
+            elif regions:
+                ledger.read(self.branch, regions, gradients, scale, moments, self.second_moments.eps)
+
+    def _running_sums(self) -> list[_Batch] | None:
+        """What :meth:`_batches` returns, in the plain case, without a line of Python per parameter; else None.
+
+        Parameters get their gradients in the same order pass after pass: whose is which is looked up once.
+        """
+        if self.sharded or self.second_moments is not None or set(self._pending.values()) != {None}:
+            return None  # None stands for a running sum
+        order = list(self._pending)
+        known, found = self._orders.get(order[0], (None, []))
+        if known != order:
+            found = [([], []) for _ in self.ledgers]
+            for index in order:
+                which, region = self._place[index]
+                found[which][0].append(region)
+                found[which][1].append(self.parameters[index])
+            self._orders[order[0]] = order, found
+        result = []
+        for regions, parameters in found:
+            gradients = [parameter.grad for parameter in parameters]
+            try:
+                if any(map(_is_sparse, gradients)):
+                    return None
+            except AttributeError:  # one is None
+                return None
+            result.append((regions, gradients, []))
+        return result
+
+    def _batches(self) -> list[_Batch]:
+        """Regions, gradients and second moments of what is pending, for each ledger."""
+        batches: list[_Batch] = [([], [], []) for _ in self.ledgers]
         for index, gradient in self._pending.items():
             which, region = self._place[index]
             regions, gradients, moments = batches[which]
@@ -318,13 +362,7 @@ class Observer:
             if self.sharded:
                 gradient = local_gradient(gradient, self.parameters[index])
             gradients.append(gradient.to_dense() if gradient.layout is torch.sparse_coo else gradient)
-        self._pending.clear()
-        self._pass.bytes = 0
-        for ledger, scale, (regions, gradients, moments) in zip(self.ledgers, self._scales, batches, strict=True):
-            if regions and self.second_moments is None:
-                ledger.read(self.branch, regions, gradients, scale)
-            elif regions:
-                ledger.read(self.branch, regions, gradients, scale, moments, self.second_moments.eps)
+        return batches
 
     def _drop(self) -> None:
         self._pending.clear()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from time import perf_counter
 
 import torch
@@ -20,6 +22,12 @@ import gac
 print(perf_counter() - start)
 """
 
+_HOOK = """
+import json, torch
+from gac.bench.host import hook_cost
+print(json.dumps(hook_cost(torch.device("{device}"), rounds={rounds})))
+"""
+
 
 class _Many(nn.Module):
     """Many small parameters: the tensors' own work is nothing, what is left is per parameter."""
@@ -33,35 +41,60 @@ class _Many(nn.Module):
 
 
 def hook_cost(device: torch.device, *, parameters: int = 1000, rounds: int = 60) -> dict[str, float | int]:
-    """Seconds of host time per parameter and backward pass that a patched model adds.
+    """Seconds of host time per parameter and backward pass that a patched model adds to its twin.
+
+    The model is patched once, as in training; a round is a step of two contributions a branch, each beside one backward
+    pass of the twin.
 
     Returns:
         ``hook``: the hooks alone, without the ledger's calls; ``hook_and_read``: with the bucket's kernel call and the
-        contribution's end; both are medians of differences within a round. ``parameters``, ``rounds``.
+        contribution's end; both are medians over rounds of the mean difference within a round. ``parameters``,
+        ``rounds``.
     """
-    model = _Many(parameters, device)
-    samples: dict[str, list[float]] = {"plain": [], "hook": [], "hook_and_read": []}
-    for _ in range(rounds + 1):
-        with gac.patch(model, estimator="sketch") as mixer:
-            clock = _LedgerClock(mixer)
-            loss = model.loss()
-            _synchronize(device)
-            start = perf_counter()
-            with mixer.sft():
-                mixer.backward(loss)
-            spent = perf_counter() - start
-            samples["hook_and_read"].append(spent)
-            samples["hook"].append(spent - clock.seconds)
-        loss = model.loss()
-        _synchronize(device)
-        start = perf_counter()
-        (0.5 * loss).backward()
-        samples["plain"].append(perf_counter() - start)
-    result: dict[str, float | int] = {"parameters": parameters, "rounds": rounds}
-    for arm in ("hook", "hook_and_read"):
-        differences = [a - p for a, p in zip(samples[arm], samples["plain"], strict=True)]
-        result[arm] = quantile(differences[1:], 0.5) / parameters  # the first round warms up
-    return result
+    plain, patched = _Many(parameters, device), _Many(parameters, device)
+    found: dict[str, list[float]] = {"hook": [], "hook_and_read": []}
+    with gac.patch(patched, estimator="sketch") as mixer:
+        clock = _LedgerClock(mixer)
+        for _ in range(rounds + 1):
+            spent, clock.seconds = 0.0, 0.0
+            for branch in (mixer.sft, mixer.sft, mixer.rl, mixer.rl):
+                with branch():
+                    spent += _seconds(patched, mixer.backward)
+                spent -= _seconds(plain, lambda loss: (0.5 * loss).backward())
+            mixer.step()
+            plain.zero_grad()
+            patched.zero_grad()
+            found["hook_and_read"].append(spent / 4)
+            found["hook"].append((spent - clock.seconds) / 4)
+    # the first round warms up
+    medians = {name: quantile(values[1:], 0.5) / parameters for name, values in found.items()}
+    return {"parameters": parameters, "rounds": rounds} | medians
+
+
+def hook_cost_alone(device: torch.device, *, rounds: int = 60, processes: int = 3) -> dict[str, float | int]:
+    """:func:`hook_cost` in new processes: medians over them, and ``processes``.
+
+    A hook is so short that it shows where its process happens to have its memory: in one that has run other benchmarks
+    the same code takes half as long again.
+    """
+    found = [json.loads(_in_new_process(_HOOK.format(device=str(device), rounds=rounds))) for _ in range(processes)]
+    medians = {name: quantile([one[name] for one in found], 0.5) for name in ("hook", "hook_and_read")}
+    return found[0] | medians | {"processes": processes}
+
+
+def _in_new_process(code: str) -> str:
+    """What `code` prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    return done.stdout
+
+
+def _seconds(model: _Many, backward: Callable[[torch.Tensor], object]) -> float:
+    """Of one backward pass, from an idle device."""
+    loss = model.loss()
+    _synchronize(loss.device)
+    start = perf_counter()
+    backward(loss)
+    return perf_counter() - start
 
 
 class _LedgerClock:
@@ -91,6 +124,5 @@ def import_time(*, rounds: int = 5) -> dict[str, float | int]:
     """Seconds that ``import gac`` takes in a new process after ``import torch``: quantiles."""
     found = []
     for _ in range(rounds):
-        done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, timeout=120, check=True)
-        found.append(float(done.stdout))
+        found.append(float(_in_new_process(_IMPORT)))
     return {f"p{q}": quantile(found, q / 100) for q in (20, 50, 80)} | {"rounds": rounds}

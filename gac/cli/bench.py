@@ -198,7 +198,7 @@ def _run_steps(args: argparse.Namespace, device, results: dict, save, start: flo
     from gac.bench.shapes import MODELS
 
     gpu = device.type == "cuda"
-    hook = host.hook_cost(device, rounds=3 if args.quick else 60)
+    hook = host.hook_cost_alone(device, **({"rounds": 3, "processes": 1} if args.quick else {}))
     results["host"] = {"hook": hook, "import": host.import_time(rounds=1 if args.quick else 5)}
     save()
     names = args.model if args.model is not None else ("0.1B", "1B") if gpu else ("10M",)

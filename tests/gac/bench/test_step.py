@@ -64,6 +64,9 @@ def test_hook_cost_is_positive():
     found = host.hook_cost(CPU, parameters=200, rounds=5)
     assert 0 < found["hook"] < 1e-3
     assert found["hook_and_read"] > 0
+    alone = host.hook_cost_alone(CPU, rounds=2, processes=2)
+    assert (alone["processes"], alone["rounds"]) == (2, 2)
+    assert 0 < alone["hook"] < 1e-3
 
 
 def test_import_time_is_measured_in_a_new_process():
