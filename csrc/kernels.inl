@@ -260,12 +260,21 @@ GAC_INLINE V::D divisor(V::D v, V::D eps) { return V::inf_where_zero(v, V::add(V
 GAC_INLINE float divisor(float v, float eps) { return v == 0 ? INFINITY : std::sqrt(v) + eps; }
 GAC_INLINE double divisor(double v, double eps) { return v == 0 ? INFINITY : std::sqrt(v) + eps; }
 
+constexpr uintptr_t kPage = 4096;  // bytes
+
 // What a sketch adds up: the elements as they are, ...
 template <class T>
 struct Plain {
   using Element = T;
   const T* x;
   GAC_INLINE void skip(int64_t n) { x += n; }
+  // Fetches the last line of the next page, and with it the page's translation, which the hardware's prefetcher waits for:
+  // 10 to 20% of a sketch from memory. The page's first lines would not do: they spoil the prefetcher's stream.
+  GAC_INLINE void look_ahead() const {
+#if defined(__GNUC__)
+    __builtin_prefetch(reinterpret_cast<const char*>((reinterpret_cast<uintptr_t>(x) / kPage + 2) * kPage - 64));
+#endif
+  }
   GAC_INLINE V::F load(int i) const { return V::load(x + i); }
   GAC_INLINE D2 widened(int i, V::F) const { return load2(x + i); }
   GAC_INLINE double one(int64_t i) const { return to_double(x[i]); }
@@ -282,6 +291,7 @@ struct Weighted {
     x += n;
     v += n;
   }
+  GAC_INLINE void look_ahead() const {}
   GAC_INLINE V::F load(int i) const { return V::div(V::load(x + i), divisor(V::load(v + i), V::set(eps))); }
   GAC_INLINE D2 widened(int, V::F y) const { return {V::low(y), V::high(y)}; }
   GAC_INLINE double one(int64_t i) const { return to_float(x[i]) / divisor(to_float(v[i]), eps); }
@@ -373,7 +383,7 @@ GAC_INLINE double add_scalars(const Source& x, int64_t n, A* acc, uint32_t word,
 // the speed.
 template <class Source, class A>
 GAC_INLINE double add_rows(Source x, int64_t n, A* acc, const SketchRun& run) {
-  constexpr int kBatch = 64;                          // sign words hashed at a time
+  constexpr int kBatch = kPage / 32 / sizeof(typename Source::Element);  // sign words hashed at a time: a page's
   constexpr int64_t kEmpty = 2 * kRun * V::W / 32;  // groups that fill the runs of the squares
   uint32_t words[kBatch];
   typename SquaresOf<typename Source::Element, A>::type squares;
@@ -392,6 +402,7 @@ GAC_INLINE double add_rows(Source x, int64_t n, A* acc, const SketchRun& run) {
   }
   while (n >= 32) {
     const int64_t batch = n / 32 < kBatch ? n / 32 : kBatch;
+    x.look_ahead();
     fill_words(run.seed, index / 32, batch, words);
     for (int64_t done = 0; done < batch;) {
       int64_t stop = done + (run.lanes - lane) / 32;  // the end of the row
