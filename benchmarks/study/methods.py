@@ -1,6 +1,6 @@
 """What is compared: each method with its published constants and the settings that tuning tries.
 
-Every method gets the same number of trials: four learning rates at its default, then `len(Method.trials)` settings of
+Every method gets the same number of trials: five learning rates at its default, then `len(Method.trials)` settings of
 its own main constant at the best of them. Schedules that are published in steps are scaled to the length of a run.
 """
 

@@ -11,7 +11,7 @@ which is what makes pairs.
 **Data sets.** Four domains with two data sets each from reasoning-gym. Methods were tuned on the development half
 alone; the confirmation half ran after everything was chosen.
 
-**Fairness.** Every method gets the same number of trials: four learning rates at its default constants, then two
+**Fairness.** Every method gets the same number of trials: five learning rates at its default constants, then two
 settings of its own main constant at the best of them, on seeds that no comparison uses; the best mean late accuracy
 over the development data sets wins. The default law runs with its default constants and a tuned learning rate; its
 tuned form is an arm of its own. Constants and splits are not fixed by tuning: all of them run, and the report
@@ -47,12 +47,12 @@ LIMITS = """\
   order of methods carries over to pretrained models a thousand times as large, for which most of the rules were made.
 - Data sets are generated puzzles with one right answer. "Science" and "code" stand for facts with arithmetic and for
   procedures on strings; there is no sandbox, no proof and no preference.
-- Intervals are about seeds. Eight data sets in four domains were chosen and not drawn, and five seeds do not find
-  differences below about their interval's half-width.
+- Intervals are about seeds. Eight data sets in four domains were chosen and not drawn, and five seeds (three for
+  ablations and sizes) do not find differences below about their interval's half-width.
 - Rules are our own code after papers and public sources, with published constants scaled to the length of a run. A
   rule that needs a long run, a large group or a strong model is at a disadvantage that tuning one constant does not
   undo.
-- Learning rates are tuned on a grid of four and on one seed, so that a method may be half a step of the grid off its
+- Learning rates are tuned on a grid of five and on one seed, so that a method may be half a step of the grid off its
   best, `gac` like the others.
 - The law minimises the error of one step's mixed gradient about `alpha = 0.5`. Accuracy after many steps is another
   goal: where demonstrations are better or worse teachers than rollouts, no noise tells the law so.

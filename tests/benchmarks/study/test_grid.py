@@ -65,6 +65,18 @@ def test_later_phases_wait_for_tuning_and_use_what_it_chose():
                                grid.rows(phase, records)}  # fmt: skip
 
 
+def test_ablations_and_sizes_have_their_pairs_among_the_comparison():
+    records = tuned(1e-4, "")
+    small = grid.rows("comparison", records)
+    paired = {(row.task, row.seed) for row in small if (row.method, row.setting) == ("gac", "")}
+    for phase in ("ablation", "size"):
+        rows = grid.rows(phase, records)
+        assert {(row.task, row.seed) for row in rows} <= paired
+        assert len({row.seed for row in rows}) >= 3
+    arms = {(row.method, row.setting, row.lr) for row in grid.rows("size", records)}
+    assert arms <= {(row.method, row.setting, row.lr) for row in small}
+
+
 def test_keys_are_unique_and_lead_back_to_their_rows():
     records = tuned(1e-4, "")
     rows = [row for phase in grid.PHASES for row in grid.rows(phase, records)]
