@@ -233,6 +233,7 @@ GAC_INLINE void mix_all(T* a, const T* b, int64_t n, const W& w, double mu, doub
   for (; i + width <= n; i += width) mix_vector(a + i, b + i, w);
   for (; i < n; ++i) a[i] = from_double<T>(mu * to_double(a[i]) + rest * to_double(b[i]));
 }
+
 template <class T>
 GAC_KERNEL void mix(void* first, const void* second, int64_t n, double mu, double rest) {
   T* a = static_cast<T*>(first);

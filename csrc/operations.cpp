@@ -285,7 +285,7 @@ struct Weights {
 };
 
 // Accumulators of a row, on a cache line's edge and half a page away from the elements at `data`: split lines and loads
-// that look like one of the last stores by their place in the page cost up to a third.
+// that look like one of the last stores by their place in the page cost up to a third (docs/kernels.md).
 template <class A>
 struct Lanes {
   Lanes(int64_t count, const char* source) : storage(new A[count + kPage / sizeof(A)]) {
@@ -709,8 +709,8 @@ int gac_mix(const int64_t* a, const int64_t* b, int64_t n, int form, double mu, 
       });
       return GAC_OK;
     }
-    // Nothing is summed, so chunks need not be the same for every number of threads: longer ones are 1% faster. Where
-    // there are gaps they are, and so are the ends of runs, which are rounded in another way.
+    // Nothing is summed, so chunks may depend on the number of threads: longer ones are 1% faster. Not where a tensor has
+    // gaps: chunks cut its runs there, and the last elements of a run are rounded in another way.
     int64_t numel = 0;
     for (int64_t k = 0; k < n; ++k) numel += left[k].numel;
     const int64_t workers = std::clamp<int64_t>(numel / kMixShare, 1, std::max(threads, 1));
