@@ -116,6 +116,36 @@ def test_large_sketch_keeps_small_models_whole():
 
 
 @pytest.mark.parametrize("estimator", ["exact", "sketch"])
+def test_passes_that_reach_different_parameters(estimator):
+    """As experts do: a pass may start at the same parameter as the last one and go on to others."""
+    generator = torch.Generator().manual_seed(5)
+    model = torch.nn.ParameterDict({name: torch.zeros(40) for name in ("left", "right", "shared")})
+    drawn = {(branch, k): torch.randn(2, 40, generator=generator) for branch in "sr" for k in range(4)}
+
+    def loss(branch, k):  # the first gradient of every pass is that of "shared"
+        private, common = drawn[branch, k]
+        return (model["left" if k % 2 else "right"] * private).sum() + (model["shared"] * common).sum()
+
+    def vector(branch, k):
+        (private, common), nothing = drawn[branch, k].double(), torch.zeros(40, dtype=torch.float64)
+        return torch.cat([private, nothing, common] if k % 2 else [nothing, private, common])
+
+    truth = statistics(*([vector(branch, k) for k in range(4)] for branch in "sr"))
+    with gac.patch(model, estimator=estimator) as mixer:
+        for _ in range(2):  # the second step finds what the first one has looked up
+            for branch, enter in (("s", mixer.sft), ("r", mixer.rl)):
+                with enter():
+                    for k in range(4):
+                        mixer.backward(loss(branch, k))
+            mixer.step()
+            found = mixer.statistics
+            for parameter in model.values():
+                parameter.grad = None
+            for name in ("sigma_s2", "sigma_r2", "distance2", "norm_s2", "norm_r2"):
+                assert float(getattr(found, name)) == pytest.approx(truth[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sketch"])
 def test_the_users_scaling_of_the_loss_does_not_change_mu(estimator):
     """Statistics follow the gradient that was accumulated, whatever the loss was divided by."""
     model = tiny_model()
