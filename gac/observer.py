@@ -322,6 +322,8 @@ class Observer:
         order = list(self._pending)
         known, found = self._orders.get(order[0], (None, []))
         if known != order:
+            if sum(len(one) for one, _ in self._orders.values()) > 4 * len(self.parameters):
+                self._orders.clear()  # passes that all differ must not fill the memory
             found = [([], []) for _ in self.ledgers]
             for index in order:
                 which, region = self._place[index]
