@@ -252,7 +252,8 @@ def _record(row: Row, recorder: _Recorder, trainer, seconds: float) -> dict[str,
         "seconds_per_step": round(busy / len(settled), 4) if settled else None,
         "gac_share": round(sum(v for v in column("gac/seconds")[first:] if v == v) / busy, 5) if settled else None,
         "rollouts": recorder.rollouts,
-        "tokens": int(logs[-1]["num_tokens"]) if logs else 0,
+        # a step without rollouts does not log it
+        "tokens": next((int(log["num_tokens"]) for log in reversed(logs) if "num_tokens" in log), 0),
         "versions": _versions(),
         "command": f"python -m benchmarks.study row {row.key}",
     }

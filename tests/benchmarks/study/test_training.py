@@ -1,5 +1,6 @@
 """One run from its data to its record, at a few steps."""
 
+import dataclasses
 import json
 import math
 
@@ -23,9 +24,10 @@ def short_runs(monkeypatch):
     monkeypatch.setattr(training, "STEPS", 4)
     monkeypatch.setattr(training, "EVALUATE_EVERY", 2)
     monkeypatch.setitem(TASKS["spell_backward"].warm_start_steps, "small", 3)
-    threads = torch.get_num_threads()
+    threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
     yield
     torch.set_num_threads(threads)
+    torch.backends.mkldnn.enabled = onednn
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,14 @@ def test_a_row_gives_the_same_numbers_twice_and_a_whole_record(cache):
     assert first["broke_at"] is None
     assert 250_000 < first["parameters"] < 350_000
     json.dumps(records[0], allow_nan=False)
+
+
+def test_a_run_may_end_in_a_step_without_rollouts(cache):
+    """A queue that every step fills makes every second step supervised."""
+    record = training.train_row(dataclasses.replace(ROW, method="relift", setting="queue=8"), cache)
+    assert 0 < record["rollouts"] < 4 * training.ROLLOUTS
+    assert record["tokens"] > record["rollouts"]
+    json.dumps(record, allow_nan=False)
 
 
 def test_a_run_whose_weights_break_keeps_what_it_reached(cache, monkeypatch):
