@@ -10,8 +10,8 @@
 // lambdas do not inherit target attributes.
 //
 // Sums of products of float32 are taken in float64, where the products are exact and cannot leave the range. The loops
-// are bound by memory, which pays for it. There is no software prefetch: from memory it was measured to be slower than
-// the hardware's own, for two streams by a third.
+// are bound by memory, which pays for it. Reductions have no software prefetch: from memory it was measured to be slower
+// than the hardware's own, for two streams by a third. A sketch has one, at the end of pages (Plain::look_ahead).
 
 struct D2 {
   V::D lo, hi;
@@ -261,8 +261,6 @@ GAC_INLINE V::D divisor(V::D v, V::D eps) { return V::inf_where_zero(v, V::add(V
 GAC_INLINE float divisor(float v, float eps) { return v == 0 ? INFINITY : std::sqrt(v) + eps; }
 GAC_INLINE double divisor(double v, double eps) { return v == 0 ? INFINITY : std::sqrt(v) + eps; }
 
-constexpr uintptr_t kPage = 4096;  // bytes
-
 // What a sketch adds up: the elements as they are, ...
 template <class T>
 struct Plain {
@@ -270,10 +268,10 @@ struct Plain {
   const T* x;
   GAC_INLINE void skip(int64_t n) { x += n; }
   // Fetches the last line of the next page, and with it the page's translation, which the hardware's prefetcher waits for:
-  // 10 to 20% of a sketch from memory. The page's first lines would not do: they spoil the prefetcher's stream.
+  // 10 to 20% of this loop over memory. The page's first lines would not do: they spoil the prefetcher's stream.
   GAC_INLINE void look_ahead() const {
 #if defined(__GNUC__)
-    __builtin_prefetch(reinterpret_cast<const char*>((reinterpret_cast<uintptr_t>(x) / kPage + 2) * kPage - 64));
+    __builtin_prefetch(reinterpret_cast<const char*>((reinterpret_cast<uintptr_t>(x) / kPage + 2) * kPage - kLine));
 #endif
   }
   GAC_INLINE V::F load(int i) const { return V::load(x + i); }

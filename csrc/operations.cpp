@@ -293,7 +293,6 @@ struct Lanes {
     const uintptr_t wanted = reinterpret_cast<uintptr_t>(source) / kLine * kLine + kPage / 2;
     data = reinterpret_cast<A*>(begin + (wanted - begin) % kPage);
   }
-  static constexpr uintptr_t kLine = 64, kPage = 4096;
   std::unique_ptr<A[]> storage;
   A* data;
 };

@@ -7,6 +7,8 @@
 
 namespace gac {
 
+constexpr uintptr_t kLine = 64, kPage = 4096;  // bytes
+
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kDtypes = 4 };
 
 struct bf16 {

@@ -317,8 +317,10 @@ class Observer:
 
         Parameters get their gradients in the same order pass after pass: whose is which is looked up once.
         """
-        if self.sharded or self.second_moments is not None or set(self._pending.values()) != {None}:
-            return None  # None stands for a running sum
+        if not self.running or self.sharded or self.second_moments is not None:
+            return None
+        if set(self._pending.values()) != {None}:  # take() has buffers of its own
+            return None
         order = list(self._pending)
         known, found = self._orders.get(order[0], (None, []))
         if known != order:

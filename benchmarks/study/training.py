@@ -55,15 +55,14 @@ def train_row(row: Row, cache: Path) -> dict[str, Any]:
     recorder = _Recorder(model, initial, tokenizer, data["heldout"], length)
     with registered():
         trainer = _trainer(row, arm_of(row.method, row.setting), model, tokenizer, data, length, recorder.reward)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(recorder.callback())
-    try:
-        with registered():
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(recorder.callback())
+        try:
             trainer.train()
-    except RuntimeError:
-        if all(parameter.isfinite().all() for parameter in model.parameters()):
-            raise
-        recorder.broke()  # weights that are not finite cannot be sampled from: the run counts, with what it reached
+        except RuntimeError:
+            if all(parameter.isfinite().all() for parameter in model.parameters()):
+                raise
+            recorder.broke()  # weights that are not finite cannot be sampled from: the run counts, with what it reached
     return _record(row, recorder, trainer, time.perf_counter() - began)
 
 
