@@ -55,6 +55,11 @@ def rates(study: Study) -> str:
     if REFERENCE in found:
         rank = f"number {order.index(REFERENCE) + 1} of {len(order)}"
         text += f"; `gac` loses {percent(found[REFERENCE].off_by_one)} and is {rank}"
+    wide = sorted(found, key=lambda method: found[method].spread)
+    spread = lambda method: f"{label(method)} ({percent(found[method].spread)})"
+    text += f". From the best to the worst of the grid it is {spread(wide[0])} least and {spread(wide[-1])} most"
+    if REFERENCE in found:
+        text += f"; `gac` is number {wide.index(REFERENCE) + 1}"
     seeds = len({run.seed for run in study.runs["tuning"]})
     note = f"This is from {count(seeds, 'seed')} a data set: an order of magnitude, and no ranking."
     rows = [[label(m), percent(found[m].off_by_one), percent(found[m].spread), str(found[m].tasks)] for m in order]
@@ -67,15 +72,15 @@ def cost(study: Study) -> str:
     lines = []
     for half, family in study.halves():
         other = next((n for n in ("fixed:mu=0.5", *family.options("fixed")) if n in family.versus), None)
-        found = other and ratio(family.arms[REFERENCE], family.arms[other], lambda run: run.measures.seconds_per_step)
-        if found:
-            share = median(run.measures.gac_share for run in family.arms[other].values())
-            lines.append(
-                f"On {half} data a step of `gac` takes {_change(found)} of the time of a step of {label(other)}, "
-                f"in which {percent(share, 2)}% of the time is GAC's, as it measures there too."
-                if share > 0
-                else f"On {half} data a step of `gac` takes {_change(found)} of the time of a step of {label(other)}."
-            )
+        if other is None:
+            continue
+        cells = sorted(set(family.arms[REFERENCE]) & set(family.arms[other]))
+        seconds = lambda pairs, cell: pairs[cell].measures.seconds_per_step
+        change = median(seconds(family.arms[REFERENCE], cell) / seconds(family.arms[other], cell) for cell in cells)
+        share = median(run.measures.gac_share for run in family.arms[other].values())
+        text = f"On {half} data a step of `gac` takes {percent(change)}% of the time of a step of {label(other)}"
+        text += f" (median of {count(len(cells), 'pair')})"
+        lines.append(text + (f"; there {percent(share, 2)}% is GAC's, as it measures too." if share > 0 else "."))
     mine: dict[str, list[Run]] = {}
     for phase in ("comparison", "ablation", "size", "confirmation"):
         for run in study.runs[phase]:
@@ -94,11 +99,6 @@ def cost(study: Study) -> str:
     ]
     header = ["size", "parameters", "seconds a step of `gac`, median", "share of GAC, %"]
     return "\n\n".join(part for part in (" ".join(lines), table(header, rows)) if part)
-
-
-def _change(found: Comparison) -> str:
-    mean, low, high = (100 * math.exp(value) for value in (found.mean, found.low, found.high))
-    return f"{mean:.1f}%" + ("" if math.isnan(low) else f" ({low:.1f}% to {high:.1f}%)")
 
 
 def _drift_sentence(name: str, found: Comparison) -> str:
