@@ -1,6 +1,5 @@
 """Which runs stand against which: names of arms, pairs over (task, seed), constants found by search."""
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -213,48 +212,6 @@ def mean_over_tasks(pairs: Pairs, measure: Callable[[Run], float | None]) -> flo
         if number is not None:
             tasks.setdefault(task, []).append(number)
     return sum(sum(values) / len(values) for values in tasks.values()) / len(tasks) if tasks else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Sensitivity:
-    """How late accuracy of a method depends on the learning rate, over the tasks of tuning.
-
-    Attributes:
-        off_by_one: mean loss against the task's best learning rate at the neighbours of it on the grid.
-        spread: mean distance from the best to the worst learning rate.
-        tasks: number of tasks.
-    """
-
-    off_by_one: float
-    spread: float
-    tasks: int
-
-
-def lr_sensitivity(runs: Iterable[Run]) -> dict[str, Sensitivity]:
-    """For each method, from tuning runs at its default setting: the setting "" or else the one with most rates.
-
-    A task counts where at least three learning rates ran. The best is chosen and judged on the same runs, which makes
-    losses look larger, for every method alike.
-    """
-    scores: dict[str, dict[str, dict[str, dict[float, list[float]]]]] = {}
-    for run in runs:
-        rates = scores.setdefault(run.method, {}).setdefault(run.setting, {}).setdefault(run.task, {})
-        rates.setdefault(run.lr, []).append(run.measures.late)
-    found = {}
-    for method, settings in sorted(scores.items()):
-        tasks = max(settings.items(), key=lambda item: (max(len(r) for r in item[1].values()), item[0] == ""))[1]
-        losses, spreads = [], []
-        for rates in tasks.values():
-            if len(rates) < 3:
-                continue
-            means = [sum(rates[lr]) / len(rates[lr]) for lr in sorted(rates)]
-            best = means.index(max(means))
-            near = [means[i] for i in (best - 1, best + 1) if 0 <= i < len(means)]
-            losses.append(means[best] - sum(near) / len(near))
-            spreads.append(max(means) - min(means))
-        if losses:
-            found[method] = Sensitivity(sum(losses) / len(losses), sum(spreads) / len(spreads), len(losses))
-    return found
 
 
 def _identity(record: Mapping[str, Any]) -> tuple[str, str]:

@@ -6,9 +6,10 @@ from statistics import median
 from typing import Any
 
 from benchmarks.study.analysis import Family, Study, ratio
-from benchmarks.study.arms import FOUND, REFERENCE, arm, is_form_of_gac, label, lr_sensitivity, mean_over_tasks
+from benchmarks.study.arms import FOUND, REFERENCE, arm, is_form_of_gac, label, mean_over_tasks
 from benchmarks.study.inference import Comparison
 from benchmarks.study.measures import Run
+from benchmarks.study.rates import lr_sensitivity
 from benchmarks.study.tables import ordered
 from benchmarks.study.wording import NOT_RUN, count, number, percent, table
 
@@ -61,9 +62,21 @@ def rates(study: Study) -> str:
     if REFERENCE in found:
         text += f"; `gac` is number {wide.index(REFERENCE) + 1}"
     seeds = len({run.seed for run in study.runs["tuning"]})
+    ends = [f"{label(m)} {found[m].peak:.2g}" for m in order if found[m].at_end and not math.isnan(found[m].peak)]
+    if ends:
+        text += (
+            ". Where the best rate is an end of the grid, a parabola in log(lr) through the last three has its top at: "
+        )
+        text += ", ".join(ends)
     note = f"This is from {count(seeds, 'seed')} a data set: an order of magnitude, and no ranking."
-    rows = [[label(m), percent(found[m].off_by_one), percent(found[m].spread), str(found[m].tasks)] for m in order]
-    header = ["method, default setting", "loss, one step off, points", "best minus worst, points", "data sets"]
+    grid = sorted({lr for method in found.values() for lr in method.means})
+    rows = []
+    for method in order:
+        one = found[method]
+        means = [percent(one.means.get(lr)) for lr in grid]
+        rows.append([label(method), *means, percent(one.off_by_one), percent(one.spread), str(one.tasks)])
+    header = ["method, default setting", *(f"{lr:g}" for lr in grid)]
+    header += ["loss, one step off, points", "best minus worst, points", "data sets"]
     return f"{text}. {note}\n\n{table(header, rows)}"
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.study.arms import arm, best_setting, by_arm, label, lr_sensitivity, paired, with_searches
+from benchmarks.study.arms import arm, best_setting, by_arm, label, paired, with_searches
 from benchmarks.study.measures import read_run
 from tests.benchmarks.study.fakes import record
 
@@ -79,15 +79,3 @@ def test_pairs_and_their_errors():
 def test_a_default_that_is_also_named_counts_once():
     runs = [_run(0.5, method="sequential", setting=setting) for setting in ("", "split=60")]
     assert len(by_arm(runs)["sequential:split=60"]) == 1
-
-
-def test_lr_sensitivity():
-    runs = [_run(v, phase="tuning", method="hpt", lr=lr) for lr, v in ((3e-4, 0.4), (1e-3, 0.6), (3e-3, 0.5))]
-    runs += [
-        _run(v, phase="tuning", task="rotate", method="hpt", lr=lr) for lr, v in ((3e-4, 0.5), (1e-3, 0.4), (3e-3, 0.3))
-    ]
-    runs += [_run(0.9, phase="tuning", method="hpt", setting="gate=2")]
-    found = lr_sensitivity(runs)["hpt"]
-    assert found.off_by_one == pytest.approx((0.15 + 0.1) / 2)
-    assert found.spread == pytest.approx(0.2)
-    assert found.tasks == 2
