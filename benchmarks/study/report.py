@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study import answers, conduct, pictures, questions, tables, text
-from benchmarks.study.analysis import Study, study, unequal_starts
+from benchmarks.study.analysis import SIZES, Study, study, unequal_starts
 from benchmarks.study.arms import FOUND
 from benchmarks.study.measures import PROBLEMS, Run
 from benchmarks.study.records import read_records
@@ -118,17 +118,19 @@ def _data_sets(found: Study) -> str:
     for runs in found.runs.values():
         for run in runs:
             tasks.setdefault(run.task, []).append(run)
+    sizes = [size for size in SIZES if any(run.size == size for runs in tasks.values() for run in runs)]
     rows = []
     for task, runs in sorted(tasks.items(), key=lambda item: (item[1][0].domain, item[1][0].role != "development")):
-        warm = [run.measures.warm for run in runs if run.size == "small"] or [run.measures.warm for run in runs]
+        warm = [[run.measures.warm for run in runs if run.size == size] for size in sizes]
+        spans = [f"{percent(min(one), 0)} to {percent(max(one), 0)}" if one else "" for one in warm]
         seeds = {run.seed for run in runs if run.phase != "tuning"}
-        span = f"{percent(min(warm), 0)} to {percent(max(warm), 0)}"
-        rows.append([task, runs[0].domain, runs[0].role, span, str(len(seeds)), str(len(runs))])
-    header = ["data set", "domain", "half", "warm start, lowest to highest, %", "seeds compared", "runs"]
+        rows.append([task, runs[0].domain, runs[0].role, *spans, str(len(seeds)), str(len(runs))])
+    header = ["data set", "domain", "half", *(f"{size} model, %" for size in sizes), "seeds compared", "runs"]
     starts = {(run.task, run.size, run.seed): run.measures.warm for runs in found.runs.values() for run in runs}
     outside = sum(not 0.1 <= warm <= 0.6 for warm in starts.values())
-    note = f"Of {count(len(starts), 'warm start')}, {outside} {'lies' if outside == 1 else 'lie'} outside 10% to 60%."
-    return f"{table(header, rows, 3)}\n\n{note} The range is that of the small model."
+    note = f"Accuracy of warm starts, lowest to highest. Of {count(len(starts), 'warm start')}, {outside} "
+    note += f"{'lies' if outside == 1 else 'lie'} outside 10% to 60%."
+    return f"{table(header, rows, 3)}\n\n{note}"
 
 
 def _fairness(found: Study) -> str:

@@ -53,7 +53,7 @@ LIMITS = """\
   rule that needs a long run, a large group or a strong model is at a disadvantage that tuning one constant does not
   undo.
 - Learning rates are tuned on a grid of five and on one seed, so that a method may be half a step of the grid off its
-  best, `gac` like the others.
+  best, `gac` like the others. Larger models keep the rates that were tuned on the small one.
 - The law minimises the error of one step's mixed gradient about `alpha = 0.5`. Accuracy after many steps is another
   goal: where demonstrations are better or worse teachers than rollouts, no noise tells the law so.
 - Times were taken with two runs side by side. They compare arms with each other and are no benchmark of the steps."""
