@@ -33,11 +33,13 @@ class Family:
         versus: `gac` minus the arm. Arms without a pair are not there.
         adjusted: p after Holm's correction over the family. Arms found in hindsight are in no family; one that is
             carried over from other data has the p of the setting that it is.
+        left_out: number of runs on a (task, seed) that some arm has not run on.
     """
 
     arms: Mapping[str, Pairs]
     versus: Mapping[str, Comparison]
     adjusted: Mapping[str, float]
+    left_out: int = 0
 
     def verdict(self, name: str) -> str:
         """``better``, ``worse`` or ``open`` for `gac` against the arm, ``missing`` without an interval."""
@@ -117,15 +119,23 @@ def study(records: Iterable[Mapping[str, Any]]) -> Study:
 
 
 def family(runs: Iterable[Run], earlier: Iterable[Run] = ()) -> Family:
-    """The family of `runs`, with what search finds in them and in `earlier`."""
-    arms = with_searches(by_arm(runs), earlier)
+    """The family of `runs`, with what search finds in them and in `earlier`.
+
+    Only a (task, seed) that every arm has run on counts, so that means of arms can be set side by side before a phase
+    is complete. As long as there is none, all runs count.
+    """
+    known = by_arm(runs)
+    whole = set.intersection(*(set(pairs) for pairs in known.values())) if known else set()
+    shared = {name: {cell: run for cell, run in pairs.items() if cell in whole} for name, pairs in known.items()}
+    left_out = sum(len(pairs) - len(whole) for pairs in known.values()) if whole else 0
+    arms = with_searches(shared if whole else known, earlier)
     versus = against(arms)
     adjusted = holm({name: found.p for name, found in versus.items() if not _outside(name)})
     for name in versus:
         if name.endswith(":carried"):
             twin = next(other for other in arms if not _outside(other) and arms[other] is arms[name])
             adjusted[name] = adjusted[twin]
-    return Family(arms, versus, adjusted)
+    return Family(arms, versus, adjusted, left_out)
 
 
 def sizes(found: Study) -> dict[str, Family]:

@@ -107,7 +107,11 @@ def _table_note(found: Study) -> str:
     )
     for half, family in found.halves():
         pairs = {versus.pairs for name, versus in family.versus.items() if not name.endswith(FOUND)}
-        if len(pairs) > 1:
+        if family.left_out:
+            note += (
+                f" On {half} data {count(family.left_out, 'run')} wait for the other arms of their data set and seed."
+            )
+        elif len(pairs) > 1:
             span = f"{min(pairs)} to {max(pairs)}"
             note += f" On {half} data not every arm has run on every pair yet ({span}): all rests on what it has."
     return note
