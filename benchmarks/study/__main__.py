@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     row.add_argument("key", metavar="KEY", help="the key of a record")
     report = command("report", _report, "write the report from the data")
     report.add_argument("--out", type=Path, default=Path("docs/study.md"), metavar="FILE", help="the page")
+    report.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE", help="for its table")
     return parser
 
 
@@ -230,7 +231,7 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
 
 def _report(args: argparse.Namespace) -> int:
     try:
-        _part("report").main(args.results, out=args.out)
+        _part("report").main(args.results, out=args.out, readme=args.readme)
     except ValueError as error:
         raise UsageError(str(error)) from None
     return 0

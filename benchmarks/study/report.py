@@ -27,16 +27,24 @@ _QUESTIONS = (
 )
 
 
-def main(results: Path, out: Path) -> None:
-    """Writes the page `out` and, in the folder ``images`` beside it, its pictures.
+MARKS = ("<!-- study: begin, written by python -m benchmarks.study report -->", "<!-- study: end -->")
+"""Lines of the README between which its table goes."""
+
+
+def main(results: Path, out: Path, readme: Path | None = None) -> None:
+    """Writes the page `out`, in the folder ``images`` beside it its pictures, and the README's table.
 
     Args:
         results: folder with the records, ``PHASE.jsonl``.
         out: the page, ``docs/study.md``.
+        readme: a page with both :data:`MARKS`; None leaves it.
 
     Raises:
-        ValueError: no record at all, or a malformed one.
+        ValueError: no record at all, a malformed one, or a `readme` without the marks.
     """
+    text = "" if readme is None else readme.read_text()
+    if readme is not None and not all(text.count(mark) == 1 for mark in MARKS):
+        raise ValueError(f"readme: {readme} must hold each of these lines once: {' and '.join(MARKS)}")
     records = read_records(results)
     if not records:
         raise ValueError(f"results: no records in {results}; make some with python -m benchmarks.study run")
@@ -44,6 +52,11 @@ def main(results: Path, out: Path) -> None:
     drawn = pictures.draw(found, out.parent / "images")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page(found, drawn, planned(records)))
+    if readme is not None:
+        before, rest = text.split(MARKS[0])
+        after = rest.split(MARKS[1])[1]
+        table = "\n\n".join(part for part in (answers.status(found, planned(records)), readme_table(records)) if part)
+        readme.write_text(f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{after}")
 
 
 def readme_table(records: Sequence[Mapping[str, Any]]) -> str:

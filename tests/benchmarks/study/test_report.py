@@ -124,7 +124,13 @@ def test_files(tmp_path):
     ]
     (data / "comparison.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     page = tmp_path / "docs" / "study.md"
-    report.main(data, page)
+    readme = tmp_path / "README.md"
+    readme.write_text("Before\n" + "\nold\n".join(report.MARKS) + "\nafter\n")
+    report.main(data, page, readme)
+    assert readme.read_text().startswith("Before\n" + report.MARKS[0])
+    assert report.readme_table(records) in readme.read_text()
+    assert "old" not in readme.read_text()
+    assert readme.read_text().endswith(report.MARKS[1] + "\nafter\n")
     names = set(re.findall(r"\(images/(\w+)\.png\)", page.read_text()))
     assert names == {path.stem for path in (tmp_path / "docs" / "images").iterdir()}
     assert {"study", "study_forest", "study_constants", "study_mu", "study_ablation", "study_drift"} <= names
@@ -137,6 +143,9 @@ def test_files(tmp_path):
 def test_errors(tmp_path):
     with pytest.raises(ValueError, match="no records"):
         report.main(tmp_path, tmp_path / "study.md")
+    (tmp_path / "README.md").write_text(report.MARKS[0])
+    with pytest.raises(ValueError, match="must hold each of these lines once"):
+        report.main(tmp_path, tmp_path / "study.md", tmp_path / "README.md")
     with pytest.raises(ValueError, match="phase must be one of"):
         study([fakes.record(phase="pilot")])
 
