@@ -62,12 +62,14 @@ def rates(study: Study) -> str:
     if REFERENCE in found:
         text += f"; `gac` is number {wide.index(REFERENCE) + 1}"
     seeds = len({run.seed for run in study.runs["tuning"]})
-    ends = [f"{label(m)} {found[m].peak:.2g}" for m in order if found[m].at_end and not math.isnan(found[m].peak)]
-    if ends:
-        text += (
-            ". Where the best rate is an end of the grid, a parabola in log(lr) through the last three has its top at: "
-        )
-        text += ", ".join(ends)
+    tops = {label(method): found[method].peak for method in order if found[method].at_end}
+    inside = [f"{name} {top:.2g}" for name, top in tops.items() if not math.isnan(top)]
+    none = [name for name, top in tops.items() if math.isnan(top)]
+    if inside:
+        text += ". Where the best rate is an end of the grid, a parabola in log(lr) through the last three has its "
+        text += "top at: " + ", ".join(inside)
+    if none:
+        text += ". At an end of the grid, with no such top: " + ", ".join(none)
     note = f"This is from {count(seeds, 'seed')} a data set: an order of magnitude, and no ranking."
     grid = sorted({lr for method in found.values() for lr in method.means})
     rows = []
@@ -116,7 +118,7 @@ def cost(study: Study) -> str:
 
 def _drift_sentence(name: str, found: Comparison) -> str:
     change, low, high = (100 * math.expm1(value) for value in (found.mean, found.low, found.high))
-    shown = f"{change:+.0f}%" + ("" if math.isnan(low) else f", {low:+.0f}% to {high:+.0f}%")
+    shown = f"{round(change):+d}%" + ("" if math.isnan(low) else f", {round(low):+d}% to {round(high):+d}%")
     if math.isnan(low) or low <= 0 <= high:
         return f"The KL-drift area of `gac` is not told apart from that of {label(name)} ({shown})."
     return (

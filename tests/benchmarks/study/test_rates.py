@@ -1,9 +1,13 @@
 """Learning rates: losses, spreads, the top of a parabola."""
 
 import math
+import re
 
 import pytest
 
+from benchmarks.study import conduct
+from benchmarks.study.analysis import study
+from benchmarks.study.inference import compare
 from benchmarks.study.measures import read_run
 from benchmarks.study.rates import lr_sensitivity
 from tests.benchmarks.study.fakes import record
@@ -40,3 +44,19 @@ def test_peak_at_an_end():
     rising = lr_sensitivity(_runs({1e-5: 0.1, 3e-5: 0.2, 1e-4: 0.4}))["hpt"]
     assert rising.at_end
     assert math.isnan(rising.peak)
+
+
+def test_page_says_where_the_top_lies_and_where_there_is_none():
+    runs = _runs({1e-5: 0.29, 3e-5: 0.285, 1e-4: 0.255})
+    runs += _runs({1e-5: 0.1, 3e-5: 0.2, 1e-4: 0.4}, method="srft") + _runs(
+        {1e-5: 0.1, 3e-5: 0.3, 1e-4: 0.2}, method="luffy"
+    )
+    text = conduct.rates(study([run.record for run in runs])).split("\n\n")[0]
+    assert re.search(r"has its top at: hpt 1\.\de-05\. At an end of the grid, with no such top: srft\.", text)
+    assert "luffy" not in text.split("has its top")[1]
+
+
+def test_change_that_rounds_to_nothing_has_no_minus():
+    found = compare({"chain_sum": [math.log(change) for change in (0.95, 1.0, 1.046)]})
+    assert found.mean < 0
+    assert "(+0%, " in conduct._drift_sentence("kl-ctrl", found)
