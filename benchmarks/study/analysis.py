@@ -140,10 +140,11 @@ def family(runs: Iterable[Run], earlier: Iterable[Run] = ()) -> Family:
 
 def sizes(found: Study) -> dict[str, Family]:
     """A family for each size that ran, over the tasks, arms and seeds of phase "size"; small is from the comparison."""
-    wanted = {(arm(run), run.task) for run in found.runs["size"]}
+    wanted = {(arm(run), run.task, run.seed) for run in found.runs["size"]}
     pool = list(found.runs["size"])
     if not any(run.size == "small" for run in pool):
-        pool += [run for run in found.runs["comparison"] if run.size == "small" and (arm(run), run.task) in wanted]
+        same = [run for run in found.runs["comparison"] if (arm(run), run.task, run.seed) in wanted]
+        pool += [run for run in same if run.size == "small"]
     by_size = {size: [run for run in pool if run.size == size] for size in SIZES}
     return {size: family(runs) for size, runs in by_size.items() if runs and wanted}
 
