@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.study.inference import Comparison, compare
 from benchmarks.study.measures import Run
-from benchmarks.study.methods import STEPS
+from benchmarks.study.methods import STEPS, own_setting
 
 REFERENCE = "gac"
 RL_ALONE, SFT_ALONE = "sequential:split=0", f"sequential:split={STEPS}"
@@ -216,7 +216,7 @@ def mean_over_tasks(pairs: Pairs, measure: Callable[[Run], float | None]) -> flo
 
 def _identity(record: Mapping[str, Any]) -> tuple[str, str]:
     try:
-        return record["method"], record["setting"]
+        return record["method"], own_setting(record["setting"])
     except KeyError as missing:
         raise ValueError(f"record {record.get('key', 'without a key')} has no {missing}; run it again") from None
 

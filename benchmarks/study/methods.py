@@ -1,7 +1,8 @@
 """What is compared: each method with its published constants and the settings that tuning tries.
 
 Every method gets the same number of trials: five learning rates at its default, then `len(Method.trials)` settings of
-its own main constant at the best of them. Schedules that are published in steps are scaled to the length of a run.
+its own main constant at the best of them; an arm that is no default then gets the learning rates next to its own, until
+neither is better. Schedules that are published in steps are scaled to the length of a run.
 """
 
 import dataclasses
@@ -70,6 +71,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Forms of ``gac`` with one thing changed."""
 
 
+PER_PROMPT = ("hpt", "superrl", "srft", "luffy", "relift")
+"""Rules that take demonstrations from the prompts that a step happens to draw."""
+
+_EVERY_PROMPT = "every-prompt"
+
+
+def with_every_prompt(setting: str) -> str:
+    """The setting of an arm whose demonstrations are the solutions of all prompts, not of the usual third."""
+    return f"{setting};{_EVERY_PROMPT}" if setting else _EVERY_PROMPT
+
+
+def own_setting(setting: str) -> str:
+    """The method's own part of a setting."""
+    return setting.removesuffix(_EVERY_PROMPT).removesuffix(";")
+
+
 @dataclasses.dataclass(frozen=True)
 class Arm:
     """What the trainer is told.
@@ -80,6 +97,7 @@ class Arm:
         estimator, metric: as for ``gac.patch``.
         micro_batches: of each branch; the rows of a step are the same whatever it is.
         beta: coefficient of the KL term.
+        every_prompt: whether the solution of every prompt is a demonstration.
     """
 
     law: str
@@ -88,6 +106,7 @@ class Arm:
     metric: str = "gradient"
     micro_batches: int = 4
     beta: float = 0.0
+    every_prompt: bool = False
 
 
 def arm_of(method: str, setting: str) -> Arm:
@@ -101,5 +120,6 @@ def arm_of(method: str, setting: str) -> Arm:
     chosen = METHODS[method]
     if method == "gac" and setting in VARIANTS:
         return Arm(**{"law": "gac"} | VARIANTS[setting])
-    setting = setting or chosen.default
-    return Arm(f"{chosen.law}:{setting}" if setting else chosen.law, prior=chosen.prior, beta=chosen.beta)
+    own = own_setting(setting) or chosen.default
+    law = f"{chosen.law}:{own}" if own else chosen.law
+    return Arm(law, prior=chosen.prior, beta=chosen.beta, every_prompt=setting.endswith(_EVERY_PROMPT))

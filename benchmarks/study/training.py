@@ -145,13 +145,21 @@ def _trainer(row: Row, arm: Arm, model, tokenizer, data, length: int, reward):
     )
     # a rule takes its demonstrations from the prompts that have one: the same 400 that other laws draw from
     from_prompts = rule_of(arguments.build_controller().law).from_prompts
-    prompts = [item | {COLUMN: item["completion"] if item["demonstrated"] else None} for item in data["prompts"]]
+    shown = [arm.every_prompt or item["demonstrated"] for item in data["prompts"]]
+    prompts = [
+        item | {COLUMN: item["completion"] if given else None}
+        for item, given in zip(data["prompts"], shown, strict=True)
+    ]
+    fields = ("prompt", "completion", "answer")
+    demonstrations = [
+        {name: row[name] for name in fields} for row, given in zip(data["prompts"], shown, strict=True) if given
+    ]
     return HybridGRPOTrainer(
         model,
         reward,
         arguments,
         Dataset.from_list(prompts if from_prompts else data["prompts"]),
-        None if from_prompts else data["demonstrations"],
+        None if from_prompts else demonstrations,
         processing_class=tokenizer,
     )
 
