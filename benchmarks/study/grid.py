@@ -1,18 +1,15 @@
 """The runs of the study, phase by phase; what tuning chooses follows from its records."""
 
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.study.measures import late_accuracy
 from benchmarks.study.methods import METHODS, PER_PROMPT, VARIANTS, with_every_prompt
 from benchmarks.study.tasks import TASKS
+from benchmarks.study.tuning import LEARNING_RATES, Tuning
 
 PHASES = ("tuning", "comparison", "ablation", "size", "exposure", "confirmation")
-LEARNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
-"""From too small to too large: no method is best at the last, and few at the first."""
-TUNING_SEEDS = (100,)
+SEEDS = (100,)
 SEEDS = (1, 2, 3, 4, 5)
 FEWER_SEEDS = SEEDS[:3]
 """Of ablations and sizes, which are questions of a second order."""
@@ -70,91 +67,31 @@ def tasks(role: str) -> list[str]:
     return [task.name for task in TASKS.values() if task.role == role]
 
 
-def chosen_lr(method: str, records: Iterable[dict[str, Any]]) -> float | None:
-    """The learning rate of best mean late accuracy at the default setting; None while runs are missing."""
-    scores = {lr: _score(method, "", lr, records) for lr in LEARNING_RATES}
-    return None if None in scores.values() else max(LEARNING_RATES, key=lambda lr: scores[lr])
-
-
-def chosen_setting(method: str, records: Iterable[dict[str, Any]]) -> str | None:
-    """The setting of best mean late accuracy at the chosen learning rate; "" for the default, None while missing."""
-    lr = chosen_lr(method, records)
-    settings = ("", *METHODS[method].trials)
-    scores = {setting: None if lr is None else _score(method, setting, lr, records) for setting in settings}
-    return None if None in scores.values() else max(settings, key=lambda setting: scores[setting])
-
-
-def arm_lr(method: str, setting: str, records: Iterable[dict[str, Any]]) -> float | None:
-    """The learning rate that an arm runs at; None while runs are missing.
-
-    The method's own where the arm is its default, of which every rate ran; else the end of the climb that starts there.
-    """
-    return _climb(method, setting, records)[0]
-
-
-def _climb(method: str, setting: str, records: Iterable[dict[str, Any]]) -> tuple[float | None, list[float]]:
-    """Up from the method's learning rate until no neighbour is better: where it ends, and the rates that it asks for.
-
-    A rate of the method may be poor at another setting: it was chosen at the default.
-    """
-    at = chosen_lr(method, records)
-    if at is None or setting in ("", METHODS[method].default):
-        return at, []
-    asked: list[float] = []
-    while True:
-        here = LEARNING_RATES.index(at)
-        near = [at, *LEARNING_RATES[max(here - 1, 0) : here], *LEARNING_RATES[here + 1 : here + 2]]
-        asked += [lr for lr in near if lr not in asked]
-        scores = {lr: _score(method, setting, lr, records) for lr in near}
-        if None in scores.values():
-            return None, asked
-        best = max(near, key=lambda lr: scores[lr])  # the first of equals: where it stands
-        if best == at:
-            return at, asked
-        at = best
-
-
-def _score(method: str, setting: str, lr: float, records: Iterable[dict[str, Any]]) -> float | None:
-    """Mean over development tasks and tuning seeds; a run that broke counts 0."""
-    wanted = {Row("tuning", task, "small", method, setting, lr, seed).key for task, seed in _tuning_cells()}
-    found = {record["key"]: late_accuracy(record) for record in records if record["key"] in wanted}
-    if len(found) < len(wanted):
-        return None
-    return sum(score if math.isfinite(score) else 0.0 for score in found.values()) / len(wanted)
-
-
-def _tuning_cells() -> list[tuple[str, int]]:
-    return [(task, seed) for seed in TUNING_SEEDS for task in tasks("development")]
-
-
 def _tuning(records: Sequence[dict[str, Any]]) -> list[Row]:
-    found = []
-    for task, seed in _tuning_cells():
-        for lr in LEARNING_RATES:
-            found += [Row("tuning", task, "small", method, "", lr, seed) for method in METHODS]
+    found, tuning = [], Tuning(records, tasks("development"))
+
+    def add(method: str, setting: str, lr: float) -> None:
+        found.extend(Row("tuning", task, "small", method, setting, lr, seed) for task, seed in tuning.cells)
+
+    for lr in LEARNING_RATES:
+        for method in METHODS:
+            add(method, "", lr)
     for method, spec in METHODS.items():
-        lr = chosen_lr(method, records)
-        if lr is not None:
-            found += [
-                Row("tuning", task, "small", method, setting, lr, seed)
-                for setting in spec.trials
-                for task, seed in _tuning_cells()
-            ]
-    for method, setting in _settings(records):
-        found += [
-            Row("tuning", task, "small", method, setting, lr, seed)
-            for lr in _climb(method, setting, records)[1]
-            for task, seed in _tuning_cells()
-        ]
+        lr = tuning.lr(method)
+        for setting in spec.trials if lr is not None else ():
+            add(method, setting, lr)
+    for method, setting in _settings(tuning):
+        for lr in tuning.climb(method, setting)[1]:
+            add(method, setting, lr)
     return list(dict.fromkeys(found))
 
 
-def _settings(records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+def _settings(tuning: Tuning) -> list[tuple[str, str]]:
     """Method and setting of every arm of the comparison, as far as tuning has chosen them.
 
     ``gac`` as it comes, constants, splits, and every other method as tuned; ``gac`` and two stages as tuned besides.
     """
-    chosen = {method: chosen_setting(method, records) for method in METHODS}
+    chosen = {method: tuning.setting(method) for method in METHODS}
     arms = [("gac", "")]
     arms += [("fixed", setting) for setting in CONSTANTS]
     arms += [("sequential", setting) for setting in SPLITS]
@@ -169,7 +106,8 @@ def _arms(phase: str, records: Sequence[dict[str, Any]]) -> dict[tuple[str, str]
     missing = [row for row in _tuning(records) if row.key not in done]
     if missing:
         raise NotReady(phase, len(missing))
-    return {(method, setting): arm_lr(method, setting, records) for method, setting in _settings(records)}
+    tuning = Tuning(records, tasks("development"))
+    return {arm: tuning.arm_lr(*arm) for arm in _settings(tuning)}
 
 
 def _product(
@@ -192,7 +130,8 @@ def _ablation(records: Sequence[dict[str, Any]]) -> list[Row]:
 
 def _size(records: Sequence[dict[str, Any]]) -> list[Row]:
     known = _arms("size", records)
-    chosen = [("gac", ""), *((method, chosen_setting(method, records)) for method in ("paper", "sequential"))]
+    tuning = Tuning(records, tasks("development"))
+    chosen = [("gac", ""), *((method, tuning.setting(method)) for method in ("paper", "sequential"))]
     chosen += [("fixed", setting) for setting in ("mu=0.1", "mu=0.5", "mu=0.9")]
     arms = {arm: known[arm] for arm in chosen}
     return [row for size in ("medium", "large") for row in _product("size", "development", size, arms, FEWER_SEEDS)]

@@ -1,10 +1,13 @@
 """The rows of the phases, and what tuning chooses."""
 
+import dataclasses
+
 import pytest
 
 from benchmarks.study import grid
 from benchmarks.study.ablations import registered
-from benchmarks.study.methods import METHODS, STEPS, VARIANTS, arm_of
+from benchmarks.study.methods import METHODS, PER_PROMPT, STEPS, VARIANTS, arm_of, own_setting
+from benchmarks.study.tuning import TUNING_SEEDS, Tuning
 from gac.cli._config import TrainConfig
 from gac.controller import Controller
 from gac.laws.rules import carried_out
@@ -20,33 +23,83 @@ def record(row: grid.Row, late: float) -> dict:
     }  # fmt: skip
 
 
-def tuned(best_lr: float, best_setting: str) -> list[dict]:
-    """A complete tuning phase in which one learning rate and, for chord-mu, one setting are best."""
+def tuned(best_lr: float, best_setting: str, late=None) -> list[dict]:
+    """A complete tuning phase in which one learning rate and, for chord-mu, one setting are best, or as `late` says."""
+    late = late or (lambda row: 0.3 + 0.1 * (row.lr == best_lr) + 0.1 * (row.setting == best_setting))
     records: list[dict] = []
     while True:
         done = {item["key"] for item in records}
         rows = [row for row in grid.rows("tuning", records) if row.key not in done]
         if not rows:
             return records
-        records += [record(row, 0.3 + 0.1 * (row.lr == best_lr) + 0.1 * (row.setting == best_setting)) for row in rows]
+        records += [record(row, late(row)) for row in rows]
+
+
+def choices(records: list[dict]) -> Tuning:
+    return Tuning(records, grid.tasks("development"))
 
 
 def test_tuning_tries_as_many_settings_of_every_method():
-    counts = {}
-    for row in grid.rows("tuning", tuned(3e-4, "decay=100")):
-        counts[row.method] = counts.get(row.method, 0) + 1
-    assert set(counts) == set(METHODS)
-    assert len(set(counts.values())) == 1
+    """What arms that are no default get besides is a learning rate, never another setting."""
+    records = tuned(3e-4, "decay=100")
+    trials = {method: set() for method in METHODS}
+    for row in grid.rows("tuning", records):
+        trials[row.method].add((row.setting, row.lr))
+    for method, spec in METHODS.items():
+        first = {("", lr) for lr in grid.LEARNING_RATES} | {(setting, 3e-4) for setting in spec.trials}
+        assert len(first) == 7
+        assert first <= trials[method]
+        more = {setting for setting, _ in trials[method] - first}
+        assert more <= {"fixed": set(grid.CONSTANTS), "sequential": set(grid.SPLITS), "chord-mu": {"decay=100"}}.get(
+            method, set()
+        )
 
 
 def test_tuning_chooses_the_best_of_what_was_run_and_only_once_all_was():
     records = tuned(1e-3, "decay=100")
-    assert grid.chosen_lr("chord-mu", records) == 1e-3
-    assert grid.chosen_setting("chord-mu", records) == "decay=100"
-    assert grid.chosen_setting("gac", records) == ""
-    assert grid.chosen_setting("chord-mu", records[:-1]) is None or records[-1]["method"] != "chord-mu"
+    assert choices(records).lr("chord-mu") == 1e-3
+    assert choices(records).setting("chord-mu") == "decay=100"
+    assert choices(records).setting("gac") == ""
+    last = max(i for i, item in enumerate(records) if item["method"] == "chord-mu" and item["setting"] == "valley=0.3")
+    assert choices(records[:last] + records[last + 1 :]).setting("chord-mu") is None
     first = next(item for item in records if item["method"] == "gac")
-    assert grid.chosen_lr("gac", [item for item in records if item is not first]) is None
+    assert choices([item for item in records if item is not first]).lr("gac") is None
+
+
+def test_an_arm_climbs_to_a_learning_rate_of_its_own():
+    """The top at `mu=0.1` lies three rates above that of the default; at `mu=0.9` it is the default's."""
+
+    def late(row):
+        top = {"mu=0.1": 1e-3, "split=0": 1e-5}.get(row.setting, 3e-5)
+        return 0.5 - 0.05 * abs(grid.LEARNING_RATES.index(row.lr) - grid.LEARNING_RATES.index(top))
+
+    records = tuned(3e-5, "", late)
+    found = choices(records)
+    assert found.arm_lr("fixed", "") == found.arm_lr("fixed", "mu=0.5") == 3e-5
+    assert found.climb("fixed", "mu=0.1") == (1e-3, [3e-5, 1e-5, 1e-4, 3e-4, 1e-3])
+    assert found.climb("fixed", "mu=0.9") == (3e-5, [3e-5, 1e-5, 1e-4])
+    assert found.climb("sequential", "split=0") == (1e-5, [3e-5, 1e-5, 1e-4])
+    rates = {(row.method, row.setting): row.lr for row in grid.rows("comparison", records)}
+    assert rates["fixed", "mu=0.1"] == 1e-3
+    assert rates["sequential", "split=0"] == 1e-5
+    assert rates["sequential", "split=200"] == rates["gac", ""] == 3e-5
+
+
+def test_equals_stay_where_they_are():
+    found = choices(tuned(3e-5, "", lambda row: 0.3 + 0.1 * (row.lr == 3e-5 and row.setting == "")))
+    assert found.arm_lr("fixed", "mu=0.1") == 3e-5
+
+
+def test_exposure_gives_every_prompt_a_demonstration_and_changes_nothing_else():
+    records = tuned(1e-4, "")
+    plain = {(row.method, row.setting, row.lr) for row in grid.rows("comparison", records)}
+    rows = grid.rows("exposure", records)
+    assert {row.method for row in rows} == {"gac", "fixed", *PER_PROMPT}
+    for row in rows:
+        arm = arm_of(row.method, row.setting)
+        assert arm.every_prompt
+        assert dataclasses.replace(arm, every_prompt=False) == arm_of(row.method, own_setting(row.setting))
+        assert (row.method, own_setting(row.setting), row.lr) in plain
 
 
 def test_later_phases_wait_for_tuning_and_use_what_it_chose():
@@ -58,7 +111,7 @@ def test_later_phases_wait_for_tuning_and_use_what_it_chose():
     assert {row.setting for row in rows if row.method == "chord-mu"} == {"decay=100"}
     assert {row.setting for row in rows if row.method == "gac"} == {""}
     assert len({row.seed for row in rows}) >= 5
-    assert not {row.seed for row in rows} & set(grid.TUNING_SEEDS)
+    assert not {row.seed for row in rows} & set(TUNING_SEEDS)
     confirmation = {row.task for row in grid.rows("confirmation", records)}
     assert len(confirmation) == 4
     assert not confirmation & {row.task for phase in ("tuning", "comparison", "ablation") for row in

@@ -98,3 +98,33 @@ def test_drift_is_the_divergence_summed_over_the_vocabulary():
         logs = [model(batch["input_ids"]).logits[0, -1].double().log_softmax(-1) for model in (policy, initial)]
     expected = (logs[0].exp() * (logs[0] - logs[1])).sum().item()
     assert measured == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["gac", "hpt"])
+def test_every_prompt_may_have_a_demonstration(cache, monkeypatch, method):
+    """Laws draw from all solutions instead of a third of them; a rule finds one beside every prompt."""
+    from gac.trainers import HybridGRPOTrainer
+    from gac.trainers.prompts import COLUMN
+
+    made = []
+    init = HybridGRPOTrainer.__init__
+
+    def spy(self, model, reward, args, prompts, demonstrations, **kwargs):
+        made.append((prompts, demonstrations))
+        init(self, model, reward, args, prompts, demonstrations, **kwargs)
+
+    monkeypatch.setattr(HybridGRPOTrainer, "__init__", spy)
+    records = [
+        training.train_row(dataclasses.replace(ROW, method=method, setting=setting), cache)
+        for setting in ("", "every-prompt")
+    ]
+    assert records[0]["law"] == records[1]["law"]
+    (some, few), (all_of_them, many) = made
+    if method == "gac":
+        assert (len(few), len(many)) == (400, 1200)
+        assert {row["prompt"] for row in few} < {row["prompt"] for row in many}
+        assert list(many[0]) == list(few[0]) == ["prompt", "completion", "answer"]
+    else:
+        assert few is many is None
+        assert sum(text is not None for text in some[COLUMN]) == 400
+        assert all_of_them[COLUMN] == all_of_them["completion"]
