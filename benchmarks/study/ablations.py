@@ -34,8 +34,10 @@ class DirectionLaw(Law):
     error with a short gradient. Without regard to length, the weights that maximise ``E<G, g*> / sqrt(E|G|^2)`` of
     ``G = x*G_s + y*G_r`` solve ``M (x, y) = v`` up to a factor, with ``M`` the second moments ``E|G_s|^2``,
     ``E<G_s, G_r>``, ``E|G_r|^2`` and ``v = (<g_s, g*>, <g_r, g*>)``; then ``mu = x / (x + y)``. Where both gradients
-    are orthogonal this weighs each branch by the share of signal in it. Averages are those of half-life 69 of the
-    default law, clamped at 0 after averaging; bounds, cap and start are its own.
+    are orthogonal this weighs each branch by the share of signal in it. There is one average, of half-life 69 steps,
+    clamped at 0 after averaging, so that ``half_life=69`` is the form to compare it with; bounds and start are the
+    default law's. A step may move mu by the cap and the newest measurement's share in the average, which goes to 0.01
+    and not, as in the default law, to 0.
     """
 
     def __init__(self, half_life: float = 69.0, alpha: float = 0.5, cap: float = 0.02) -> None:

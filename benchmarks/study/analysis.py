@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.study.arms import (
+    FOUND,
     REFERENCE,
     Pairs,
     against,
@@ -16,10 +17,11 @@ from benchmarks.study.arms import (
     paired,
     with_searches,
 )
+from benchmarks.study.grid import PHASES
 from benchmarks.study.inference import Comparison, compare, holm
 from benchmarks.study.measures import Run, read_run
+from benchmarks.study.methods import PER_PROMPT
 
-PHASES = ("tuning", "comparison", "ablation", "size", "confirmation")
 SIZES = ("small", "medium", "large")
 ALPHA = 0.05
 
@@ -31,8 +33,8 @@ class Family:
     Attributes:
         arms: every arm with its runs, searches included.
         versus: `gac` minus the arm. Arms without a pair are not there.
-        adjusted: p after Holm's correction over the family. Arms found in hindsight are in no family; one that is
-            carried over from other data has the p of the setting that it is.
+        adjusted: p after Holm's correction over the family. Arms that a search finds in the family itself are in
+            none; one that is carried over from other data has the p of the setting that it is.
         left_out: number of runs on a (task, seed) that some arm has not run on.
     """
 
@@ -42,11 +44,16 @@ class Family:
     left_out: int = 0
 
     def verdict(self, name: str) -> str:
-        """``better``, ``worse`` or ``open`` for `gac` against the arm, ``missing`` without an interval."""
+        """``better``, ``worse`` or ``open`` for `gac` against the arm.
+
+        ``missing`` without an interval, ``untested`` for what is found by search.
+        """
         found = self.versus.get(name)
         if found is None or math.isnan(found.low):
             return "missing"
-        if self.adjusted.get(name, 1.0) >= ALPHA or found.mean == 0:
+        if name not in self.adjusted:
+            return "untested"
+        if self.adjusted[name] >= ALPHA or found.mean == 0:
             return "open"
         return "better" if found.mean > 0 else "worse"
 
@@ -66,6 +73,19 @@ class Family:
         """Arms that are neither a form of `gac`, nor a constant, nor two stages."""
         return [n for n in self.versus if not is_form_of_gac(n) and n.partition(":")[0] not in ("fixed", "sequential")]
 
+    def controllers(self) -> list[str]:
+        """Rules that set one mu a step, or the weight of demonstrations that are always there."""
+        return [name for name in self.rules() if name.partition(":")[0] not in PER_PROMPT]
+
+    def per_prompt(self) -> list[str]:
+        """Rules that take demonstrations from the prompts that a step happens to draw."""
+        return [name for name in self.rules() if name.partition(":")[0] in PER_PROMPT]
+
+    def carried(self, method: str) -> str | None:
+        """The arm that other data recommend of a method whose constant is searched for."""
+        pairs = self.arms.get(f"{method}:carried")
+        return next((name for name, other in self.arms.items() if other is pairs and not name.endswith(FOUND)), None)
+
     def best_constants(self) -> dict[str, float]:
         """For each task the constant that did best in hindsight."""
         options = self.options("fixed")
@@ -82,12 +102,14 @@ class Study:
         runs: by phase; every phase is there, perhaps empty.
         development, confirmation: the comparisons on both halves of the data sets.
         ablation: `gac` against its own forms, on development tasks.
+        exposure: `gac`, a constant and the rules that act per prompt, where every prompt has a demonstration.
     """
 
     runs: Mapping[str, Sequence[Run]]
     development: Family
     confirmation: Family
     ablation: Family
+    exposure: Family
 
     def halves(self) -> list[tuple[str, Family]]:
         """The comparisons that have something to say."""
@@ -115,6 +137,7 @@ def study(records: Iterable[Mapping[str, Any]]) -> Study:
         development=family(runs["comparison"], runs["tuning"]),
         confirmation=family(runs["confirmation"], runs["comparison"] or runs["tuning"]),
         ablation=family(ablation),
+        exposure=family(runs["exposure"]),
     )
 
 
@@ -136,6 +159,14 @@ def family(runs: Iterable[Run], earlier: Iterable[Run] = ()) -> Family:
             twin = next(other for other in arms if not _outside(other) and arms[other] is arms[name])
             adjusted[name] = adjusted[twin]
     return Family(arms, versus, adjusted, left_out)
+
+
+def effect_of_exposure(found: Study) -> dict[str, Comparison]:
+    """For each arm of phase "exposure", late accuracy with demonstrations of all prompts minus that with the usual."""
+    usual = by_arm(found.runs["comparison"])
+    every = {name: pairs for name, pairs in found.exposure.arms.items() if not name.endswith(FOUND)}
+    differences = {name: paired(pairs, usual[name]) for name, pairs in every.items() if name in usual}
+    return {name: compare(values) for name, values in differences.items() if values}
 
 
 def sizes(found: Study) -> dict[str, Family]:
@@ -188,7 +219,7 @@ def unequal_starts(runs: Iterable[Run]) -> list[str]:
 
 
 def _outside(name: str) -> bool:
-    return name.endswith((":hindsight", ":carried"))
+    return name.endswith(FOUND)
 
 
 def _log(value: float | None) -> float | None:

@@ -7,18 +7,24 @@ from benchmarks.study.arms import REFERENCE, is_form_of_gac, label, paired
 from benchmarks.study.inference import Comparison, compare, spearman
 from benchmarks.study.wording import clause, count, difference, listing, tally
 
+_SEARCHES = (("a constant searched for in the same data set", "search"), ("the best one in hindsight", "hindsight"))
+
 
 def answer(study: Study) -> str:
     """The five sentences that the page begins with."""
     if not study.halves():
         return "No pair of runs can be compared yet, so none of the questions below has an answer."
-    constant = _halves(study, lambda family: f"is {clause(family, 'fixed:search')}")
-    rules = _halves(study, lambda family: f"is {tally(family, family.rules(), label)}")
-    stages = _halves(study, lambda family: f"is {clause(family, 'sequential:search')}")
+    rules = _halves(study, lambda family: f"is {tally(family, family.controllers(), label)}")
+    prompts = _halves(study, lambda family: f"is {tally(family, family.per_prompt(), label)}")
+    constants, stages = (
+        _halves(study, lambda family, method=method: _carried(family, method)) for method in ("fixed", "sequential")
+    )
     sentences = [
-        f"**Constants.** Against the constant that a search in the same data set finds, the default law {constant}.",
-        f"**Other rules.** Against rules and controllers with tuned constants, the default law {rules}.",
-        f"**Two stages.** Against SFT first and RL after it, with the split found by search, the default law {stages}.",
+        f"**Constants.** The default law {constants}. {_constants(study)}".rstrip(),
+        f"**Other rules.** Against controllers of the mix, with tuned constants, the default law {rules}. Against "
+        f"rules that act per prompt, and here see far fewer demonstrations, it {prompts}. "
+        f"{exposure_sentence(study)}".rstrip(),
+        f"**Two stages.** The default law {stages}.",
         f"**What carries it.** {space_sentence(study)} {part_sentence(study)}",
         f"**Where it loses.** {loss_sentence(study)} {agreement_sentence(study)}",
     ]
@@ -72,22 +78,61 @@ def part_sentence(study: Study) -> str:
     return f"{forms} {len(matter)} {'is' if len(matter) == 1 else 'are'} told apart from the default: {listing(told)}."
 
 
+def exposure_sentence(study: Study) -> str:
+    """The rules that act per prompt, where every prompt has a demonstration."""
+    family = study.exposure
+    if not family.per_prompt():
+        return ""
+    return (
+        "Where the solution of every prompt is a demonstration, for all arms, the default law is "
+        f"{tally(family, family.per_prompt(), label)}."
+    )
+
+
 def loss_sentence(study: Study) -> str:
-    """In which data sets `gac` is below the constant found by search."""
+    """In which data sets `gac` is below constants: the one from other data, and the best in hindsight."""
+    opponents = {"fixed:carried": "the constant from earlier runs", "fixed:hindsight": "the best constant in hindsight"}
+    parts = [_below(study, name, words) for name, words in opponents.items()]
+    return " ".join(part for part in parts if part) or "Data set by data set: no constant was searched for yet."
+
+
+def _below(study: Study, name: str, words: str) -> str:
     halves = study.halves()
-    known = {task: in_task(family, "fixed:search", task) for _, family in halves for task in family.tasks()}
+    known = {task: in_task(family, name, task) for _, family in halves for task in family.tasks()}
     known = {task: found for task, found in known.items() if found}
     if not known:
-        return "Data set by data set: no constant was searched for yet."
+        return ""
     lost = [task for task, found in known.items() if found.mean < 0]
     clear = [task for task in lost if known[task].high < 0]
     if not lost:
-        return f"In none of {count(len(known), 'data set')} is `gac` below the constant found by search."
+        return f"In none of {count(len(known), 'data set')} is `gac` below {words}."
     named = f" ({listing(clear)})" if clear else ""
     return (
-        f"`gac` is below the constant found by search in {len(lost)} of {count(len(known), 'data set')} "
+        f"`gac` is below {words} in {len(lost)} of {count(len(known), 'data set')} "
         f"({listing(lost)}), and in {len(clear)} by more than the noise between seeds{named}, without correction."
     )
+
+
+def _carried(family: Family, method: str) -> str:
+    """How `gac` did against what other data recommend of a method."""
+    name = family.carried(method)
+    if name is None:
+        return "is not compared yet"
+    noun = {"fixed": "constant", "sequential": "split of SFT and RL"}[method]
+    return f"is, against the {noun} that earlier runs recommend ({label(name)}), {clause(family, f'{method}:carried')}"
+
+
+def _constants(study: Study) -> str:
+    """Against every constant by itself, and against what searches find in the same data."""
+    parts = []
+    for half, family in study.halves():
+        single = [name for name in family.options("fixed") if name in family.versus]
+        if single:
+            text = f"On {half} data it is {tally(family, single, label)}"
+            found = [(words, family.versus.get(f"fixed:{end}")) for words, end in _SEARCHES]
+            shown = [f"{difference(versus)} to {words}" for words, versus in found if versus]
+            parts.append(text + (f"; untested differences: {listing(shown)}." if shown else "."))
+    return " ".join(parts)
 
 
 def agreement_sentence(study: Study) -> str:

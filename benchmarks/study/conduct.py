@@ -97,7 +97,7 @@ def cost(study: Study) -> str:
         text += f" (median of {count(len(cells), 'pair')})"
         lines.append(text + (f"; there {percent(share, 2)}% is GAC's, as it measures too." if share > 0 else "."))
     mine: dict[str, list[Run]] = {}
-    for phase in ("comparison", "ablation", "size", "confirmation"):
+    for phase in ("comparison", "ablation", "size", "exposure", "confirmation"):
         for run in study.runs[phase]:
             if arm(run) == REFERENCE:
                 mine.setdefault(run.size, []).append(run)
@@ -118,9 +118,9 @@ def cost(study: Study) -> str:
 
 def _drift_sentence(name: str, found: Comparison) -> str:
     change, low, high = (100 * math.expm1(value) for value in (found.mean, found.low, found.high))
-    shown = f"{round(change):+d}%" + ("" if math.isnan(low) else f", {round(low):+d}% to {round(high):+d}%")
+    shown = f"{round(change):+d}%" + ("" if math.isnan(low) else f", {round(low):+d}% to {round(high):+d}%, untested")
     if math.isnan(low) or low <= 0 <= high:
-        return f"The KL-drift area of `gac` is not told apart from that of {label(name)} ({shown})."
+        return f"The interval of the KL-drift area of `gac` over that of {label(name)} includes equality ({shown})."
     return (
         f"The KL-drift area of `gac` is {'larger' if change > 0 else 'smaller'} than that of {label(name)} ({shown})."
     )

@@ -33,7 +33,8 @@ class Measures:
         gain: ``final - warm``.
         kl_area: area under KL(policy || warm start) in nats a token, over steps. None where any KL was not finite.
         large_mu_events: share of steps whose ``|mu_t - mu_{t-1}|`` is above :data:`LARGE_MU_EVENT`. None, like the two
-            below, where the rule has no single mu in a step.
+            below, where the rule has no single mu in a step. A record's mu is what a step's update left, so all three
+            are about steps 2 to the last; what the last update left is used by none.
         mu_variation: total variation of mu.
         mean_mu: over steps.
         collapsed: ``final < warm``, without allowing for the error of either accuracy.
@@ -115,8 +116,9 @@ def read_run(record: Mapping[str, Any]) -> Run:
 def _measures(accuracy: Points, kl: Points, mu: Sequence[float | None], record: Mapping[str, Any]) -> Measures:
     warm, final = accuracy[0][1], accuracy[-1][1]
     error = math.sqrt((warm * (1 - warm) + final * (1 - final)) / PROBLEMS)
-    single = all(value is not None for value in mu)
-    changes = [abs(after - before) for before, after in itertools.pairwise(mu)] if single else []
+    used = mu[:-1]
+    single = all(value is not None for value in used)
+    changes = [abs(after - before) for before, after in itertools.pairwise(used)] if single else []
     return Measures(
         warm=warm,
         final=final,
@@ -126,7 +128,7 @@ def _measures(accuracy: Points, kl: Points, mu: Sequence[float | None], record: 
         kl_area=trapezoid(kl) if all(math.isfinite(value) for _, value in kl) else None,
         large_mu_events=sum(change > LARGE_MU_EVENT for change in changes) / len(changes) if changes else None,
         mu_variation=sum(changes) if single else None,
-        mean_mu=sum(mu) / len(mu) if single else None,
+        mean_mu=sum(used) / len(used) if single and used else None,
         collapsed=final < warm,
         collapsed_beyond_chance=final < warm - 1.96 * error,
         seconds_per_step=record["seconds_per_step"],

@@ -104,7 +104,7 @@ def _paths(study: Study, path: Path) -> bool:
         for task in family.tasks():
             runs = [run for (t, _), run in family.arms[REFERENCE].items() if t == task]
             tasks[_title(family, task)] = {
-                "mu": [[(s, m) for s, m in enumerate(run.mu, start=1) if m is not None] for run in runs],
+                "mu": [[(s, m) for s, m in enumerate(run.mu[:-1], start=2) if m is not None] for run in runs],
                 "best": best.get(task),
                 "statistics": _statistics(runs),
             }
@@ -120,7 +120,7 @@ def _margins(study: Study, path: Path) -> bool:
     lines: dict[str, dict[str, tuple[float, float, float]]] = {}
     for size, family in families.items():
         for name, found in family.versus.items():
-            if not name.endswith((":hindsight", ":carried")):
+            if not name.endswith(FOUND):
                 lines.setdefault(label(name), {})[size] = (found.mean, found.low, found.high)
     figures.margins(lines, [size for size in SIZES if size in families], path)
     return True

@@ -3,12 +3,33 @@
 import math
 from statistics import fmean
 
-from benchmarks.study.analysis import Family, Study, size_contrast, sizes
-from benchmarks.study.answers import in_task, loss_sentence, part_sentence, space_sentence
-from benchmarks.study.arms import FOUND, REFERENCE, RL_ALONE, SFT_ALONE, Pairs, is_form_of_gac, label, mean_over_tasks
-from benchmarks.study.inference import Comparison, spearman
+from benchmarks.study.analysis import ALPHA, Family, Study, effect_of_exposure, size_contrast, sizes
+from benchmarks.study.answers import exposure_sentence, in_task, loss_sentence, part_sentence, space_sentence
+from benchmarks.study.arms import (
+    FOUND,
+    REFERENCE,
+    RL_ALONE,
+    SFT_ALONE,
+    Pairs,
+    against,
+    is_form_of_gac,
+    label,
+    mean_over_tasks,
+)
+from benchmarks.study.inference import Comparison, holm, spearman
 from benchmarks.study.tables import LATE, evidence
-from benchmarks.study.wording import NOT_RUN, clause, difference, equals, excluded, number, percent, table, tally
+from benchmarks.study.wording import (
+    NOT_RUN,
+    clause,
+    difference,
+    equals,
+    excluded,
+    listing,
+    number,
+    percent,
+    table,
+    tally,
+)
 
 NEAR = 0.1
 """A mean mu this close to the best constant is taken to be as good; constants are 0.2 apart."""
@@ -24,7 +45,7 @@ _PARTS = {
     "gac:no-disagreement": "disagreement taken as 0",
     "gac:no-noise": "noise taken as 0: mu goes to 0.5",
     "gac:no-variance": "noise taken as 0: mu goes to 0.5",
-    "gac:direction": "best direction instead of least error, for Adam",
+    "gac:direction": "best direction instead of least error, for Adam; one average, half-life 69 steps",
     "gac:optimizer-metric": "statistics in Adam's space",
     "gac:alpha=kl": "alpha follows the KL drift",
 }
@@ -34,22 +55,30 @@ def constants(study: Study) -> str:
     """Against constants."""
     lines = []
     for half, family in study.halves():
-        found = family.versus.get("fixed:search")
-        if found is None:
-            lines.append(f"On {half} data fewer than two constants or seeds have run, so there is no search yet.")
-            continue
         single = [name for name in family.options("fixed") if name in family.versus]
-        text = (
-            f"On {half} data, against the search over {len(single)} constants, `gac` is "
-            f"{clause(family, 'fixed:search')}; the interval excludes {excluded(found)}. "
-            f"With data sets as draws from many, the difference is {_wide(found)}. "
-            f"Against every constant by itself `gac` is {tally(family, single, label)}. "
-            f"In hindsight the best constants are {_values(family.best_constants())}; `gac` minus these is "
+        if len(single) < 2:
+            lines.append(f"On {half} data fewer than two constants have run.")
+            continue
+        text = f"On {half} data, against every constant by itself, `gac` is {tally(family, single, label)}."
+        best, found = family.carried("fixed"), family.versus.get("fixed:carried")
+        if best and found:
+            text += (
+                f" Against {label(best)}, the best on earlier runs, it is {clause(family, 'fixed:carried')}; the "
+                f"interval excludes {excluded(found)}. With data sets as draws from many, the difference is "
+                f"{_wide(found)}."
+            )
+        text += (
+            f" In hindsight the best constants are {_values(family.best_constants())}; `gac` minus these is "
             f"{difference(family.versus.get('fixed:hindsight'))}, which says what a perfect search could have."
         )
-        if "fixed:carried" in family.versus:
-            best = next(name for name in single if family.arms[name] is family.arms["fixed:carried"])
-            text += f" Against {label(best)}, the best on earlier runs, `gac` is {clause(family, 'fixed:carried')}."
+        if "fixed:search" in family.versus:
+            text += f" Of a search in the same data set `gac` is {clause(family, 'fixed:search')}."
+            flat = [name for name in single if family.versus[name].mean < family.versus["fixed:search"].mean]
+            if flat:
+                text += (
+                    f" Single constants did better than that search ({listing([label(name) for name in flat])}): "
+                    "among near ties it follows the noise of the other seeds."
+                )
         lines.append(text)
     return "\n\n".join(lines) or NOT_RUN
 
@@ -59,7 +88,10 @@ def rules(study: Study) -> str:
     lines = []
     for half, family in study.halves():
         names = family.rules()
-        text = f"On {half} data, `gac` is {tally(family, names, label)}."
+        text = (
+            f"On {half} data, `gac` is {tally(family, family.controllers(), label)}, among controllers of the mix. "
+            f"Among rules that act per prompt it is {tally(family, family.per_prompt(), label)}."
+        )
         if names:
             least = min(names, key=lambda name: family.versus[name].mean)
             text += f" The strongest rule is {label(least)}: `gac` is {clause(family, least)}."
@@ -79,8 +111,14 @@ def stages(study: Study) -> str:
         if not options:
             lines.append(f"On {half} data: not yet run.")
             continue
-        text = f"On {half} data, against the split found by search among {len(options)}, `gac` is "
-        text += f"{clause(family, 'sequential:search')}."
+        text = f"On {half} data, against every split by itself, `gac` is "
+        text += f"{tally(family, [name for name in options if name in family.versus], label)}."
+        if name := family.carried("sequential"):
+            text += f" Against {label(name)}, the best on earlier runs, it is {clause(family, 'sequential:carried')}."
+        if "sequential:search" in family.versus:
+            text += (
+                f" Of the split that a search in the same data set finds it is {clause(family, 'sequential:search')}."
+            )
         for end in (RL_ALONE, SFT_ALONE):
             if end in family.versus:
                 text += f" Against {label(end)} it is {clause(family, end)}."
@@ -95,7 +133,7 @@ def losses(study: Study) -> str:
         best = family.best_constants()
         for task in family.tasks():
             gac = {cell: run for cell, run in family.arms[REFERENCE].items() if cell[0] == task}
-            found = in_task(family, "fixed:search", task)
+            found = in_task(family, "fixed:hindsight", task)
             rival, versus = _strongest(family, task)
             rows.append(
                 [
@@ -103,6 +141,7 @@ def losses(study: Study) -> str:
                     half,
                     percent(mean_over_tasks(gac, lambda run: run.measures.warm)),
                     percent(mean_over_tasks(gac, LATE)),
+                    difference(in_task(family, "fixed:carried", task)),
                     difference(found),
                     f"{label(rival)} {difference(versus)}" if rival else "",
                     number(mean_over_tasks(gac, lambda run: run.measures.mean_mu)),
@@ -119,7 +158,8 @@ def losses(study: Study) -> str:
         "half",
         "warm start, %",
         "`gac`, %",
-        "`gac` minus constant by search",
+        "`gac` minus constant from earlier runs",
+        "`gac` minus best constant",
         "strongest other arm, `gac` minus it",
         "mean mu",
         "best constant",
@@ -128,7 +168,8 @@ def losses(study: Study) -> str:
     ]
     text = [loss_sentence(study), *reasons, _distance_sentence(study)]
     note = (
-        "The strongest other arm of a data set is chosen in hindsight among all, so that column errs against `gac`. "
+        "The best constant and the strongest other arm of a data set are chosen in hindsight, so these columns err "
+        "against `gac`. "
         "Intervals are those of single data sets, without correction."
     )
     return "\n\n".join([" ".join(part for part in text if part), table(header, rows, 2), note])
@@ -139,23 +180,23 @@ def by_size(study: Study) -> str:
     families = sizes(study)
     if not families:
         return NOT_RUN
-    names = dict.fromkeys(
-        name for family in families.values() for name in family.versus if not name.endswith(":carried")
-    )
+    names = dict.fromkeys(name for family in families.values() for name in family.versus)
+    contrasts = {name: found for name in names if (found := size_contrast(families, name))}
+    adjusted = holm({name: found[2].p for name, found in contrasts.items() if not name.endswith(FOUND)})
     rows, texts = [], []
     for name in sorted(names, key=lambda name: not name.endswith(FOUND)):
-        contrast = size_contrast(families, name)
         cells = [difference(family.versus.get(name)) for family in families.values()]
-        rows.append([label(name), *cells, difference(contrast[2]) if contrast else ""])
-        if contrast and ("=" not in name) and not name.endswith(":hindsight"):
-            texts.append(_trend(name, *contrast))
+        rows.append([label(name), *cells, difference(contrasts[name][2]) if name in contrasts else ""])
+        if name in adjusted:
+            texts.append(_trend(name, *contrasts[name], adjusted[name]))
     header = [
         "`gac` minus",
         *(f"{size}, {_parameters(family)}" for size, family in families.items()),
         "largest minus smallest",
     ]
     note = (
-        "Searches here are over the settings that ran at every size of this phase, so that small may differ from above."
+        "Over the data sets, seeds and settings that ran at every size, so that small may differ from above; searches "
+        "are among these settings and in no test."
     )
     return "\n\n".join([" ".join(texts) or "Only one size has run yet.", table(header, rows), note])
 
@@ -178,7 +219,50 @@ def parts(study: Study) -> str:
         for name in sorted(names, key=lambda name: -family.versus[name].mean)
     ]
     header = ["form", "what is different", "late accuracy, %", "`gac` minus it", "p", "d", "won, %", "pairs", "mean mu"]
-    return f"{part_sentence(study)}\n\n{table(header, rows, 2)}"
+    text = part_sentence(study)
+    if {"gac:direction", "gac:half_life=69"} <= set(family.arms):
+        same = against(family.arms, "gac:half_life=69")["gac:direction"]
+        text += (
+            " The direction law averages as half_life=69 does; against that form alone the difference is "
+            f"{difference(same)} points (p {equals(same.p)}, uncorrected)."
+        )
+    return f"{text}\n\n{table(header, rows, 2)}"
+
+
+def exposure(study: Study) -> str:
+    """Every prompt has a demonstration."""
+    family = study.exposure
+    if not family.versus:
+        return NOT_RUN
+    change = effect_of_exposure(study)
+    names = [REFERENCE, *(name for name in family.versus if not name.endswith(FOUND))]
+    rows = [
+        [
+            label(name),
+            percent(mean_over_tasks(family.arms[name], LATE)),
+            difference(change.get(name)),
+            difference(family.versus.get(name)),
+            *evidence(family, name, family.versus.get(name)),
+        ]
+        for name in names
+    ]
+    header = [
+        "arm",
+        "late accuracy, %",
+        "minus the same arm with a third",
+        "`gac` minus it",
+        "p",
+        "d",
+        "won, %",
+        "pairs",
+    ]
+    text = (
+        "Elsewhere a third of the prompts have a demonstration, the ones that the warm start was trained on. Here all "
+        "of them have one, for every arm: three times as many, most of them new. Rules that act per prompt still read "
+        "at most one for each of a step's prompts, laws of `mu` as many as ever. "
+        f"{exposure_sentence(study)}"
+    )
+    return f"{text}\n\n{table(header, rows)}"
 
 
 def space(study: Study) -> str:
@@ -209,7 +293,10 @@ def _distance_sentence(study: Study) -> str:
     for _, family in study.halves():
         for task, best in family.best_constants().items():
             gac = {cell: run for cell, run in family.arms[REFERENCE].items() if cell[0] == task}
-            mean, found = mean_over_tasks(gac, lambda run: run.measures.mean_mu), in_task(family, "fixed:search", task)
+            mean, found = (
+                mean_over_tasks(gac, lambda run: run.measures.mean_mu),
+                in_task(family, "fixed:hindsight", task),
+            )
             if mean is not None and found:
                 distances.append(abs(mean - best))
                 margins.append(found.mean)
@@ -251,9 +338,9 @@ def _noise(runs) -> list[str]:
     return [f"{100 * fmean(first):.0f} to {100 * fmean(last):.0f}", f"{100 * fmean(share):.0f}"]
 
 
-def _trend(name: str, large: str, small: str, found: Comparison) -> str:
-    shown = f"{difference(found)} points, p {equals(found.p)}, uncorrected"
-    if math.isnan(found.low) or found.low <= 0 <= found.high:
+def _trend(name: str, large: str, small: str, found: Comparison, p: float) -> str:
+    shown = f"{difference(found)} points, p {equals(p)}"
+    if math.isnan(found.low) or p >= ALPHA:
         return (
             f"From {small} to {large} the change of the margin over {label(name)} is not told apart from 0 ({shown})."
         )

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import answers, conduct, pictures, questions, tables, text
+from benchmarks.study import answers, conduct, pictures, questions, tables, tasks, text
 from benchmarks.study.analysis import SIZES, Study, study, unequal_starts
-from benchmarks.study.arms import FOUND
+from benchmarks.study.arms import FOUND, arm, label
 from benchmarks.study.measures import PROBLEMS, Run
+from benchmarks.study.methods import DEMONSTRATIONS, GENERATIONS, METHODS, ROLLOUTS
 from benchmarks.study.records import read_records
 from benchmarks.study.wording import NOT_RUN, count, listing, percent, table
 
@@ -17,6 +18,7 @@ _QUESTIONS = (
     ("Is it better than SFT first and RL after it?", questions.stages, ()),
     ("Where does it lose, and why?", questions.losses, ("study_mu",)),
     ("Does the margin change with the size of the model?", questions.by_size, ("study_size",)),
+    ("Do rules that act per prompt lack demonstrations?", questions.exposure, ()),
     ("Which component carries the effect?", questions.parts, ("study_ablation",)),
     ("Is gradient space better than coefficient space?", questions.space, ()),
     ("Do development and confirmation agree?", answers.agreement_sentence, ()),
@@ -98,7 +100,7 @@ def page(found: Study, drawn: Mapping[str, str], wanted: Mapping[str, int | None
         _table_note(found),
         image("study"),
         "## Method",
-        text.METHOD.format(steps=steps, problems=PROBLEMS),
+        text.METHOD.format(steps=steps, problems=PROBLEMS, **_supervision(steps)),
         "### Data sets",
         _data_sets(found),
         "### What the data say about fairness",
@@ -111,12 +113,26 @@ def page(found: Study, drawn: Mapping[str, str], wanted: Mapping[str, int | None
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
+def _supervision(steps: int) -> dict[str, int]:
+    """What a run of so many steps reads."""
+    prompts = ROLLOUTS // GENERATIONS
+    return {
+        "rollouts": ROLLOUTS,
+        "generations": GENERATIONS,
+        "prompts": prompts,
+        "demonstrations": DEMONSTRATIONS,
+        "all_demonstrations": steps * DEMONSTRATIONS,
+        "few_demonstrations": steps * prompts * tasks.DEMONSTRATIONS // tasks.PROMPTS,
+    }
+
+
 def _table_note(found: Study) -> str:
     if not found.halves():
         return ""
     note = (
-        "Bold, and filled in the pictures: p below 0.05 after Holm's correction. What is found in hindsight is not "
-        "tested. Accuracies are means over data sets of late accuracy, in percent; d is the effect size."
+        "Bold, and filled in the pictures: p below 0.05 after Holm's correction. What is found by search or in "
+        "hindsight is not tested. Accuracies are means over data sets of late accuracy, in percent; d is the effect "
+        "size."
     )
     for half, family in found.halves():
         pairs = {versus.pairs for name, versus in family.versus.items() if not name.endswith(FOUND)}
@@ -163,24 +179,39 @@ def _fairness(found: Study) -> str:
         lines.append(f"Optimizer steps: {_span(compared, 'steps')}.")
         if all("rollouts" in run.record for run in compared):
             lines.append(f"Rollouts of a run: {_span(compared, 'rollouts')}.")
-    trials: dict[str, set[tuple[str, float]]] = {}
-    for run in found.runs["tuning"]:
-        trials.setdefault(run.method, set()).add((run.setting, run.lr))
-    if trials:
-        numbers = sorted({len(found) for found in trials.values()})
-        same = f"{numbers[0]} for every method"
-        if len(numbers) > 1:
-            same = f"{numbers[0]} to {numbers[-1]}, NOT the same for every method, or tuning is not complete"
-        overlap = {(r.task, r.seed) for r in found.runs["tuning"]} & {(r.task, r.seed) for r in compared}
-        lines.append(f"Trials of tuning: {same}. Seeds of tuning that a comparison uses as well: {len(overlap)}.")
-    rates: dict[float, list[str]] = {}
+    lines.append(_trials(found))
+    overlap = {(r.task, r.seed) for r in found.runs["tuning"]} & {(r.task, r.seed) for r in compared}
+    if compared and found.runs["tuning"]:
+        lines.append(f"Seeds of tuning that a comparison uses as well: {len(overlap)}.")
+    rates: dict[float, set[str]] = {}
     for run in found.runs["comparison"]:
-        if run.method not in rates.setdefault(run.lr, []):
-            rates[run.lr].append(run.method)
+        rates.setdefault(run.lr, set()).add(label(arm(run)))
     if rates:
-        chosen = "; ".join(f"{lr:g} for {listing(sorted(methods))}" for lr, methods in sorted(rates.items()))
+        chosen = "; ".join(f"{lr:g} for {listing(sorted(names))}" for lr, names in sorted(rates.items()))
         lines.append(f"Learning rates that tuning chose: {chosen}.")
-    return " ".join(lines) or NOT_RUN
+    return " ".join(line for line in lines if line) or NOT_RUN
+
+
+def _trials(found: Study) -> str:
+    """Number of trials of tuning: the same for every method at first, then more where an arm is no default."""
+    settings: dict[str, dict[str, set[float]]] = {}
+    for run in found.runs["tuning"]:
+        settings.setdefault(run.method, {}).setdefault(run.setting, set()).add(run.lr)
+    if not settings:
+        return ""
+    first = {
+        m: len(own.get("", ())) + sum(s in METHODS[m].trials for s in own)
+        for m, own in settings.items()
+        if m in METHODS
+    }
+    total = {m: sum(len(lrs) for lrs in own.values()) for m, own in settings.items()}
+    numbers = sorted(set(first.values()))
+    text = f"Trials of tuning: {numbers[0] if numbers else 0} for every method"
+    if len(numbers) > 1:
+        text = f"Trials of tuning: {numbers[0]} to {numbers[-1]}, NOT the same for every method, or not complete"
+    own = {label(method): total[method] - count for method, count in first.items()}
+    more = [f"{name} {extra}" for name, extra in sorted(own.items()) if extra]
+    return text + (f"; then, for learning rates next to an arm's own: {', '.join(more)}." if more else ".")
 
 
 def _span(runs: Sequence[Run], field: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.study.drift import mean_kl
 from benchmarks.study.grid import Row
-from benchmarks.study.methods import STEPS, Arm, arm_of
+from benchmarks.study.methods import DEMONSTRATIONS, GENERATIONS, ROLLOUTS, STEPS, Arm, arm_of
 from benchmarks.study.models import SIZES, build
 from benchmarks.study.tasks import TASKS, task_data
 
@@ -23,8 +23,6 @@ PRELOAD = ("torch", "datasets", "reasoning_gym", "gac.tasks.evaluation", "gac.tr
 """What a process may import before it is forked into runs."""
 
 EVALUATE_EVERY = 25
-ROLLOUTS, GENERATIONS, DEMONSTRATIONS = 64, 8, 32
-"""Rollouts of a step, rollouts of a prompt, demonstrations of a step."""
 LR_RAMP = 20
 WARM_START_BATCH = 64
 _GROUP = 5

@@ -47,7 +47,10 @@ def clause(family: Family, name: str) -> str:
     if verdict == "missing":
         side = "ahead" if mean > 0 else "behind"
         return f"{side} by {abs(mean):.1f} points over {count(found.pairs, 'pair')}, too few for an interval"
-    p = f"p {equals(family.adjusted[name])}" if name in family.adjusted else "not tested"
+    if verdict == "untested":
+        side = "ahead of" if mean > 0 else "behind" if mean < 0 else "level with"
+        return f"{side} it by {_points(abs(found.mean)).lstrip('+')} points ({low:+.1f} to {high:+.1f}, not tested)"
+    p = f"p {equals(family.adjusted[name])}"
     if verdict == "open":
         return (
             f"not told apart from it: {_points(found.mean)} points ({_points(found.low)} to {_points(found.high)}, {p})"

@@ -78,7 +78,7 @@ def _mu(method: str, setting: str, step: int, noise: random.Random) -> float | N
     if method in PER_PROMPT:
         return None
     if method == "fixed":
-        return float((setting or "mu=0.5")[3:])
+        return float((setting or "mu=0.5").partition(";")[0][3:])
     if method == "sequential":
         return float(step < int((setting or "split=60")[6:]))
     return round(min(max(0.4 + 0.3 * step / 120 + noise.gauss(0, 0.01), 0.05), 0.95), 4)
@@ -115,6 +115,8 @@ def tuning() -> list[dict]:
         for setting in CONSTANTS:
             if setting != "mu=0.5":
                 found.append(record("tuning", task, "fixed", setting, 100, level=constant_level(setting, task)))
+        for setting in ("split=30", "split=90"):
+            found.append(record("tuning", task, "sequential", setting, 100, level=0.12))
     return found
 
 
@@ -127,6 +129,14 @@ def everything(gac=0.2, coefficient=0.12, confirmation_gac=None) -> list[dict]:
             for form in FORMS:
                 level = {"coefficient": coefficient, "no-average": gac - 0.01}.get(form, gac)
                 found.append(record("ablation", task, "gac", form, seed, level=level))
+            for i, name in enumerate(RULES):
+                if name in PER_PROMPT:
+                    cell = {"phase": "exposure", "task": task, "method": name, "setting": "every-prompt", "seed": seed}
+                    found.append(record(level=0.19 + 0.005 * i, law=name, **cell))
+            for name, setting, level in (("gac", "", gac), ("fixed", "mu=0.5;", constant_level("mu=0.5", task))):
+                law = f"{name}:{setting}".strip(":;")
+                cell = {"phase": "exposure", "task": task, "method": name, "setting": f"{setting}every-prompt"}
+                found.append(record(level=level, seed=seed, law=law, **cell))
             for size in ("medium", "large"):
                 cell = {"phase": "size", "task": task, "seed": seed, "size": size}
                 found.append(record(level=gac + 0.02 * (size == "large"), **cell))

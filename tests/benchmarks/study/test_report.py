@@ -36,18 +36,50 @@ def lost():
 
 def test_verdicts_follow_the_numbers(won, lost):
     assert _sentence(won, 1).count(" better by ") == 2
-    assert "worse by " in _sentence(lost, 1).split("; it is ")[0]
-    assert "better by " in _sentence(lost, 1).split("; it is ")[1]
-    assert "better than 9 of 9 (" in _sentence(won, 2)
-    assert "worse than 9 (" in _sentence(lost, 2)
+    assert "worse by " in _sentence(lost, 1).split("; it is, ")[0]
+    assert "better by " in _sentence(lost, 1).split("; it is, ")[1]
+    assert _sentence(won, 1).count("better than 5 of 5 (constant 0.1") == 2
+    assert "better than 5 of 5 (chord-mu" in _sentence(won, 2)
+    assert "better than 4 of 4 (hpt" in _sentence(won, 2)
+    assert "worse than 5 (" in _sentence(lost, 2)
+    assert "worse than 4 (" in _sentence(lost, 2)
     assert "better by" in _sentence(won, 3)
     assert "worse by" in _sentence(lost, 3)
     assert "on gradients is better by" in _sentence(won, 4)
     assert "on gradients is worse by" in _sentence(lost, 4)
-    assert "In none of 8 data sets" in _sentence(won, 5)
-    assert "in 4 of 8 data sets (chain_sum, legs, rotate and syllogism)" in _sentence(lost, 5)
+    assert _sentence(won, 5).count("In none of 8 data sets") == 2
+    assert "in hindsight in 4 of 8 data sets (chain_sum, legs, rotate and syllogism)" in _sentence(lost, 5)
     assert "none turns around" in _sentence(won, 5)
     assert "better turns to worse or back for" in _sentence(lost, 5)
+
+
+def test_what_a_search_finds_in_the_same_data_is_not_tested(won):
+    found = study(fakes.everything(gac=0.26)).development
+    for name in ("fixed:search", "fixed:hindsight", "sequential:search"):
+        assert name not in found.adjusted
+        assert found.verdict(name) == "untested"
+        assert name not in found.told_apart()
+    assert found.adjusted["fixed:carried"] == found.adjusted[found.carried("fixed")]
+    assert re.search(r"of a search in the same data set `gac` is ahead of it by [\d.]+ points .*not tested", won, re.I)
+    row = next(line for line in won.splitlines() if line.startswith("| constant by search"))
+    assert "**" not in row
+
+
+def test_a_search_that_does_worse_than_single_constants_says_so():
+    """Two constants alike, each better on every other seed: the search follows the wrong one."""
+    records = []
+    for seed in range(1, 5):
+        for task in fakes.DEVELOPMENT:
+            cell = {"task": task, "seed": seed}
+            records.append(_flat(fakes.record(**cell), 0.5))
+            records.append(_flat(fakes.record(method="fixed", setting="mu=0.1", **cell), 0.4 + 0.1 * (seed % 2)))
+            records.append(_flat(fakes.record(method="fixed", setting="mu=0.3", **cell), 0.5 - 0.1 * (seed % 2)))
+    chapter = _chapter(_page(records), "Is the default law better than the best constant?")
+    assert "did better than that search (constant 0.1 and constant 0.3)" in chapter
+
+
+def _flat(record, late):
+    return record | {"accuracy": [[step, 0.3 if step == 0 else late] for step, _ in record["accuracy"]]}
 
 
 def test_equal_arms_are_not_told_apart():
@@ -68,12 +100,31 @@ def test_size_trend():
     found = sizes(study(fakes.everything()))
     assert list(found) == ["small", "medium", "large"]
     assert size_contrast(found, "paper")[:2] == ("large", "small")
+    # runs that are copies of the comparison's have its margins, searches included
+    records = fakes.comparison(seeds=range(1, 6))
+    arms = {("gac", ""), ("paper", ""), *(("fixed", setting) for setting in fakes.CONSTANTS[::2])}
+    some = [r for r in records if (r["method"], r["setting"]) in arms and r["seed"] <= 3]
+    copies = [r | {"phase": "size", "size": s, "key": f"{s}{r['key']}"} for r in some for s in ("medium", "large")]
+    found = sizes(study(records + copies))
+    for name in ("paper", "fixed:mu=0.1", "fixed:search", "fixed:hindsight"):
+        assert len({found[size].versus[name].mean for size in found}) == 1, name
+        assert size_contrast(found, name)[2].mean == 0
     grown = [r if r["size"] != "large" or r["method"] != "gac" else _lifted(r) for r in fakes.everything()]
     assert "the margin over paper's controller grows" in _page(grown)
 
 
 def _lifted(record):
     return record | {"accuracy": [[step, min(value + (0.1 if step else 0), 1.0)] for step, value in record["accuracy"]]}
+
+
+def test_exposure_sets_every_arm_beside_itself(won):
+    """Rules gain 0.04 where every prompt has a demonstration, `gac` and the constant nothing."""
+    chapter = _chapter(won, "Do rules that act per prompt lack demonstrations?")
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in chapter.splitlines() if "| " in line}
+    assert list(rows)[2:] == ["gac (default)", "constant 0.5", *sorted(fakes.PER_PROMPT)]
+    assert abs(float(rows["gac (default)"][2].split()[0])) < 2
+    assert float(rows["hpt"][2].split()[0]) > 2
+    assert "Where the solution of every prompt is a demonstration" in _sentence(won, 2)
 
 
 def test_complete_data_are_not_called_preliminary(won):
@@ -100,8 +151,9 @@ def test_one_seed_gives_no_verdict():
     found = study(fakes.comparison(seeds=[1])).development
     assert {found.verdict(name) for name in found.versus} == {"missing"}
     page = _page(fakes.comparison(seeds=[1]))
-    assert "not judged yet against 9 arms" in _sentence(page, 2)
-    assert "the default law is not compared yet" in _sentence(page, 3)  # a search needs a second seed
+    assert "not judged yet against 5 arms" in _sentence(page, 2)
+    assert "not judged yet against 4 arms" in _sentence(page, 2)
+    assert "The default law is not compared yet" in _sentence(page, 3)  # no earlier runs
     assert "over 4 pairs, too few for an interval" in _chapter(page, "Is it better than SFT first")
 
 
