@@ -47,7 +47,7 @@ study: install  ## the runs of docs/study.md that are missing, then the page; ho
 	$(BIN)/python -m benchmarks.study run
 	$(BIN)/python -m benchmarks.study report
 
-audit: install  ## estimators and laws against a measured truth; 10 minutes
+audit: install  ## estimators and laws against a measured truth; 15 minutes
 	$(BIN)/gac audit
 
 clean:  ## remove what was built

@@ -34,6 +34,7 @@ class TrainConfig:
     metric: str = "gradient"
     report_interval: int = 5
     sft_loss: str = "nll"
+    beta: float = 0.0
     steps: int = 400
     lr: float | None = None
     micro_batches: int = 4
@@ -144,6 +145,13 @@ def add_training_options(parser: argparse.ArgumentParser, *, leave_out: tuple[st
     )  # fmt: skip
     add(mix, "--sft-loss", "token loss of the supervised branch", choices=("nll", "phi"))
 
+    add(
+        mix, "--beta",
+        "coefficient of the KL divergence from the starting model in the reinforcement loss; laws that follow KL need "
+        "one above 0, and 1e-6 measures KL without pulling",
+        type=non_negative, metavar="X",
+    )  # fmt: skip
+
     training = parser.add_argument_group("training")
     add(training, "--steps", "optimizer steps of the hybrid phase", type=positive, metavar="N")
     add(training, "--lr", "learning rate (default: 4e-4; 1e-5 with --model)", type=positive_float, metavar="X")
@@ -196,7 +204,13 @@ def check(config: TrainConfig) -> None:
             parse_task(task)
         name, options = config.law_and_options()
         with carried_out():
-            rule_of(Controller(name, **options).law).check(config.generations)
+            law = Controller(name, **options).law
+        rule_of(law).check(config.generations)
+    if "kl" in law.needs and not config.beta:
+        raise UsageError(
+            f"--law {config.law} follows the KL divergence from the starting model, which is measured only with --beta "
+            "above 0; --beta 1e-6 measures it and hardly pulls"
+        )
     if config.estimator not in ESTIMATORS:
         raise UsageError(f"unknown estimator {config.estimator!r}; known: {', '.join(ESTIMATORS)}")
     if config.generations < 2:
@@ -285,13 +299,25 @@ def natural(text: str) -> int:
 
 def positive_float(text: str) -> float:
     """A number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
+    value = _float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
+
+
+def non_negative(text: str) -> float:
+    """A number from 0 on."""
+    value = _float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return value
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
 
 
 def quiet_libraries() -> None:

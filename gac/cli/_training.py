@@ -156,6 +156,7 @@ def run_hybrid(
             gac_report_interval=config.report_interval or None,
             gac_report_dir=str(out),
             sft_loss=config.sft_loss,
+            beta=config.beta,
             sft_batch_size=config.sft_batch_size,
             max_steps=config.steps,
             learning_rate=config.lr,

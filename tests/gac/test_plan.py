@@ -328,6 +328,11 @@ def test_cpu_overhead_is_the_measured_one_within_a_factor_of_two():
         measured = row["intervals"]["1"]
         assert 0.5 < found.gac_seconds / measured["seconds_in_gac"] < 2.0
         assert 0.5 < found.share / measured["share_in_gac"] < 2.0
+        said = (
+            f"the plan says {1e3 * found.gac_seconds:.1f} ms a step in GAC and {found.share:.2%} of it; measured were "
+            f"{1e3 * measured['seconds_in_gac']:.1f} ms and {measured['share_in_gac']:.2%}"
+        )
+        assert said in (RESULTS.parents[1] / "docs" / "scaling.md").read_text()
 
 
 def test_host_times_are_the_measured_ones():

@@ -64,6 +64,10 @@ def test_help_is_quick_to_load():
         (["train", "--mu", "0.5", "--law", "chord"], "cannot be combined"),
         (["train", "--law", "gac:nonsense=1"], "no option nonsense"),
         (["train", "--prior", "1,2"], "warmup,decay,peak,valley"),
+        (["train", "--law", "kl-ctrl"], "--law kl-ctrl follows the KL divergence from the starting model, which"),
+        (["train", "--law", "gac:alpha=kl", "--beta", "0"], "--beta 1e-6 measures it"),
+        (["train", "--beta", "-1"], "'-1' is not a number from 0 on"),
+        (["compare", "--laws", "gac,kl-ctrl"], "--law kl-ctrl follows"),
         (["train", "--generations", "7"], "not a multiple of --generations 7"),
         (["train", "--resume"], "--resume needs --out"),
         (["train", "--resume", "--out", "absent"], "nothing to resume"),
@@ -123,6 +127,18 @@ def test_a_run_leaves_everything_behind(finished, capsys):
     assert "is finished" in capsys.readouterr().out
     assert main(["train", "--out", str(finished), "--resume", "--lr", "0.5"]) == 2
     assert "--lr differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("law", ["kl-ctrl:target=1e-9", "gac:alpha=kl"])
+def test_laws_that_follow_kl_run_with_a_coefficient(tmp_path, law):
+    out = tmp_path / "kl"
+    assert (
+        main(["train", *TINY, "--law", law, "--beta", "1e-6", "--lr", "0.01", "--steps", "4", "--out", str(out)]) == 0
+    )
+    records = read_metrics(out / "metrics.jsonl")
+    assert records[-1]["kl"] > 0
+    if law.startswith("kl-ctrl"):  # above its target from the first step that drifts
+        assert records[-1]["gac/mu"] > records[0]["gac/mu"]
 
 
 def test_the_trained_model_can_be_trained_again(finished, tmp_path):
