@@ -65,10 +65,11 @@ def topology_of(
     """Reads the topology off the parameters.
 
     Raises:
-        ValueError: FSDP1, parameters on unrelated device meshes, parameters that FSDP2 leaves out, or a process group
-            beside DTensors.
+        ValueError: FSDP1, Megatron's tensor or pipeline parallelism, parameters on unrelated device meshes, parameters
+            that FSDP2 leaves out, or a process group beside DTensors.
     """
     _refuse_fsdp1(model)
+    _refuse_megatron_pieces(parameters)
     sharded = [(name, p) for name, p in parameters if is_dtensor(p)]
     if not sharded:
         ranks = dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
@@ -129,6 +130,22 @@ def has_unreduced_gradients(modules: Sequence[nn.Module]) -> bool:
             ):
                 return True
     return False
+
+
+def _refuse_megatron_pieces(parameters: Sequence[tuple[str, nn.Parameter]]) -> None:
+    """Megatron-Core marks its parameters (``tensor_model_parallel``) and knows whether ranks hold pieces of them."""
+    state = sys.modules.get("megatron.core.parallel_state")
+    if state is None or not any(hasattr(p, "tensor_model_parallel") for _, p in parameters):
+        return
+    if not state.model_parallel_is_initialized():
+        return
+    tensor, pipeline = state.get_tensor_model_parallel_world_size(), state.get_pipeline_model_parallel_world_size()
+    if tensor > 1 or pipeline > 1:
+        raise ValueError(
+            f"this is a Megatron model over {tensor} tensor-parallel and {pipeline} pipeline-parallel ranks, which "
+            "hold different pieces of it in plain tensors: taken for replicas, they would arrive at different mu. Use data "
+            "parallelism alone, or parallelize_module and FSDP2, whose DTensors say what they hold"
+        )
 
 
 def _refuse_fsdp1(model: nn.Module) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -222,3 +224,22 @@ def test_fsdp1_is_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed.fsdp, "FullyShardedDataParallel", torch.nn.Linear)
     with pytest.raises(ValueError, match="fully_shard"):
         gac.patch(tiny_model())
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "refused"), [(1, 1, False), (2, 1, True), (1, 2, True)])
+def test_pieces_of_a_megatron_model_are_refused(monkeypatch, tensor, pipeline, refused):
+    """By the functions of Megatron-Core's parallel_state; other models of the process are none of its business."""
+    state = types.ModuleType("megatron.core.parallel_state")
+    state.model_parallel_is_initialized = lambda: True
+    state.get_tensor_model_parallel_world_size = lambda: tensor
+    state.get_pipeline_model_parallel_world_size = lambda: pipeline
+    monkeypatch.setitem(sys.modules, state.__name__, state)
+    gac.patch(tiny_model())
+    model = tiny_model()
+    for parameter in model.parameters():
+        parameter.tensor_model_parallel = False
+    if refused:
+        with pytest.raises(ValueError, match=f"over {tensor} tensor-parallel and {pipeline} pipeline-parallel ranks"):
+            gac.patch(model)
+    else:
+        gac.patch(model)
