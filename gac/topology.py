@@ -143,8 +143,8 @@ def _refuse_megatron_pieces(parameters: Sequence[tuple[str, nn.Parameter]]) -> N
     if tensor > 1 or pipeline > 1:
         raise ValueError(
             f"this is a Megatron model over {tensor} tensor-parallel and {pipeline} pipeline-parallel ranks, which "
-            "hold different pieces of it in plain tensors: taken for replicas, they would arrive at different mu. Use data "
-            "parallelism alone, or parallelize_module and FSDP2, whose DTensors say what they hold"
+            "hold different pieces of it in plain tensors: taken for replicas, they would arrive at different mu. "
+            "Use data parallelism alone, or parallelize_module and FSDP2, whose DTensors say what they hold"
         )
 
 
