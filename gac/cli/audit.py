@@ -67,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
         _conclude(args, args.again, Reporter())
         return 0
     config = config_from(args).with_model_defaults()
+    law, options, alpha = _law(config)  # first: what an audit cannot follow is no reason to ask for --beta
     check(config)
-    law, options, alpha = _law(config)
     if config.steps <= args.every // 2:
         raise UsageError(f"--every {args.every} measures no truth in --steps {config.steps}; lower it")
     if args.replicates < 3:
