@@ -65,7 +65,8 @@ def patch(
             (:meth:`Mixer.mixed_loss`).
         interval: measure in every ``interval``-th optimizer step; the others run without hooks, and a backward pass
             outside a branch goes unnoticed in them.
-        optimizer: call :meth:`Mixer.step` after each of its steps.
+        optimizer: call :meth:`Mixer.step` after each of its steps, and tell the law its momentum (law ``gac`` counts
+            the noise that is left in its average of gradients; without ``optimizer`` pass ``momentum=0.9`` for Adam).
         process_group: the ranks that train replicas of the model (as in DDP); the default group when several processes
             run. Sharded models (FSDP2, tensor parallelism) bring their device mesh: patch after ``fully_shard``.
         metric: ``"gradient"``, or ``"optimizer"`` to measure in the space of Adam's steps: each element divided by
@@ -152,6 +153,9 @@ class Mixer:
         if topology.managed:
             deepspeed.check(model, optimizer=optimizer, in_optimizer_space=second_moments is not None)
         self.controller = Controller(law, **law_options)
+        lent = metric if not isinstance(metric, str) else None
+        if optimizer is not None or lent is not None:
+            self.controller.law.follow(optimizer if optimizer is not None else lent)
         self._measurement = Measurement(
             model,
             parameters,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.study.arms import (
+    BEFORE,
     FOUND,
     REFERENCE,
     Pairs,
@@ -130,8 +131,8 @@ def study(records: Iterable[Mapping[str, Any]]) -> Study:
             raise ValueError(f"record {run.key}: phase must be one of {', '.join(PHASES)}, got {run.phase!r}")
         runs[run.phase].append(run)
     ablation = list(runs["ablation"])
-    if REFERENCE not in {arm(run) for run in ablation}:
-        ablation += [run for run in runs["comparison"] if ablation and arm(run) == REFERENCE]
+    elsewhere = {REFERENCE, BEFORE} - {arm(run) for run in ablation}
+    ablation += [run for run in runs["comparison"] if ablation and arm(run) in elsewhere]
     return Study(
         runs=runs,
         development=family(runs["comparison"], runs["tuning"]),
@@ -152,7 +153,16 @@ def family(runs: Iterable[Run], earlier: Iterable[Run] = ()) -> Family:
     shared = {name: {cell: run for cell, run in pairs.items() if cell in whole} for name, pairs in known.items()}
     left_out = sum(len(pairs) - len(whole) for pairs in known.values()) if whole else 0
     arms = with_searches(shared if whole else known, earlier)
-    versus = against(arms)
+    return _judged(arms, against(arms), left_out)
+
+
+def seen_from(found: Family, reference: str) -> Family:
+    """The same arms with another one, in the place of `gac`, against them; the forms of `gac` are left out."""
+    arms = {n: pairs for n, pairs in found.arms.items() if n == reference or not is_form_of_gac(n)}
+    return _judged(arms, against(arms, reference), found.left_out)
+
+
+def _judged(arms: Mapping[str, Pairs], versus: Mapping[str, Comparison], left_out: int) -> Family:
     adjusted = holm({name: found.p for name, found in versus.items() if not _outside(name)})
     for name in versus:
         if name.endswith(":carried"):

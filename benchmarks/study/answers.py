@@ -83,9 +83,11 @@ def exposure_sentence(study: Study) -> str:
     family = study.exposure
     if not family.per_prompt():
         return ""
+    single = [name for name in family.options("fixed") if name in family.versus]
+    constants = "".join(f"; against {label(name)} it is {clause(family, name)}" for name in single)
     return (
         "Where the solution of every prompt is a demonstration, for all arms, the default law is "
-        f"{tally(family, family.per_prompt(), label)}."
+        f"{tally(family, family.per_prompt(), label)}{constants}."
     )
 
 

@@ -5,9 +5,11 @@ from typing import Any
 
 from benchmarks.study.inference import Comparison, compare
 from benchmarks.study.measures import Run
-from benchmarks.study.methods import STEPS, own_setting
+from benchmarks.study.methods import STEPS, WITHOUT_MOMENTUM, own_setting
 
 REFERENCE = "gac"
+BEFORE = f"gac:{WITHOUT_MOMENTUM}"
+"""The default law as it was when the development runs judged it first."""
 RL_ALONE, SFT_ALONE = "sequential:split=0", f"sequential:split={STEPS}"
 SEARCHED = ("fixed", "sequential")
 """Methods whose constant is nothing but a knob: a user has to search for it."""
@@ -30,9 +32,11 @@ _ABLATIONS = {
     "half_life=7",
     "half_life=69",
     "alpha=kl",
+    WITHOUT_MOMENTUM,
 }
 _LABELS = {
     "gac": "gac (default)",
+    BEFORE: "gac without momentum",
     "gac-sketch": "gac sketch",
     "gac-temporal": "gac temporal",
     "gac-coefficient": "gac in coefficient space",

@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.study.methods import METHODS, PER_PROMPT, VARIANTS, with_every_prompt
+from benchmarks.study.methods import METHODS, PER_PROMPT, VARIANTS, WITHOUT_MOMENTUM, with_every_prompt
 from benchmarks.study.tasks import TASKS
 from benchmarks.study.tuning import LEARNING_RATES, Tuning
 
 PHASES = ("tuning", "comparison", "ablation", "size", "exposure", "confirmation")
-SEEDS = (100,)
 SEEDS = (1, 2, 3, 4, 5)
 FEWER_SEEDS = SEEDS[:3]
 """Of ablations and sizes, which are questions of a second order."""
@@ -92,7 +91,7 @@ def _settings(tuning: Tuning) -> list[tuple[str, str]]:
     ``gac`` as it comes, constants, splits, and every other method as tuned; ``gac`` and two stages as tuned besides.
     """
     chosen = {method: tuning.setting(method) for method in METHODS}
-    arms = [("gac", "")]
+    arms = [("gac", ""), ("gac", WITHOUT_MOMENTUM)]
     arms += [("fixed", setting) for setting in CONSTANTS]
     arms += [("sequential", setting) for setting in SPLITS]
     arms += [(method, chosen[method]) for method in METHODS if method not in ("gac", "fixed", "sequential")]
@@ -131,7 +130,8 @@ def _ablation(records: Sequence[dict[str, Any]]) -> list[Row]:
 def _size(records: Sequence[dict[str, Any]]) -> list[Row]:
     known = _arms("size", records)
     tuning = Tuning(records, tasks("development"))
-    chosen = [("gac", ""), *((method, tuning.setting(method)) for method in ("paper", "sequential"))]
+    chosen = [("gac", ""), ("gac", WITHOUT_MOMENTUM)]
+    chosen += [(method, tuning.setting(method)) for method in ("paper", "sequential")]
     chosen += [("fixed", setting) for setting in ("mu=0.1", "mu=0.5", "mu=0.9")]
     arms = {arm: known[arm] for arm in chosen}
     return [row for size in ("medium", "large") for row in _product("size", "development", size, arms, FEWER_SEEDS)]
@@ -139,7 +139,12 @@ def _size(records: Sequence[dict[str, Any]]) -> list[Row]:
 
 def _exposure(records: Sequence[dict[str, Any]]) -> list[Row]:
     known = _arms("exposure", records)
-    chosen = [("gac", ""), ("fixed", "mu=0.5"), *(arm for arm in known if arm[0] in PER_PROMPT)]
+    chosen = [
+        ("gac", ""),
+        ("gac", WITHOUT_MOMENTUM),
+        ("fixed", "mu=0.5"),
+        *(arm for arm in known if arm[0] in PER_PROMPT),
+    ]
     arms = {(method, with_every_prompt(setting)): known[method, setting] for method, setting in chosen}
     return _product("exposure", "development", "small", arms, FEWER_SEEDS)
 

@@ -55,6 +55,9 @@ METHODS = {
     "entropy-ctrl": Method("entropy-ctrl", "", ("rate=0.01", "rate=0.1")),
 }
 
+WITHOUT_MOMENTUM = "momentum=0"
+"""Of ``gac``: the law as it was before it counted what the optimizer's momentum leaves of the noise."""
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "sketch": {"estimator": "sketch"},
     "temporal": {"micro_batches": 1},

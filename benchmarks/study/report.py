@@ -19,6 +19,7 @@ _QUESTIONS = (
     ("Where does it lose, and why?", questions.losses, ("study_mu",)),
     ("Does the margin change with the size of the model?", questions.by_size, ("study_size",)),
     ("Do rules that act per prompt lack demonstrations?", questions.exposure, ()),
+    ("How did the law come to count momentum?", questions.before, ()),
     ("Which component carries the effect?", questions.parts, ("study_ablation",)),
     ("Is gradient space better than coefficient space?", questions.space, ()),
     ("Do development and confirmation agree?", answers.agreement_sentence, ()),

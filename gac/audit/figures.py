@@ -139,15 +139,17 @@ def figures(record: Record, gac_options: Mapping[str, Any] | None = None) -> Fig
     ``gac_options`` are those of the run's law, where that is ``gac``.
     """
     values, deleted = record.truths()
+    counted = record.counted(values), record.counted(deleted)  # what laws are judged by
     alpha = record.alpha
     over_points = lambda function: _estimate(function, values, deleted)
+    of_laws = lambda function: _estimate(function, *counted)
     mu = {label: torch.tensor(x, dtype=torch.float64) for label, x in record.mu.items()}
     nearest = _nearest(len(mu[RUN]), record.steps)
     at_steps = lambda v: v[..., nearest, :]
-    best_sum, best_mean = (search(at_steps(values), alpha, by_ratios) for by_ratios in (False, True))
+    best_sum, best_mean = (search(at_steps(counted[0]), alpha, by_ratios) for by_ratios in (False, True))
     constant = lambda x: torch.full_like(mu[RUN], x)
     mu |= {BEST_BY_SUMS: constant(best_sum), BEST_BY_RATIOS: constant(best_mean)}
-    against = lambda ratio, best: over_points(
+    against = lambda ratio, best: of_laws(
         lambda v: ratio(mu[RUN], at_steps(v), alpha) - ratio(constant(best), at_steps(v), alpha)
     )
     return Figures(
@@ -155,16 +157,16 @@ def figures(record: Record, gac_options: Mapping[str, Any] | None = None) -> Fig
         replicates=deleted.shape[1],
         steps=len(mu[RUN]),
         truth={name: over_points(lambda v, k=k: v[..., k].mean(-1)) for k, name in enumerate(TRUE_COLUMNS)},
-        oracle=over_points(lambda v: oracle(v, alpha).mean(-1)),
+        oracle=of_laws(lambda v: oracle(v, alpha).mean(-1)),
         reliability=dict(zip(TRUE_COLUMNS, _reliability(values, deleted).tolist(), strict=True)),
         estimators={name: _qualities(record, name, values, deleted) for name in ESTIMATORS},
-        implied={name: _implied(record, name, values, deleted) for name in ESTIMATORS},
+        implied={name: _implied(record, name, *counted) for name in ESTIMATORS},
         reported=_reported(record),
         proxies={name: _populations(record, name, values) for name in COEFFICIENT_FORMS},
-        laws={label: mixing(x, values, deleted, alpha, nearest) for label, x in mu.items()},
-        parts={label: _in_parts(mu[label], values, deleted, alpha, nearest) for label in IN_PARTS if label in mu},
+        laws={label: mixing(x, *counted, alpha, nearest) for label, x in mu.items()},
+        parts={label: _in_parts(mu[label], *counted, alpha, nearest) for label in IN_PARTS if label in mu},
         replays={
-            label: mixing(x, values, deleted, alpha, nearest)
+            label: mixing(x, *counted, alpha, nearest)
             for label, x in replays(record, nearest, gac_options or {}).items()
         },
         best_fixed={"by sums": best_sum, "by ratios": best_mean},
@@ -235,6 +237,7 @@ def replays(record: Record, nearest: Tensor, options: Mapping[str, Any]) -> dict
     steps, those of `exact` at the nearest point, there is no drift between points either; the others are fed with what
     `exact` said in training.
     """
+    options = {"momentum": record.momentum, **options}
     truths, _ = record.truths()
     draws = record.draws(EXACT)
     turn = torch.arange(len(nearest)) % draws.shape[1]
@@ -301,7 +304,9 @@ def _bias(values: Tensor, deleted: Tensor, draws: Tensor, k: int) -> Estimate:
 
 def _implied(record: Record, name: str, values: Tensor, deleted: Tensor) -> Mixing:
     expected = record.draws(name).nanmean(1)
-    mu = oracle(pad(expected, (0, 1)), record.alpha).nan_to_num(0.5)  # no estimator knows of a cross term
+    mu = oracle(record.counted(pad(expected, (0, 1))), record.alpha).nan_to_num(
+        0.5
+    )  # no estimator knows of a cross term
     return mixing(mu, values, deleted, record.alpha, torch.arange(len(mu)))
 
 

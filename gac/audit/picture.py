@@ -49,8 +49,8 @@ def draw_audit(record: Record, path: str | Path, *, title: str = "") -> None:
     values, deleted = record.truths()
     with plt.rc_context(SETTINGS):
         figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-        _mu_panel(axes[0, 0], record, values, deleted)
-        _excess_panel(axes[0, 1], record, values)
+        _mu_panel(axes[0, 0], record, record.counted(values), record.counted(deleted))
+        _excess_panel(axes[0, 1], record, record.counted(values))
         _proxy_panel(axes[0, 2], record, values, deleted)
         for k, axis in enumerate(axes[1]):
             _number_panel(axis, record, values, deleted, k)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gac.audit.panel import ESTIMATORS, EXACT
 from gac.audit.replicates import COLUMNS, TRUE_COLUMNS, Truth
+from gac.laws.base import noise_left
 from gac.statistics import Statistics
 
 RUN = "the run's law"
@@ -44,6 +45,7 @@ class Record:
         estimates: for each estimator and step its three numbers (`COLUMNS`).
         errors: for each step the standard errors that ``exact`` gave with its numbers, of the first two.
         left_out: laws that lacked a signal.
+        momentum: of the optimizer, as the law in charge counts it: errors are those of its average of gradients.
     """
 
     alpha: float
@@ -52,6 +54,7 @@ class Record:
     estimates: dict[str, list[list[float]]] = field(default_factory=lambda: {name: [] for name in ESTIMATORS})
     errors: list[list[float]] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
+    momentum: float = 0.0
 
     def before_step(self, mu: dict[str, float]) -> None:
         """Every law's mu for the step to come."""
@@ -84,6 +87,11 @@ class Record:
             torch.stack([point.truth.deleted for point in self.points]),
         )
 
+    def counted(self, values: Tensor) -> Tensor:
+        """``[..., 4]``: truths with the noise that is left in the optimizer's average of gradients."""
+        noise = noise_left(self.momentum)
+        return values * torch.tensor([noise, noise, 1.0, 1.0], dtype=values.dtype)
+
     def draws(self, name: str) -> Tensor:
         """``[T, J, 3]``: an estimator's estimates from single steps at the points."""
         return torch.stack([point.draws[name] for point in self.points])
@@ -112,6 +120,7 @@ class Record:
         return {
             "columns": list(TRUE_COLUMNS),
             "alpha": self.alpha,
+            "momentum": self.momentum,
             "points": points,
             "mu": {label: _round(values) for label, values in self.mu.items()},
             "estimates": {name: _round(values) for name, values in self.estimates.items()},

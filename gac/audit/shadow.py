@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from gac.audit.panel import COEFFICIENT, COEFFICIENT_RAW, EXACT, INCOMING, SKETCH, TEMPORAL
 from gac.controller import Controller
@@ -76,6 +77,11 @@ class Shadows:
                 self.left_out[contender.label] = missing
             else:
                 self._running.append((contender, controller))
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Tells every contender which optimizer takes the steps, as the law in charge is told."""
+        for _, controller in self._running:
+            controller.law.follow(optimizer)
 
     def mu(self) -> dict[str, float]:
         """Each contender's mu for the step to come."""

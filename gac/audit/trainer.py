@@ -15,6 +15,7 @@ from gac.audit.panel import Panel, Probe, Watched
 from gac.audit.record import RUN, Point, Record, three
 from gac.audit.replicates import FEWEST, truth
 from gac.audit.shadow import Contender, Shadows
+from gac.laws.base import momentum_of
 from gac.laws.rules import RuleLaw
 from gac.ledger import Branch
 from gac.trainers.demonstrations import EpochSampler
@@ -88,6 +89,9 @@ class AuditTrainer(HybridGRPOTrainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any):
         prepared = super()._prepare_for_training(*args, **kwargs)
+        self._shadows.follow(self.optimizer)
+        # a law that knows nothing of momentum is judged by what the optimizer makes of its mu all the same
+        self._record.momentum = getattr(self.mixer.controller.law, "momentum", momentum_of(self.optimizer))
         self._panel = Panel(self.model)
         self.mixer = Watched(self.mixer, self._panel)
         return prepared

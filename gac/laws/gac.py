@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gac.laws.base import Law, Step, bounds, closed_form, number, register, unit_interval
+from gac.laws.base import Law, Step, bounds, closed_form, momentum_of, noise_left, number, register, unit_interval
 from gac.schedules import Schedule, as_schedule
 from gac.statistics import Statistics
 
@@ -32,6 +32,11 @@ class GacLaw(Law):
     the prior, limits the step and clips. A measurement's weight depends on its age alone. A number that was not
     measured (NaN) leaves its average as it was; a step with non-finite gradients changes nothing.
 
+    **What the optimizer leaves of the noise.** An optimizer with momentum ``m`` (Adam's ``beta1``) moves by an average
+    of gradients. That leaves ``k = (1-m)/(1+m)`` of the variance of noise, which is new in every step, and all of the
+    error of a wrong ``mu``, which is the same in every step. So the closed form is the one with ``k*sigma_s2`` and
+    ``k*sigma_r2``; below, the two stand for these.
+
     **How long to average.** A long average is calm, a short one follows. ``half_life="auto"`` keeps one of each, and
     every step says which was better: its unbiased statistics are independent of the steps before it, so that for the
     ``mu`` of an average over these, ``(mu-alpha)^2*delta_g2 + mu^2*sigma_s2 + (1-mu)^2*sigma_r2`` measures without bias
@@ -50,7 +55,11 @@ class GacLaw(Law):
         mu_se^2 = ((1-alpha)^2 V_r + alpha^2 V_s + (mu-alpha)^2 V_D) / D^2
 
     with ``delta_g2`` clamped in ``mu`` and ``D``. Where it is clamped, ``mu`` itself no longer moves with ``D``, yet
-    the true ``delta_g2`` may be as large as its error: dropping the last term there would understate the error.
+    the true ``delta_g2`` may be as large as its error: dropping the last term there would understate the error. With
+    momentum, ``V_s`` and ``V_r`` of the statistics as measured and ``Q = delta_g2 + k*(sigma_s2 + sigma_r2)``,
+
+        mu_se^2 = ((k-alpha + (1-k)*mu)^2 V_r + (alpha - (1-k)*mu)^2 V_s + (mu-alpha)^2 V_D) / Q^2
+
     ``mu_se`` measures sampling error alone: neither staleness of an average nor bias of the estimators is in it.
 
     ``alpha="kl"`` lets the target follow the policy's drift. The constants are the authors'; their update rule is not
@@ -76,6 +85,7 @@ class GacLaw(Law):
             blend where there is a prior. A branch that returns after an absence adds nothing again.
         mu_min, mu_max: bounds of mu.
         start: the first mu.
+        momentum: of the optimizer, in [0, 0.9999]; None for that of the optimizer which :meth:`follow` tells, else 0.
     """
 
     def __init__(
@@ -89,8 +99,11 @@ class GacLaw(Law):
         mu_min: float = 0.05,
         mu_max: float = 0.95,
         start: float = 0.5,
+        momentum: float | None = None,
     ) -> None:
         super().__init__(start)
+        self._own_momentum = momentum is None  # nobody set it: the optimizer may
+        self.momentum = 0.0 if momentum is None else number("momentum", momentum, 0.0, 0.9999)
         self.chooses = _is_word("half_life", half_life, "auto", "a number of steps")
         self.half_life = LONG if self.chooses else number("half_life", half_life, 1e-3, 1e9)
         self.follows_kl = _is_word("alpha", alpha, "kl")
@@ -117,6 +130,16 @@ class GacLaw(Law):
         if self.chooses:
             self.state["mus"] = torch.full((2,), float("nan"), dtype=torch.float64)  # of both averages
             self.state["evidence"] = torch.zeros(2, dtype=torch.float64)  # long minus short: sum, and sum of squares
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Takes the optimizer's momentum, unless the option was given."""
+        if self._own_momentum:
+            self.momentum = momentum_of(optimizer)
+
+    @property
+    def noise(self) -> float:
+        """Share of a gradient's noise that is left in what the optimizer moves by: 1 without momentum."""
+        return noise_left(self.momentum)
 
     def to(self, device: torch.device) -> None:
         super().to(device)
@@ -171,11 +194,13 @@ class GacLaw(Law):
 
     def _estimate(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """The estimate of mu and its standard error, recorded; NaN where unknown."""
-        smoothed = self._smoothed()
-        raws = closed_form(*smoothed.unbind(1), alpha)
-        # of the three averages on mu, times D
-        levers = torch.stack([alpha.expand_as(raws), (1 - alpha).expand_as(raws), raws - alpha], dim=1)
-        errors = torch.linalg.vector_norm(levers * (self._standard_errors() / smoothed.sum(1, keepdim=True)), dim=1)
+        noise = self.noise
+        sigma_s2, sigma_r2, delta_g2 = self._smoothed().unbind(1)
+        raws = closed_form(noise * sigma_s2, noise * sigma_r2, delta_g2, alpha)
+        error_of_mean = delta_g2 + noise * (sigma_s2 + sigma_r2)
+        # of the three averages on mu, times that
+        levers = torch.stack([alpha - (1 - noise) * raws, alpha - noise - (1 - noise) * raws, raws - alpha], dim=1)
+        errors = torch.linalg.vector_norm(levers * (self._standard_errors() / error_of_mean[:, None]), dim=1)
         raw, error = raws[-1], errors[-1]
         if self.chooses:
             self.state["mus"] = raws
@@ -234,12 +259,13 @@ class GacLaw(Law):
 
     def _compare(self, value: Tensor, use: Tensor, alpha: Tensor) -> None:
         """Measures in this step the errors of the mu that both averages of the steps before gave."""
-        _, sigma_r2, delta_g2 = value.unbind()
+        delta_g2, sigma_s2, sigma_r2 = value[2], self.noise * value[0], self.noise * value[1]
         short, long = self.state["mus"].unbind()
         apart = long - short
         apart = torch.where(apart.abs() > 1e-9, apart, 0.0)  # what rounding makes of equal averages is no evidence
-        # the error is D*mu^2 - 2*(alpha*delta_g2 + sigma_r2)*mu and a constant
-        difference = apart * ((long + short) * value.sum() - 2 * (alpha * delta_g2 + sigma_r2))
+        # the error is Q*mu^2 - 2*(alpha*delta_g2 + sigma_r2)*mu and a constant, Q the sum of the three
+        total = delta_g2 + sigma_s2 + sigma_r2
+        difference = apart * ((long + short) * total - 2 * (alpha * delta_g2 + sigma_r2))
         known = use.all() & torch.isfinite(difference)
         total, squares = self.state["evidence"].unbind()
         keep = 2.0 ** (-1 / LONG)

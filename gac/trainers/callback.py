@@ -116,6 +116,8 @@ class GacCallback(TrainerCallback):
             self._mixer = coefficient_mixer(args.device, **options)
         else:
             self._mixer = gac.patch(model, estimator=self._estimator, **options)
+        if optimizer is not None:
+            self._mixer.controller.law.follow(optimizer)
         self._window.clear()
         if state.global_step > 0:
             self._mixer.load_state_dict(self._read(args, state))

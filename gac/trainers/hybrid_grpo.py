@@ -410,6 +410,7 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
                 scaler=self.accelerator.scaler,  # of fp16=True, else None
                 **options,
             )
+        self.mixer.controller.law.follow(self.optimizer)
         self._rule.attach(self.mixer.controller.law)
         if self._mixer_state is not None:
             self.mixer.load_state_dict(self._mixer_state)

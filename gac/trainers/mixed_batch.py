@@ -153,7 +153,7 @@ class MixedBatch:
                 self._mixer.load_state_dict(self._restored)
             if self._follow:
                 reference = weakref.ref(self)
-                self._hook = register_optimizer_step_post_hook(lambda *_: _step(reference))
+                self._hook = register_optimizer_step_post_hook(lambda optimizer, *_: _step(reference, optimizer))
         return self._mixer
 
     def loss(
@@ -218,10 +218,16 @@ class MixedBatch:
         mixer.observe_tokens(logprobs.detach(), advantages.detach(), mask, expert)
         self._pending = True
 
-    def step(self) -> None:
-        """Ends the optimizer step, if losses were seen since the last: a collective over the group."""
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Ends the optimizer step, if losses were seen since the last: a collective over the group.
+
+        Args:
+            optimizer: which took it; the law learns its momentum.
+        """
         if self._pending:
             self._pending = False
+            if optimizer is not None:
+                self.mixer.controller.law.follow(optimizer)
             self.mixer.step()
             self._metrics = self.mixer.metrics()
 
@@ -254,10 +260,10 @@ class MixedBatch:
         self._pending = False
 
 
-def _step(reference: weakref.ref) -> None:
+def _step(reference: weakref.ref, optimizer: torch.optim.Optimizer) -> None:
     batch = reference()
     if batch is not None:
-        batch.step()
+        batch.step(optimizer)
 
 
 def _sft_loss(logprobs: Tensor, expert: Tensor, phi: bool) -> Tensor:

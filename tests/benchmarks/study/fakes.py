@@ -97,6 +97,7 @@ def comparison(phase="comparison", tasks=DEVELOPMENT, seeds=range(1, 6), gac=0.2
         for task in tasks:
             cell = {"phase": phase, "task": task, "seed": seed} | more
             found.append(record(level=gac, **cell))
+            found.append(record(setting="momentum=0", level=gac - 0.01, **cell))
             found += [record(method="fixed", setting=s, level=constant_level(s, task), **cell) for s in CONSTANTS]
             found += [
                 record(method="sequential", setting=s, level=0.17 - abs(int(s[6:]) - 60) / 600, **cell) for s in SPLITS
@@ -133,7 +134,8 @@ def everything(gac=0.2, coefficient=0.12, confirmation_gac=None) -> list[dict]:
                 if name in PER_PROMPT:
                     cell = {"phase": "exposure", "task": task, "method": name, "setting": "every-prompt", "seed": seed}
                     found.append(record(level=0.19 + 0.005 * i, law=name, **cell))
-            for name, setting, level in (("gac", "", gac), ("fixed", "mu=0.5;", constant_level("mu=0.5", task))):
+            first = ("gac", "momentum=0;", gac - 0.03)
+            for name, setting, level in (("gac", "", gac), first, ("fixed", "mu=0.5;", constant_level("mu=0.5", task))):
                 law = f"{name}:{setting}".strip(":;")
                 cell = {"phase": "exposure", "task": task, "method": name, "setting": f"{setting}every-prompt"}
                 found.append(record(level=level, seed=seed, law=law, **cell))

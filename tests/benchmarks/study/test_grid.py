@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.study import grid
 from benchmarks.study.ablations import registered
-from benchmarks.study.methods import METHODS, PER_PROMPT, STEPS, VARIANTS, arm_of, own_setting
+from benchmarks.study.methods import METHODS, PER_PROMPT, STEPS, VARIANTS, WITHOUT_MOMENTUM, arm_of, own_setting
 from benchmarks.study.tuning import TUNING_SEEDS, Tuning
 from gac.cli._config import TrainConfig
 from gac.controller import Controller
@@ -50,9 +50,8 @@ def test_tuning_tries_as_many_settings_of_every_method():
         assert len(first) == 7
         assert first <= trials[method]
         more = {setting for setting, _ in trials[method] - first}
-        assert more <= {"fixed": set(grid.CONSTANTS), "sequential": set(grid.SPLITS), "chord-mu": {"decay=100"}}.get(
-            method, set()
-        )
+        own = {"fixed": set(grid.CONSTANTS), "sequential": set(grid.SPLITS), "chord-mu": {"decay=100"}}
+        assert more <= (own | {"gac": {WITHOUT_MOMENTUM}}).get(method, set())
 
 
 def test_tuning_chooses_the_best_of_what_was_run_and_only_once_all_was():
@@ -109,7 +108,7 @@ def test_later_phases_wait_for_tuning_and_use_what_it_chose():
     rows = grid.rows("comparison", records)
     assert {row.lr for row in rows} == {1e-4}
     assert {row.setting for row in rows if row.method == "chord-mu"} == {"decay=100"}
-    assert {row.setting for row in rows if row.method == "gac"} == {""}
+    assert {row.setting for row in rows if row.method == "gac"} == {"", WITHOUT_MOMENTUM}
     assert len({row.seed for row in rows}) >= 5
     assert not {row.seed for row in rows} & set(TUNING_SEEDS)
     confirmation = {row.task for row in grid.rows("confirmation", records)}

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from benchmarks.study import report
-from benchmarks.study.analysis import PHASES, size_contrast, sizes, study
+from benchmarks.study.analysis import PHASES, seen_from, size_contrast, sizes, study
 from tests.benchmarks.study import fakes
 
 COMPLETE = dict.fromkeys(PHASES, 1)
@@ -121,10 +121,37 @@ def test_exposure_sets_every_arm_beside_itself(won):
     """Rules gain 0.04 where every prompt has a demonstration, `gac` and the constant nothing."""
     chapter = _chapter(won, "Do rules that act per prompt lack demonstrations?")
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in chapter.splitlines() if "| " in line}
-    assert list(rows)[2:] == ["gac (default)", "constant 0.5", *sorted(fakes.PER_PROMPT)]
+    assert list(rows)[2:] == ["gac (default)", "constant 0.5", "gac without momentum", *sorted(fakes.PER_PROMPT)]
     assert abs(float(rows["gac (default)"][2].split()[0])) < 2
     assert float(rows["hpt"][2].split()[0]) > 2
     assert "Where the solution of every prompt is a demonstration" in _sentence(won, 2)
+
+
+def test_the_first_form_of_the_law_is_judged_like_the_default(won):
+    """It gains 0.05 less where it loses to the constant, and the same runs are what the default is compared with."""
+    chapter = _chapter(won, "How did the law come to count momentum?")
+    records = fakes.everything(gac=0.26, coefficient=0.12)
+    found = study(records)
+    first = seen_from(found.development, "gac:momentum=0")
+    assert not any(name.startswith("gac") for name in first.versus)
+    both = found.development.versus["paper"].mean - found.development.versus["gac:momentum=0"].mean
+    assert first.versus["paper"].mean == pytest.approx(both)
+    rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in chapter.splitlines()}
+    shown = [cell.strip("* ").split()[0] for cell in rows["paper's controller"][1:3]]
+    assert shown == [f"{100 * x.versus['paper'].mean:+.1f}" for x in (first, found.development)]
+    assert chapter.count("the law without momentum is, against single constants, ") == 3
+    beaten = [r | {"method": "gac", "setting": "momentum=0;every-prompt"} for r in records if _is_first(r)]
+    lost = _page([r for r in records if not _is_first(r)] + [_lowered(r) for r in beaten])
+    text = _chapter(lost, "How did the law come to count momentum?")
+    assert "constants, better than 0 of 1, worse than 1 (constant 0.5)" in text
+
+
+def _is_first(record):
+    return record["phase"] == "exposure" and record["setting"].startswith("momentum=0")
+
+
+def _lowered(record):
+    return record | {"accuracy": [[step, max(value - 0.15 * (step > 0), 0.0)] for step, value in record["accuracy"]]}
 
 
 def test_complete_data_are_not_called_preliminary(won):

@@ -142,3 +142,22 @@ def test_contenders_without_their_signal_are_left_out():
     ]
     assert Shadows(contenders, frozenset({"entropy"})).left_out == {"k": ["kl"]}
     assert Shadows(contenders, frozenset({"entropy", "kl"})).mu() == {"k": 0.5, "e": 0.5, "f": 0.3}
+
+
+def test_errors_are_those_of_what_the_optimizer_moves_by(config):  # noqa: F811
+    """Adam's momentum counts for every law; a law that was told to leave it out is judged without it."""
+    told, record = audited(config(**SIZES))
+    assert record.momentum == told.mixer.controller.law.momentum == 0.9
+    values, _ = record.truths()
+    sigma_s2, sigma_r2, delta_g2, cross = values.unbind(-1)
+    best = (0.5 * (delta_g2 + cross) + sigma_r2 / 19) / (delta_g2 + 2 * cross + (sigma_s2 + sigma_r2) / 19)
+    found = figures(record)
+    assert found.oracle.value == pytest.approx(float(best.clamp(0, 1).mean()), rel=1e-6)
+    assert found.truth["sigma_s2"].value == pytest.approx(float(sigma_s2.mean())), "as measured"
+    assert record.mu[RUN] == pytest.approx(record.mu["gac on exact"], abs=1e-7)
+
+    plain = {"momentum": 0.0}
+    _, without = audited(config(**SIZES, law_options=plain), contenders=default_contenders(plain))
+    assert without.momentum == 0.0
+    assert without.mu[RUN] == pytest.approx(without.mu["gac on exact"], abs=1e-7)
+    assert audited(config(**SIZES, law="fixed"))[1].momentum == 0.9

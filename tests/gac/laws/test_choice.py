@@ -14,8 +14,8 @@ S = gac.Statistics
 FREE = {"cap": 1.0, "mu_min": 0.0, "mu_max": 1.0}
 
 
-def closed(s: float, r: float, d: float, alpha: float = 0.5) -> float:
-    return (alpha * d + r) / (d + s + r)
+def closed(s: float, r: float, d: float, alpha: float = 0.5, noise: float = 1.0) -> float:
+    return (alpha * d + noise * r) / (d + noise * (s + r))
 
 
 def averages(rows: list[tuple[float, float, float]], half_life: float) -> tuple[float, ...]:
@@ -25,20 +25,21 @@ def averages(rows: list[tuple[float, float, float]], half_life: float) -> tuple[
     return tuple(sum(w * row[i] for w, row in zip(weights, rows, strict=True)) / sum(weights) for i in range(3))
 
 
-@pytest.mark.parametrize("alpha", [0.5, 0.2])
-def test_the_rule_by_hand(alpha):
+@pytest.mark.parametrize(("alpha", "momentum"), [(0.5, 0.0), (0.2, 0.0), (0.3, 0.9)])
+def test_the_rule_by_hand(alpha, momentum):
+    noise = (1 - momentum) / (1 + momentum)
     rows = [(1.0, 3.0, 0.5), (2.0, 1.0, 0.2), (0.5, 4.0, 1.0), (3.0, 3.0, -0.4), (1.0, 1.0, 2.0)]
-    controller = gac.Controller("gac", alpha=alpha, **FREE)
+    controller = gac.Controller("gac", alpha=alpha, momentum=momentum, **FREE)
     total = squares = 0.0
     for k, (s, r, d) in enumerate(rows):
         if k:
-            short, long = (closed(*averages(rows[:k], h), alpha) for h in (SHORT, LONG))
-            error = {m: (m - alpha) ** 2 * d + m**2 * s + (1 - m) ** 2 * r for m in (short, long)}
+            short, long = (closed(*averages(rows[:k], h), alpha, noise) for h in (SHORT, LONG))
+            error = {m: (m - alpha) ** 2 * d + noise * (m**2 * s + (1 - m) ** 2 * r) for m in (short, long)}
             keep = 2 ** (-1 / LONG)
             difference = error[long] - error[short] if k > 1 else 0.0  # after one step the averages are equal
             total, squares = keep * total + difference, keep**2 * squares + difference**2
         mu = float(controller.update(S(s, r, d)))
-        short, long = (closed(*averages(rows[: k + 1], h), alpha) for h in (SHORT, LONG))
+        short, long = (closed(*averages(rows[: k + 1], h), alpha, noise) for h in (SHORT, LONG))
         t = total / math.sqrt(squares) if squares else 0.0
         assert mu == pytest.approx(long + (short - long) / (1 + math.exp(-2 * (t - 2))), rel=1e-12)
 

@@ -25,6 +25,7 @@ IMPOSSIBLE = {
     ("gac", "mu_min"): (-0.1, 1.1, NAN),
     ("gac", "mu_max"): (-0.1, 1.1, NAN),
     ("gac", "start"): (-0.1, 1.1, 0.01, 0.99, NAN),
+    ("gac", "momentum"): (-0.1, 1.0, NAN, "0.9", True),
     ("paper", "ema_beta"): (-0.1, 1.1, NAN),
     ("paper", "mu_min"): (-0.1, 1.1),
     ("paper", "mu_max"): (-0.1, 1.1),

@@ -130,6 +130,18 @@ def by_hand():
     return mus, [p.detach() for p in model.parameters()]
 
 
+@pytest.mark.parametrize(("optim", "options", "momentum"), [("sgd", {}, 0.0), ("adamw_torch", {}, 0.9),
+                                                            ("adamw_torch", {"momentum": 0.5}, 0.5)])  # fmt: skip
+def test_the_law_learns_the_optimizers_momentum(tmp_path, optim, options, momentum):
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.found = callback.mixer.controller.law.momentum
+
+    callback, look = GacCallback(estimator="exact", **options), Look()
+    build(tmp_path, callback=callback, callbacks=[look], optim=optim).train()
+    assert look.found == momentum
+
+
 def test_two_passes_with_accumulation_equal_a_loop_by_hand(tmp_path):
     trainer = build(tmp_path)
     trainer.train()

@@ -112,6 +112,7 @@ def test_metrics_reach_the_logger_and_the_model_is_left_without_hooks(trainer):
         assert math.isfinite(entry[f"gac/{name}"])
     assert entry["gac/n_s"] == entry["gac/n_r"] == 2
     assert run.mixer.controller.law.cap == 0.01
+    assert run.mixer.controller.law.momentum == 0.9, "that of the Adam which the trainer made"
     assert abs(entry["gac/mu"] - 0.3) > 0
     assert float(run.mixer.mu) == pytest.approx(entry["gac/mu"])
     assert "gac/prior" not in entry  # not measured: absent, not a number

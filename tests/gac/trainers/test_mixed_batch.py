@@ -175,6 +175,17 @@ def test_the_estimator_is_fed_and_the_optimizer_followed():
     mixed.close()
 
 
+def test_the_law_learns_the_momentum_of_the_optimizer_that_stepped():
+    data, model, mixed = batch(), policy(), MixedBatch()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.8, 0.99))
+    loss_of(mixed, model, data).loss.backward()
+    optimizer.step()
+    told = gac.coefficient_statistics(logprobs_of(model, data), data["advantages"], data["mask"], data["is_expert"])
+    expected = gac.Controller("gac", momentum=0.8).update(told)
+    assert float(mixed.mu) == pytest.approx(float(expected), rel=1e-5)
+    mixed.close()
+
+
 def test_evaluation_feeds_nothing():
     data, model, mixed = batch(), policy(), MixedBatch()
     with torch.no_grad():
