@@ -104,6 +104,7 @@ class Study:
         development, confirmation: the comparisons on both halves of the data sets.
         ablation: `gac` against its own forms, on development tasks.
         exposure: `gac`, a constant and the rules that act per prompt, where every prompt has a demonstration.
+        replaced: arms of the comparison at learning rates that a later pass of tuning replaced, with their runs.
     """
 
     runs: Mapping[str, Sequence[Run]]
@@ -111,6 +112,7 @@ class Study:
     confirmation: Family
     ablation: Family
     exposure: Family
+    replaced: Mapping[str, Pairs] = dataclasses.field(default_factory=dict)
 
     def halves(self) -> list[tuple[str, Family]]:
         """The comparisons that have something to say."""
@@ -118,8 +120,8 @@ class Study:
         return [(name, family) for name, family in pairs if family.versus]
 
 
-def study(records: Iterable[Mapping[str, Any]]) -> Study:
-    """Everything that is compared, from the records of any phases.
+def study(records: Iterable[Mapping[str, Any]], superseded: Iterable[Mapping[str, Any]] = ()) -> Study:
+    """Everything that is compared, from the records of any phases; `superseded` are those of replaced runs.
 
     Raises:
         ValueError: a malformed record, a phase that the study does not know, or the same run twice.
@@ -139,6 +141,7 @@ def study(records: Iterable[Mapping[str, Any]]) -> Study:
         confirmation=family(runs["confirmation"], runs["comparison"] or runs["tuning"]),
         ablation=family(ablation),
         exposure=family(runs["exposure"]),
+        replaced=by_arm(read_run(record) for record in superseded if record["phase"] == "comparison"),
     )
 
 

@@ -20,7 +20,7 @@ def answer(study: Study) -> str:
         _halves(study, lambda family, method=method: _carried(family, method)) for method in ("fixed", "sequential")
     )
     sentences = [
-        f"**Constants.** The default law {constants}. {_constants(study)}".rstrip(),
+        f"**Constants.** The default law {constants}. {replaced_sentence(study)} {_constants(study)}".rstrip(),
         f"**Other rules.** Against controllers of the mix, with tuned constants, the default law {rules}. Against "
         f"rules that act per prompt, and here see far fewer demonstrations, it {prompts}. "
         f"{exposure_sentence(study)}".rstrip(),
@@ -76,6 +76,23 @@ def part_sentence(study: Study) -> str:
         return f"{forms} none is told apart from the default; the largest difference is to {label(largest)} ({shown})."
     told = [f"{label(name)} (the default is {clause(family, name)})" for name in matter]
     return f"{forms} {len(matter)} {'is' if len(matter) == 1 else 'are'} told apart from the default: {listing(told)}."
+
+
+def replaced_sentence(study: Study) -> str:
+    """Whether the constant that earlier runs recommend did better at the learning rate that its tuning replaced."""
+    family = study.development
+    name = family.carried("fixed")
+    before = study.replaced.get(name or "")
+    if not before or family.verdict(name) == "missing":
+        return ""
+    found = compare(paired(family.arms[REFERENCE], before))
+    if found.mean >= family.versus[name].mean:
+        return ""
+    rate = next(iter(before.values())).lr
+    return (
+        f"Tuning, on one seed, gave {label(name)} a learning rate that is worse than the one it had: at {rate:g} the "
+        f"default law is ahead of it by {difference(found)} points (not tested)."
+    )
 
 
 def exposure_sentence(study: Study) -> str:

@@ -8,10 +8,12 @@ from benchmarks.study.methods import METHODS, PER_PROMPT, VARIANTS, WITHOUT_MOME
 from benchmarks.study.tasks import TASKS
 from benchmarks.study.tuning import LEARNING_RATES, Tuning
 
-PHASES = ("tuning", "comparison", "ablation", "size", "exposure", "confirmation")
+PHASES = ("tuning", "comparison", "ablation", "exposure", "confirmation", "rates", "size")
 SEEDS = (1, 2, 3, 4, 5)
 FEWER_SEEDS = SEEDS[:3]
 """Of ablations and sizes, which are questions of a second order."""
+LARGER = ("medium", "large")
+"""Sizes beside "small"."""
 CONSTANTS = ("mu=0.1", "mu=0.3", "mu=0.5", "mu=0.7", "mu=0.9")
 SPLITS = ("split=0", "split=50", "split=100", "split=150", "split=200")
 
@@ -19,8 +21,8 @@ SPLITS = ("split=0", "split=50", "split=100", "split=150", "split=200")
 class NotReady(ValueError):
     """A phase needs the records of an earlier one."""
 
-    def __init__(self, phase: str, missing: int) -> None:
-        super().__init__(f"phase {phase!r} needs {missing} more runs of the tuning phase; run that first")
+    def __init__(self, phase: str, missing: int, needed: str = "tuning") -> None:
+        super().__init__(f"phase {phase!r} needs {missing} more runs of the {needed} phase; run that first")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Row:
 def rows(phase: str, records: Sequence[dict[str, Any]]) -> list[Row]:
     """The runs of a phase as far as they are known, whether done or not.
 
-    Tuning grows as its learning rates are decided: ask again until no run is left.
+    Phases "tuning" and "rates" grow as learning rates are decided: ask again until no run is left.
 
     Raises:
         ValueError: unknown phase.
@@ -127,14 +129,36 @@ def _ablation(records: Sequence[dict[str, Any]]) -> list[Row]:
     return _product("ablation", "development", "small", {("gac", variant): lr for variant in VARIANTS}, FEWER_SEEDS)
 
 
-def _size(records: Sequence[dict[str, Any]]) -> list[Row]:
-    known = _arms("size", records)
+def _sized_arms(phase: str, records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """The arms that run at every size, with their learning rates at the smallest."""
+    known = _arms(phase, records)
     tuning = Tuning(records, tasks("development"))
-    chosen = [("gac", ""), ("gac", WITHOUT_MOMENTUM)]
-    chosen += [(method, tuning.setting(method)) for method in ("paper", "sequential")]
+    chosen = [("gac", ""), *((method, tuning.setting(method)) for method in ("paper", "sequential"))]
     chosen += [("fixed", setting) for setting in ("mu=0.1", "mu=0.5", "mu=0.9")]
-    arms = {arm: known[arm] for arm in chosen}
-    return [row for size in ("medium", "large") for row in _product("size", "development", size, arms, FEWER_SEEDS)]
+    return {arm: known[arm] for arm in chosen}
+
+
+def _rates(records: Sequence[dict[str, Any]]) -> list[Row]:
+    found = []
+    for size in LARGER:
+        tuning = Tuning(records, tasks("development"), size)
+        for arm, small in _sized_arms("rates", records).items():
+            for lr in tuning.descend(*arm, small)[1]:
+                found += [Row("rates", task, size, *arm, lr, seed) for task, seed in tuning.cells]
+    return found
+
+
+def _size(records: Sequence[dict[str, Any]]) -> list[Row]:
+    done = {record["key"] for record in records}
+    missing = [row for row in _rates(records) if row.key not in done]
+    if missing:
+        raise NotReady("size", len(missing), "rates")
+    found = []
+    for size in LARGER:
+        tuning = Tuning(records, tasks("development"), size)
+        arms = {arm: tuning.descend(*arm, small)[0] for arm, small in _sized_arms("size", records).items()}
+        found += _product("size", "development", size, arms, FEWER_SEEDS)
+    return found
 
 
 def _exposure(records: Sequence[dict[str, Any]]) -> list[Row]:
@@ -159,7 +183,8 @@ _PHASES = {
     "tuning": _tuning,
     "comparison": _comparison,
     "ablation": _ablation,
-    "size": _size,
     "exposure": _exposure,
     "confirmation": _confirmation,
+    "rates": _rates,
+    "size": _size,
 }

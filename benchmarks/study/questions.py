@@ -4,7 +4,14 @@ import math
 from statistics import fmean
 
 from benchmarks.study.analysis import ALPHA, Family, Study, effect_of_exposure, seen_from, size_contrast, sizes
-from benchmarks.study.answers import exposure_sentence, in_task, loss_sentence, part_sentence, space_sentence
+from benchmarks.study.answers import (
+    exposure_sentence,
+    in_task,
+    loss_sentence,
+    part_sentence,
+    replaced_sentence,
+    space_sentence,
+)
 from benchmarks.study.arms import (
     BEFORE,
     FOUND,
@@ -16,8 +23,9 @@ from benchmarks.study.arms import (
     is_form_of_gac,
     label,
     mean_over_tasks,
+    paired,
 )
-from benchmarks.study.inference import Comparison, holm, spearman
+from benchmarks.study.inference import Comparison, compare, holm, spearman
 from benchmarks.study.tables import LATE, evidence
 from benchmarks.study.wording import (
     NOT_RUN,
@@ -87,6 +95,8 @@ def constants(study: Study) -> str:
                 f"interval excludes {excluded(found)}. With data sets as draws from many, the difference is "
                 f"{_wide(found)}."
             )
+        if half == "development" and (replaced := replaced_sentence(study)):
+            text += f" {replaced}"
         text += (
             f" In hindsight the best constants are {_values(family.best_constants())}; `gac` minus these is "
             f"{difference(family.versus.get('fixed:hindsight'))}, which says what a perfect search could have."
@@ -316,6 +326,34 @@ def before(study: Study) -> str:
 def _marked(family: Family, name: str) -> str:
     text = difference(family.versus.get(name))
     return f"**{text}**" if text and family.verdict(name) in ("better", "worse") else text
+
+
+def replaced(study: Study) -> str:
+    """The comparison's arms at the learning rates that the second pass of tuning replaced."""
+    family, rows = study.development, []
+    rate = lambda pairs: f"{next(iter(pairs.values())).lr:g}"
+    for name, pairs in study.replaced.items():
+        if name in family.versus:
+            row = [label(name)]
+            for runs in (pairs, family.arms[name]):
+                found = compare(paired(family.arms[REFERENCE], runs))
+                row += [rate(runs), percent(mean_over_tasks(runs, LATE)), difference(found)]
+            rows.append(row)
+    if not rows:
+        return "No run was replaced."
+    header = ["arm", "first rate", "late accuracy, %", "`gac` minus it", "tuned rate", "late accuracy, %",
+              "`gac` minus it"]  # fmt: skip
+    worse = sum(
+        mean_over_tasks(study.replaced[name], LATE) > mean_over_tasks(family.arms[name], LATE)
+        for name in study.replaced
+        if name in family.versus
+    )
+    text = (
+        "The second pass of tuning chose another learning rate for these arms, on its one seed. All had run at the "
+        f"first rate by then. On the seeds of the comparison the first rate was the better one for {worse} of "
+        f"{len(rows)}; the tuned one counts everywhere else. Intervals are not corrected, and nothing here is tested."
+    )
+    return f"{text}\n\n{table(header, rows)}"
 
 
 def space(study: Study) -> str:

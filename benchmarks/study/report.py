@@ -25,10 +25,14 @@ _QUESTIONS = (
     ("Do development and confirmation agree?", answers.agreement_sentence, ()),
     ("Is training healthier?", conduct.health, ("study_drift",)),
     ("How much does the learning rate matter?", conduct.rates, ()),
+    ("What did the second pass of tuning change?", questions.replaced, ()),
     ("What does it cost?", conduct.cost, ()),
     ("Every arm, and the secondary measures", tables.every_arm, ()),
 )
 
+
+_TRIALS = ("tuning", "rates")
+"""Phases whose runs choose learning rates and settings, and are compared with nothing."""
 
 MARKS = ("<!-- study: begin, written by python -m benchmarks.study report -->", "<!-- study: end -->")
 """Lines of the README between which its table goes."""
@@ -38,7 +42,7 @@ def main(results: Path, out: Path, readme: Path | None = None) -> None:
     """Writes the page `out`, in the folder ``images`` beside it its pictures, and the README's table.
 
     Args:
-        results: folder with the records, ``PHASE.jsonl``.
+        results: folder with the records, ``PHASE.jsonl``, and in ``superseded`` those of replaced runs.
         out: the page, ``docs/study.md``.
         readme: a page with both :data:`MARKS`; None leaves it.
 
@@ -51,7 +55,7 @@ def main(results: Path, out: Path, readme: Path | None = None) -> None:
     records = read_records(results)
     if not records:
         raise ValueError(f"results: no records in {results}; make some with python -m benchmarks.study run")
-    found = study(records)
+    found = study(records, read_records(results / "superseded"))
     drawn = pictures.draw(found, out.parent / "images")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page(found, drawn, planned(records)))
@@ -157,7 +161,7 @@ def _data_sets(found: Study) -> str:
     for task, runs in sorted(tasks.items(), key=lambda item: (item[1][0].domain, item[1][0].role != "development")):
         warm = [[run.measures.warm for run in runs if run.size == size] for size in sizes]
         spans = [f"{percent(min(one), 0)} to {percent(max(one), 0)}" if one else "" for one in warm]
-        seeds = {run.seed for run in runs if run.phase != "tuning"}
+        seeds = {run.seed for run in runs if run.phase not in _TRIALS}
         rows.append([task, runs[0].domain, runs[0].role, *spans, str(len(seeds)), str(len(runs))])
     header = ["data set", "domain", "half", *(f"{size} model, %" for size in sizes), "seeds compared", "runs"]
     starts = {(run.task, run.size, run.seed): run.measures.warm for runs in found.runs.values() for run in runs}
@@ -169,7 +173,7 @@ def _data_sets(found: Study) -> str:
 
 def _fairness(found: Study) -> str:
     """Equal starts, steps and rollouts, and the number of trials, counted in the records."""
-    compared = [run for phase, runs in found.runs.items() if phase != "tuning" for run in runs]
+    compared = [run for phase, runs in found.runs.items() if phase not in _TRIALS for run in runs]
     lines = []
     if compared:
         odd = unequal_starts(compared)
@@ -181,15 +185,17 @@ def _fairness(found: Study) -> str:
         if all("rollouts" in run.record for run in compared):
             lines.append(f"Rollouts of a run: {_span(compared, 'rollouts')}.")
     lines.append(_trials(found))
-    overlap = {(r.task, r.seed) for r in found.runs["tuning"]} & {(r.task, r.seed) for r in compared}
+    overlap = {(r.task, r.seed) for phase in _TRIALS for r in found.runs[phase]} & {(r.task, r.seed) for r in compared}
     if compared and found.runs["tuning"]:
         lines.append(f"Seeds of tuning that a comparison uses as well: {len(overlap)}.")
-    rates: dict[float, set[str]] = {}
-    for run in found.runs["comparison"]:
-        rates.setdefault(run.lr, set()).add(label(arm(run)))
-    if rates:
-        chosen = "; ".join(f"{lr:g} for {listing(sorted(names))}" for lr, names in sorted(rates.items()))
-        lines.append(f"Learning rates that tuning chose: {chosen}.")
+    for size, phase in zip(SIZES, ("comparison", "size", "size"), strict=True):
+        rates: dict[float, set[str]] = {}
+        for run in found.runs[phase]:
+            if run.size == size:
+                rates.setdefault(run.lr, set()).add(label(arm(run)))
+        if rates:
+            chosen = "; ".join(f"{lr:g} for {listing(sorted(names))}" for lr, names in sorted(rates.items()))
+            lines.append(f"Learning rates that tuning chose for {size} models: {chosen}.")
     return " ".join(line for line in lines if line) or NOT_RUN
 
 

@@ -13,13 +13,20 @@ TUNING_SEEDS = (100,)
 
 
 class Tuning:
-    """The runs of tuning on `tasks`, ranked by mean late accuracy; a run that broke counts 0."""
+    """The runs of tuning on `tasks`, ranked by mean late accuracy; a run that broke counts 0.
 
-    def __init__(self, records: Iterable[dict[str, Any]], tasks: Sequence[str]) -> None:
+    Args:
+        records: of any phases.
+        tasks: that tuning runs on.
+        size: of the models; those of the larger sizes are in phase "rates".
+    """
+
+    def __init__(self, records: Iterable[dict[str, Any]], tasks: Sequence[str], size: str = "small") -> None:
+        phase = "tuning" if size == "small" else "rates"
         self.cells = [(task, seed) for seed in TUNING_SEEDS for task in tasks]
         self._late: dict[tuple[str, str, float], dict[tuple[str, int], float]] = {}
         for record in records:
-            if record["phase"] == "tuning":
+            if record["phase"] == phase and record["size"] == size:
                 trial = (record["method"], record["setting"], record["lr"])
                 late = late_accuracy(record)
                 self._late.setdefault(trial, {})[record["task"], record["seed"]] = late if math.isfinite(late) else 0.0
@@ -67,3 +74,19 @@ class Tuning:
             if best == at:
                 return at, asked
             at = best
+
+    def descend(self, method: str, setting: str, lr: float) -> tuple[float | None, list[float]]:
+        """From a smaller model's learning rate until the next lower one is no better: where it ends, and what it asks.
+
+        None where a run of it is missing. Larger models do not ask for higher rates.
+        """
+        at, asked = lr, [lr]
+        for lower in reversed(LEARNING_RATES[: LEARNING_RATES.index(lr)]):
+            asked.append(lower)
+            scores = [self.score(method, setting, rate) for rate in (at, lower)]
+            if None in scores:
+                return None, asked
+            if scores[1] <= scores[0]:
+                break
+            at = lower
+        return at, asked if len(asked) > 1 else []

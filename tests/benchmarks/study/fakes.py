@@ -141,6 +141,8 @@ def everything(gac=0.2, coefficient=0.12, confirmation_gac=None) -> list[dict]:
                 found.append(record(level=level, seed=seed, law=law, **cell))
             for size in ("medium", "large"):
                 cell = {"phase": "size", "task": task, "seed": seed, "size": size}
+                if seed == 1:
+                    found.append(record("rates", task, seed=100, size=size))
                 found.append(record(level=gac + 0.02 * (size == "large"), **cell))
                 found.append(record(method="paper", level=0.15, **cell))
                 found.append(record(method="sequential", setting="split=60", level=0.17, **cell))

@@ -35,6 +35,13 @@ def tuned(best_lr: float, best_setting: str, late=None) -> list[dict]:
         records += [record(row, late(row)) for row in rows]
 
 
+def rated(records: list[dict], late=lambda row: 0.3) -> list[dict]:
+    """With the learning rates of larger models besides."""
+    while rows := [row for row in grid.rows("rates", records) if row.key not in {item["key"] for item in records}]:
+        records = records + [record(row, late(row)) for row in rows]
+    return records
+
+
 def choices(records: list[dict]) -> Tuning:
     return Tuning(records, grid.tasks("development"))
 
@@ -121,16 +128,47 @@ def test_ablations_and_sizes_have_their_pairs_among_the_comparison():
     records = tuned(1e-4, "")
     small = grid.rows("comparison", records)
     paired = {(row.task, row.seed) for row in small if (row.method, row.setting) == ("gac", "")}
+    records = rated(records)
     for phase in ("ablation", "size"):
         rows = grid.rows(phase, records)
         assert {(row.task, row.seed) for row in rows} <= paired
         assert len({row.seed for row in rows}) >= 3
     arms = {(row.method, row.setting, row.lr) for row in grid.rows("size", records)}
-    assert arms <= {(row.method, row.setting, row.lr) for row in small}
+    assert arms <= {(row.method, row.setting, row.lr) for row in small}, "no lower rate was better"
+
+
+def test_larger_models_get_lower_rates_as_long_as_these_are_better():
+    """At 1e-4 on the small one. Large: `gac` is best at 1e-5, constant 0.5 at 3e-5, others as they were."""
+    top = {("gac", ""): 1e-5, ("fixed", "mu=0.5"): 3e-5}
+
+    def late(row):
+        best = top.get((row.method, row.setting), 1e-4) if row.size == "large" else 1e-4
+        return 0.5 - 0.05 * abs(grid.LEARNING_RATES.index(row.lr) - grid.LEARNING_RATES.index(best))
+
+    records = tuned(1e-4, "")
+    with pytest.raises(grid.NotReady, match=r"'size' needs \d+ more runs of the rates phase"):
+        grid.rows("size", records)
+    records = rated(records, late)
+    asked: dict = {}
+    for row in grid.rows("rates", records):
+        assert row.seed in TUNING_SEEDS
+        asked.setdefault((row.size, row.method, row.setting), set()).add(row.lr)
+    assert len(asked) == 2 * 6, "the arms of both larger sizes"
+    assert asked["large", "gac", ""] == {1e-4, 3e-5, 1e-5}
+    assert asked["large", "fixed", "mu=0.5"] == {1e-4, 3e-5, 1e-5}
+    assert asked["large", "paper", ""] == asked["medium", "gac", ""] == {1e-4, 3e-5}
+    found = {(row.size, row.method, row.setting): row.lr for row in grid.rows("size", records)}
+    assert found["large", "gac", ""] == 1e-5
+    assert found["large", "fixed", "mu=0.5"] == 3e-5
+    assert {lr for arm, lr in found.items() if arm[0] == "medium" or arm[1] == "paper"} == {1e-4}
+
+
+def test_the_lowest_rate_of_the_grid_is_not_tried_again():
+    assert choices(tuned(1e-5, "")).descend("gac", "", 1e-5) == (1e-5, [])
 
 
 def test_keys_are_unique_and_lead_back_to_their_rows():
-    records = tuned(1e-4, "")
+    records = rated(tuned(1e-4, ""))
     rows = [row for phase in grid.PHASES for row in grid.rows(phase, records)]
     assert len({row.key for row in rows}) == len(rows)
     assert grid.Row.from_record(record(rows[-1], 0.5)) == rows[-1]

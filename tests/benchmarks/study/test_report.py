@@ -146,6 +146,27 @@ def test_the_first_form_of_the_law_is_judged_like_the_default(won):
     assert "constants, better than 0 of 1, worse than 1 (constant 0.5)" in text
 
 
+def test_arms_at_replaced_rates_are_shown_and_named_where_they_did_better():
+    records = fakes.everything(gac=0.2)
+    carried = study(records).development.carried("fixed")
+    setting = carried.partition(":")[2]
+    again = [r for r in records if (r["phase"], r["method"], r["setting"]) == ("comparison", "fixed", setting)]
+    for shift, worse in ((0.05, 1), (-0.05, 0)):
+        old = [_shifted(r, shift) | {"lr": 3e-4, "key": r["key"] + "old"} for r in again]
+        page = report.page(study(records, old), {}, COMPLETE)
+        chapter = _chapter(page, "What did the second pass of tuning change?")
+        assert f"the better one for {worse} of 1;" in chapter
+        row = next(line for line in chapter.splitlines() if line.startswith(f"| constant {setting[3:]}"))
+        cells = [cell.strip() for cell in row.strip("| ").split(" | ")]
+        assert cells[1::3] == ["0.0003", "0.001"]
+        assert float(cells[3].split()[0]) == pytest.approx(float(cells[6].split()[0]) - 100 * shift, abs=0.11)
+        assert ("at 0.0003 the default law is ahead of it by" in _sentence(page, 1)) == bool(worse)
+
+
+def _shifted(record, shift):
+    return record | {"accuracy": [[step, value + shift * (step > 0)] for step, value in record["accuracy"]]}
+
+
 def _is_first(record):
     return record["phase"] == "exposure" and record["setting"].startswith("momentum=0")
 
