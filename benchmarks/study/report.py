@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import answers, conduct, pictures, questions, tables, tasks, text
+from benchmarks.study import answers, conduct, history, pictures, questions, tables, tasks, text
 from benchmarks.study.analysis import SIZES, Study, study, unequal_starts
 from benchmarks.study.arms import FOUND, arm, label
 from benchmarks.study.measures import PROBLEMS, Run
@@ -19,13 +19,13 @@ _QUESTIONS = (
     ("Where does it lose, and why?", questions.losses, ("study_mu",)),
     ("Does the margin change with the size of the model?", questions.by_size, ("study_size",)),
     ("Do rules that act per prompt lack demonstrations?", questions.exposure, ()),
-    ("How did the law come to count momentum?", questions.before, ()),
+    ("How did the law come to count momentum?", history.before, ()),
     ("Which component carries the effect?", questions.parts, ("study_ablation",)),
     ("Is gradient space better than coefficient space?", questions.space, ()),
     ("Do development and confirmation agree?", answers.agreement_sentence, ()),
     ("Is training healthier?", conduct.health, ("study_drift",)),
     ("How much does the learning rate matter?", conduct.rates, ()),
-    ("What did the second pass of tuning change?", questions.replaced, ()),
+    ("What did the second pass of tuning change?", history.replaced, ()),
     ("What does it cost?", conduct.cost, ()),
     ("Every arm, and the secondary measures", tables.every_arm, ()),
 )
