@@ -103,7 +103,10 @@ class Study:
         runs: by phase; every phase is there, perhaps empty.
         development, confirmation: the comparisons on both halves of the data sets.
         ablation: `gac` against its own forms, on development tasks.
-        exposure: `gac`, a constant and the rules that act per prompt, where every prompt has a demonstration.
+        exposure: `gac`, a constant and the rules that act per prompt, where every prompt has a demonstration, on
+            development tasks.
+        exposure_confirmation: `gac`, its first form and the constant, where every prompt has one, on confirmation
+            tasks.
         replaced: arms of the comparison at learning rates that a later pass of tuning replaced, with their runs.
     """
 
@@ -112,6 +115,7 @@ class Study:
     confirmation: Family
     ablation: Family
     exposure: Family
+    exposure_confirmation: Family
     replaced: Mapping[str, Pairs] = dataclasses.field(default_factory=dict)
 
     def halves(self) -> list[tuple[str, Family]]:
@@ -140,7 +144,8 @@ def study(records: Iterable[Mapping[str, Any]], superseded: Iterable[Mapping[str
         development=family(runs["comparison"], runs["tuning"]),
         confirmation=family(runs["confirmation"], runs["comparison"] or runs["tuning"]),
         ablation=family(ablation),
-        exposure=family(runs["exposure"]),
+        exposure=family(run for run in runs["exposure"] if run.record["role"] == "development"),
+        exposure_confirmation=family(run for run in runs["exposure"] if run.record["role"] == "confirmation"),
         replaced=by_arm(read_run(record) for record in superseded if record["phase"] == "comparison"),
     )
 
@@ -174,10 +179,10 @@ def _judged(arms: Mapping[str, Pairs], versus: Mapping[str, Comparison], left_ou
     return Family(arms, versus, adjusted, left_out)
 
 
-def effect_of_exposure(found: Study) -> dict[str, Comparison]:
-    """For each arm of phase "exposure", late accuracy with demonstrations of all prompts minus that with the usual."""
-    usual = by_arm(found.runs["comparison"])
-    every = {name: pairs for name, pairs in found.exposure.arms.items() if not name.endswith(FOUND)}
+def effect_of_exposure(found: Study, family: Family) -> dict[str, Comparison]:
+    """For each arm of a family of phase "exposure", late accuracy with all demonstrations minus that with the usual."""
+    usual = by_arm([*found.runs["comparison"], *found.runs["confirmation"]])
+    every = {name: pairs for name, pairs in family.arms.items() if not name.endswith(FOUND)}
     differences = {name: paired(pairs, usual[name]) for name, pairs in every.items() if name in usual}
     return {name: compare(values) for name, values in differences.items() if values}
 

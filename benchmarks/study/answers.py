@@ -102,6 +102,9 @@ def exposure_sentence(study: Study) -> str:
         return ""
     single = [name for name in family.options("fixed") if name in family.versus]
     constants = "".join(f"; against {label(name)} it is {clause(family, name)}" for name in single)
+    again = study.exposure_confirmation
+    if single and single[0] in again.versus:
+        constants += f", on confirmation data {clause(again, single[0])}"
     return (
         "Where the solution of every prompt is a demonstration, for all arms, the default law is "
         f"{tally(family, family.per_prompt(), label)}{constants}."

@@ -162,15 +162,15 @@ def _size(records: Sequence[dict[str, Any]]) -> list[Row]:
 
 
 def _exposure(records: Sequence[dict[str, Any]]) -> list[Row]:
+    """Everything on development data; on confirmation data what the law was changed for."""
     known = _arms("exposure", records)
-    chosen = [
-        ("gac", ""),
-        ("gac", WITHOUT_MOMENTUM),
-        ("fixed", "mu=0.5"),
-        *(arm for arm in known if arm[0] in PER_PROMPT),
+    changed = [("gac", ""), ("gac", WITHOUT_MOMENTUM), ("fixed", "mu=0.5")]
+    chosen = [*changed, *(arm for arm in known if arm[0] in PER_PROMPT)]
+    arms = lambda some: {(method, with_every_prompt(setting)): known[method, setting] for method, setting in some}
+    return [
+        *_product("exposure", "development", "small", arms(chosen), FEWER_SEEDS),
+        *_product("exposure", "confirmation", "small", arms(changed)),
     ]
-    arms = {(method, with_every_prompt(setting)): known[method, setting] for method, setting in chosen}
-    return _product("exposure", "development", "small", arms, FEWER_SEEDS)
 
 
 def _confirmation(records: Sequence[dict[str, Any]]) -> list[Row]:

@@ -10,6 +10,7 @@ _WHERE = {
     "development": "On development data",
     "confirmation": "On confirmation data",
     "exposure": "Where every prompt of the development data has a demonstration",
+    "exposure, confirmation": "Where every prompt of the confirmation data has one",
 }
 _HISTORY = (
     "The default law first took the noise of single gradients for what it has to weigh (`momentum=0`). On "
@@ -54,7 +55,7 @@ def replaced(study: Study) -> str:
 
 def before(study: Study) -> str:
     """What the law did before it counted the optimizer's momentum, and what that changed."""
-    phases = [*study.halves(), ("exposure", study.exposure)]
+    phases = [*study.halves(), ("exposure", study.exposure), ("exposure, confirmation", study.exposure_confirmation)]
     phases = [(phase, family) for phase, family in phases if BEFORE in family.arms]
     if not phases:
         return NOT_RUN

@@ -242,21 +242,14 @@ def parts(study: Study) -> str:
 
 def exposure(study: Study) -> str:
     """Every prompt has a demonstration."""
-    family = study.exposure
-    if not family.versus:
+    if not study.exposure.versus:
         return NOT_RUN
-    change = effect_of_exposure(study)
-    names = [REFERENCE, *(name for name in family.versus if not name.endswith(FOUND))]
-    rows = [
-        [
-            label(name),
-            percent(mean_over_tasks(family.arms[name], LATE)),
-            difference(change.get(name)),
-            difference(family.versus.get(name)),
-            *evidence(family, name, family.versus.get(name)),
-        ]
-        for name in names
-    ]
+    text = (
+        "Elsewhere a third of the prompts have a demonstration, the ones that the warm start was trained on. Here all "
+        "of them have one, for every arm: three times as many, most of them new. Rules that act per prompt still read "
+        "at most one for each of a step's prompts, laws of `mu` as many as ever. "
+        f"{exposure_sentence(study)}"
+    )
     header = [
         "arm",
         "late accuracy, %",
@@ -267,13 +260,22 @@ def exposure(study: Study) -> str:
         "won, %",
         "pairs",
     ]
-    text = (
-        "Elsewhere a third of the prompts have a demonstration, the ones that the warm start was trained on. Here all "
-        "of them have one, for every arm: three times as many, most of them new. Rules that act per prompt still read "
-        "at most one for each of a step's prompts, laws of `mu` as many as ever. "
-        f"{exposure_sentence(study)}"
-    )
-    return f"{text}\n\n{table(header, rows)}"
+    parts = [text]
+    for half, family in (("development", study.exposure), ("confirmation", study.exposure_confirmation)):
+        change = effect_of_exposure(study, family)
+        names = [REFERENCE, *(name for name in family.versus if not name.endswith(FOUND))] if family.versus else []
+        rows = [
+            [
+                label(name),
+                percent(mean_over_tasks(family.arms[name], LATE)),
+                difference(change.get(name)),
+                difference(family.versus.get(name)),
+                *evidence(family, name, family.versus.get(name)),
+            ]
+            for name in names
+        ]
+        parts.append(f"On {half} data:\n\n{table(header, rows)}" if rows else f"On {half} data: not yet run.")
+    return "\n\n".join(parts)
 
 
 def space(study: Study) -> str:

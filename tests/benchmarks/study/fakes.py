@@ -149,4 +149,13 @@ def everything(gac=0.2, coefficient=0.12, confirmation_gac=None) -> list[dict]:
                 found += [
                     record(method="fixed", setting=s, level=constant_level(s, task), **cell) for s in CONSTANTS[::2]
                 ]
+        for task in CONFIRMATION:
+            for name, setting, level in (
+                ("gac", "", gac),
+                ("gac", "momentum=0;", gac - 0.03),
+                ("fixed", "mu=0.5;", 0.2),
+            ):
+                cell = {"phase": "exposure", "task": task, "method": name, "setting": f"{setting}every-prompt"}
+                law = f"{name}:{setting}".strip(":;")
+                found.append(record(level=level, seed=seed, law=law, **cell))
     return found

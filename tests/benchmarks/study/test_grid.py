@@ -100,6 +100,8 @@ def test_exposure_gives_every_prompt_a_demonstration_and_changes_nothing_else():
     records = tuned(1e-4, "")
     plain = {(row.method, row.setting, row.lr) for row in grid.rows("comparison", records)}
     rows = grid.rows("exposure", records)
+    confirmed = {row.method for row in rows if row.task in grid.tasks("confirmation")}
+    assert confirmed == {"gac", "fixed"}
     assert {row.method for row in rows} == {"gac", "fixed", *PER_PROMPT}
     for row in rows:
         arm = arm_of(row.method, row.setting)

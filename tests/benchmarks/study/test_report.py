@@ -139,7 +139,7 @@ def test_the_first_form_of_the_law_is_judged_like_the_default(won):
     rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in chapter.splitlines()}
     shown = [cell.strip("* ").split()[0] for cell in rows["paper's controller"][1:3]]
     assert shown == [f"{100 * x.versus['paper'].mean:+.1f}" for x in (first, found.development)]
-    assert chapter.count("the law without momentum is, against single constants, ") == 3
+    assert chapter.count("the law without momentum is, against single constants, ") == 4
     beaten = [r | {"method": "gac", "setting": "momentum=0;every-prompt"} for r in records if _is_first(r)]
     lost = _page([r for r in records if not _is_first(r)] + [_lowered(r) for r in beaten])
     text = _chapter(lost, "How did the law come to count momentum?")
