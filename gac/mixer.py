@@ -22,6 +22,7 @@ from gac.measurement import ESTIMATORS, Measurement
 from gac.metrics import HostMirror
 from gac.modules import ModuleStatistics
 from gac.optimizer_space import SecondMoments
+from gac.optimizers import FirstStep
 from gac.statistics import NAN, Statistics
 from gac.topology import fsdp2_modules, has_unreduced_gradients, topology_of
 
@@ -65,8 +66,10 @@ def patch(
             (:meth:`Mixer.mixed_loss`).
         interval: measure in every ``interval``-th optimizer step; the others run without hooks, and a backward pass
             outside a branch goes unnoticed in them.
-        optimizer: call :meth:`Mixer.step` after each of its steps, and tell the law its momentum (law ``gac`` counts
-            the noise that is left in its average of gradients; without ``optimizer`` pass ``momentum=0.9`` for Adam).
+        optimizer: call :meth:`Mixer.step` after each of its steps. Law ``gac`` counts the noise that is left in the
+            optimizer's average of gradients; it takes the momentum from here, or else from the first ``torch.optim``
+            optimizer that steps a parameter of the model. Engines that step copies of the parameters (DeepSpeed,
+            Megatron) hide theirs: pass ``momentum=0.9`` for Adam.
         process_group: the ranks that train replicas of the model (as in DDP); the default group when several processes
             run. Sharded models (FSDP2, tensor parallelism) bring their device mesh: patch after ``fully_shard``.
         metric: ``"gradient"``, or ``"optimizer"`` to measure in the space of Adam's steps: each element divided by
@@ -153,9 +156,6 @@ class Mixer:
         if topology.managed:
             deepspeed.check(model, optimizer=optimizer, in_optimizer_space=second_moments is not None)
         self.controller = Controller(law, **law_options)
-        lent = metric if not isinstance(metric, str) else None
-        if optimizer is not None or lent is not None:
-            self.controller.law.follow(optimizer if optimizer is not None else lent)
         self._measurement = Measurement(
             model,
             parameters,
@@ -189,6 +189,14 @@ class Mixer:
         self._optimizer_hook = None
         if optimizer is not None:
             self._optimizer_hook = optimizer.register_step_post_hook(lambda *_: self.step())
+        known = metric if optimizer is None and not isinstance(metric, str) else optimizer
+        self._first_step = None
+        if known is not None:
+            self.controller.law.follow(known)
+        else:
+            law = weakref.ref(self.controller.law)
+            self._first_step = FirstStep(self._parameters, lambda found: law() and law().follow(found))
+            weakref.finalize(self, self._first_step.remove)
         self._measurement.plan(self.controller.steps)
 
     # -- weights and branches -------------------------------------------------------------------------------------
@@ -571,6 +579,8 @@ class Mixer:
             _mixers.pop(parameter, None)
         if self._optimizer_hook is not None:
             self._optimizer_hook.remove()
+        if self._first_step is not None:
+            self._first_step.remove()
         self._observer = None
 
     def __enter__(self) -> Mixer:

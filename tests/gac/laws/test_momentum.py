@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import gac
 from tests.gac.laws.draws import Truth, estimates
@@ -124,6 +126,55 @@ def test_patch_tells_the_law():
     ):
         with gac.patch(model, **options) as mixer:
             assert mixer.controller.law.momentum == expected, options
+
+
+def test_an_optimizer_that_nobody_named_is_found_at_its_first_step():
+    model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    ones = lambda m: [setattr(p, "grad", torch.ones_like(p)) for p in m.parameters()]
+    ones(model), ones(other)
+    stranger = torch.optim.Adam(other.parameters(), betas=(0.5, 0.9))
+    adam = torch.optim.Adam(model.parameters(), betas=(0.8, 0.9))
+    late = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.3)
+    with gac.patch(model) as mixer, gac.patch(other, momentum=0.1) as told:
+        law = mixer.controller.law
+        stranger.step()
+        assert law.momentum == 0.0, "it steps another model"
+        adam.step()
+        assert law.momentum == 0.8
+        late.step()
+        assert law.momentum == 0.8, "the first one counts"
+        assert told.controller.law.momentum == 0.1
+    before = len(_global_optimizer_post_hooks)
+    gac.patch(model).unpatch()
+    assert len(_global_optimizer_post_hooks) == before, "nothing is left behind"
+    mixer = gac.patch(model)
+    mixer.unpatch()
+    adam.step()
+    assert mixer.controller.law.momentum == 0.0
+    dropped = gac.patch(torch.nn.Linear(2, 2))
+    assert len(_global_optimizer_post_hooks) == before + 1
+    del dropped
+    gc.collect()
+    assert len(_global_optimizer_post_hooks) == before
+
+
+def test_a_step_before_the_measurement_decides_what_the_first_mu_is():
+    """In a plain loop the optimizer steps before the mixer does, so that no update goes by without its momentum."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+    with gac.patch(model, estimator="exact", **FREE) as mixer:
+        for branch, sign in ((mixer.sft, 1.0), (mixer.rl, -1.0)):
+            for _ in range(3):
+                with branch():
+                    mixer.backward(sign * model(torch.randn(4, 5)).mean())
+        optimizer.step()
+        mixer.step()
+        found = mixer.statistics
+        expected = gac.Controller("gac", momentum=0.9, **FREE).update(found)
+        assert float(mixer.mu) == pytest.approx(float(expected), rel=1e-6)
+        plain = gac.Controller("gac", **FREE).update(found)
+        assert abs(float(plain) - float(expected)) > 1e-3, "else nothing was shown"
 
 
 def _told(law, optimizer):
