@@ -16,6 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gac.bench.shapes import MODELS
+from gac.laws.base import noise_left
 from gac.laws.gac import LONG
 from gac.ledger import Branch, Ledger
 from gac.measurement import EXACT_BYTES, EXACT_BYTES_REDUCED, EXACT_SHARE
@@ -297,10 +298,12 @@ def mu_error(
     alpha: float = 0.5,
     half_life: float | None = None,
     interval: int = 1,
+    momentum: float = 0.0,
 ) -> MuError:
     """Standard error of mu from ``n`` contributions of each branch, by the delta method.
 
-    ``mu = alpha + ((1-alpha) sigma_r2 - alpha sigma_s2) / distance2``. Gaussian noise of rank ``r`` gives
+    ``mu = (alpha delta_g2 + k sigma_r2) / (delta_g2 + k (sigma_s2 + sigma_r2))`` with ``k = (1-momentum)/(1+momentum)``
+    and ``delta_g2 = distance2 - sigma_s2 - sigma_r2``. Gaussian noise of rank ``r`` gives
     ``Var sigma2 = 2 sigma2^2 / ((n-1) r)`` and ``Var distance2 = 2 Q (Q + 2 delta_g2) / r`` with
     ``Q = sigma_s2 + sigma_r2`` (both branches' noise and their disagreement in the same directions, the worst case);
     heavy tails move ``sigma2`` and ``distance2`` together, with the variance ``excess / n`` of ``sigma2^2``.
@@ -311,21 +314,23 @@ def mu_error(
         size: buckets of the sketch over all ranks; None: exact.
         half_life: of the law's average, in steps; default: the long one's, which is in charge while statistics stand.
         interval: steps between measurements.
+        momentum: of the optimizer, as the law counts it.
     """
     half_life = LONG if half_life is None else half_life
     sigma_s, sigma_r = (x / (1 + noise.ratio) / (n * averaged) for x in (noise.ratio, 1.0))
     both, delta = sigma_s + sigma_r, noise.disagreement
-    distance = delta + both
-    mu = alpha + ((1 - alpha) * sigma_r - alpha * sigma_s) / distance
+    left = noise_left(momentum)
+    divisor = delta + left * both
+    mu = (alpha * delta + left * sigma_r) / divisor
     freedom = max(n - 1, 1) * noise.rank
-    sigmas = ((1 - alpha) * sigma_r) ** 2 + (alpha * sigma_s) ** 2
+    sigmas = ((left - alpha + (1 - left) * mu) * sigma_r) ** 2 + ((alpha - (1 - left) * mu) * sigma_s) ** 2
     gaussian = sigmas * 2 / freedom + (mu - alpha) ** 2 * 2 * both * (both + 2 * delta) / noise.rank
-    tails = noise.excess / (n * averaged) * (((1 - mu) * sigma_r) ** 2 + (mu * sigma_s) ** 2)
-    one_step = math.sqrt(gaussian + tails) / distance
+    tails = noise.excess / (n * averaged) * left**2 * (((1 - mu) * sigma_r) ** 2 + (mu * sigma_s) ** 2)
+    one_step = math.sqrt(gaussian + tails) / divisor
     keep = 2.0 ** (-interval / half_life)
     sketch = 0.0
     if size is not None:
-        sketch = math.sqrt(2 / size * (sigmas + ((mu - alpha) * distance) ** 2)) / distance
+        sketch = math.sqrt(2 / size * (sigmas + ((mu - alpha) * (delta + both)) ** 2)) / divisor
     return MuError(mu, one_step, one_step * math.sqrt((1 - keep) / (1 + keep)), sketch)
 
 
@@ -343,6 +348,7 @@ class Setup:
         interval: steps between measurements.
         dtype: of the gradients; a key of :data:`DTYPES`.
         metric: ``optimizer`` also reads Adam's second moments.
+        alpha, half_life, momentum: of law ``gac``; the momentum is that of the optimizer.
     """
 
     parameters: Parameters
@@ -358,6 +364,7 @@ class Setup:
     metric: str = "gradient"
     alpha: float = 0.5
     half_life: float | None = None
+    momentum: float = 0.9
     noise: Noise = Noise()
 
     def __post_init__(self) -> None:
@@ -370,6 +377,8 @@ class Setup:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
         if self.half_life is not None and not self.half_life > 0:
             raise ValueError(f"half_life must be positive, got {self.half_life}")
         if self.trainable is not None and not 1 <= self.trainable <= self.parameters.total:
@@ -511,6 +520,7 @@ def make_plan(setup: Setup) -> Plan:
         alpha=setup.alpha,
         half_life=setup.half_life,
         interval=setup.interval,
+        momentum=setup.momentum,
     )
     sketches = ledger.nbytes + (2 * 4 * size if n == 1 else 0)  # moving means of both branches serve as replicates
     return Plan(

@@ -85,6 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     noise.add_argument("--noise-ratio", type=positive, metavar="Q", help="sigma_s2/sigma_r2")
     noise.add_argument("--alpha", type=_number(0.0), default=0.5, metavar="A", help="weight of SFT in the target")
     noise.add_argument("--half-life", type=positive, metavar="N", help="of the law's averages, in steps")
+    noise.add_argument(
+        "--momentum", type=_number(0.0), default=0.9, metavar="M", help="of the optimizer: Adam's beta1 (default: 0.9)"
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON")
     output.add_argument("--markdown", action="store_true", help="print Markdown")
@@ -124,7 +127,18 @@ def _setups(args: argparse.Namespace) -> Iterator:
         "ratio": args.noise_ratio,
     }
     noise = Noise(**{name: value for name, value in assumed.items() if value is not None})
-    same = ("trainable", "sharding", "tokens", "micro_batches", "interval", "dtype", "estimator", "metric", "alpha")
+    same = (
+        "trainable",
+        "sharding",
+        "tokens",
+        "micro_batches",
+        "interval",
+        "dtype",
+        "estimator",
+        "metric",
+        "alpha",
+        "momentum",
+    )
     options = {name: getattr(args, name) for name in same}
     for name in args.params.split(","):
         parameters = Parameters.of(name.strip())

@@ -379,22 +379,25 @@ def simulated_steps(noise, n, steps, generator):
 
 
 @pytest.mark.parametrize(
-    ("noise", "n", "alpha", "interval"),
+    ("noise", "n", "alpha", "interval", "momentum"),
     [
-        (Noise(rank=20, excess=0.0, disagreement=0.2, ratio=1.0), 4, 0.5, 1),
-        (Noise(rank=20, excess=0.0, disagreement=0.05, ratio=4.0), 8, 0.2, 1),
-        (Noise(rank=20, excess=1.0, disagreement=0.2, ratio=0.5), 4, 0.5, 1),
-        (Noise(rank=20, excess=1.0, disagreement=0.1, ratio=3.0), 6, 0.8, 3),
+        (Noise(rank=20, excess=0.0, disagreement=0.2, ratio=1.0), 4, 0.5, 1, 0.0),
+        (Noise(rank=20, excess=0.0, disagreement=0.05, ratio=4.0), 8, 0.2, 1, 0.0),
+        (Noise(rank=20, excess=1.0, disagreement=0.2, ratio=0.5), 4, 0.5, 1, 0.0),
+        (Noise(rank=20, excess=1.0, disagreement=0.1, ratio=3.0), 6, 0.8, 3, 0.0),
+        (Noise(rank=200, excess=0.0, disagreement=0.5, ratio=4.0), 8, 0.2, 1, 0.9),
+        (Noise(rank=200, excess=1.0, disagreement=0.5, ratio=3.0), 6, 0.8, 3, 0.5),
     ],
 )
-def test_standard_error_is_that_of_simulated_steps(noise, n, alpha, interval):
+def test_standard_error_is_that_of_simulated_steps(noise, n, alpha, interval, momentum):
     chains, length, half_life = 600, 40, 12.0
     values = simulated_steps(noise, n, chains * length, torch.Generator().manual_seed(1)).view(3, chains, length)
     keep = 2.0 ** (-interval / half_life)
     weights = keep ** torch.arange(length, dtype=torch.float64).flip(0)
     sigma_s, sigma_r, distance = (values * weights / weights.sum()).sum(2)
-    mus = alpha + ((1 - alpha) * sigma_r - alpha * sigma_s) / distance
-    found = mu_error(noise, n, size=None, alpha=alpha, half_life=half_life, interval=interval)
+    left, delta = (1 - momentum) / (1 + momentum), distance - sigma_s - sigma_r
+    mus = (alpha * delta + left * sigma_r) / (delta + left * (sigma_s + sigma_r))
+    found = mu_error(noise, n, size=None, alpha=alpha, half_life=half_life, interval=interval, momentum=momentum)
     # the chain is cut off: its weights leave a little more variance than an endless one's
     cut = math.sqrt((1 + keep**length) / (1 - keep**length))
     sure = 1 / math.sqrt(2 * chains)
@@ -471,6 +474,7 @@ def test_shards_are_torch_chunks(ranks):
         ({"sharding": "zero"}, "unknown sharding 'zero'; known: ddp, fsdp"),
         ({"ranks": 0}, "ranks must be at least 1, got 0"),
         ({"alpha": 2.0}, r"alpha must be in \[0, 1\], got 2.0"),
+        ({"momentum": 1.0}, "momentum must be at least 0 and below 1, got 1.0"),
         ({"half_life": 0.0}, "half_life must be positive"),
         ({"trainable": 10**12}, "trainable must be from 1"),
     ],
