@@ -144,7 +144,7 @@ def mu_paths(tasks: Mapping[str, Mapping[str, object]], path: Path) -> None:
             if task["best"] is not None:
                 top.axhline(task["best"], color="black", linestyle=(0, (4, 2)), label="best constant in hindsight")
             top.set_ylim(0, 1)
-            top.set_title(title)
+            top.set_title(title, fontsize=9)
             for key, label, colour, style in names:
                 curve = [(x, y) for x, y in task["statistics"].get(key, ()) if y > 0]
                 _plain(bottom, curve, label, color=colour, linestyle=style)

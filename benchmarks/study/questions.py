@@ -90,6 +90,12 @@ def constants(study: Study) -> str:
                     f" Single constants did better than that search ({listing([label(name) for name in flat])}): "
                     "among near ties it follows the noise of the other seeds."
                 )
+        rates = {run.lr for name in single for run in family.arms[name].values()}
+        if len(rates) > 1:
+            text += (
+                f" Constants run at the learning rates tuned for them, {min(rates):g} to {max(rates):g}: what sets "
+                "them apart, in the picture too, is both."
+            )
         lines.append(text)
     return "\n\n".join(lines) or NOT_RUN
 
@@ -161,7 +167,8 @@ def losses(study: Study) -> str:
                 ]
             )
             if found and found.mean < 0:
-                reasons.append(_reason(task, found, gac, best.get(task)))
+                constant = {cell: run for cell, run in family.arms["fixed:hindsight"].items() if cell[0] == task}
+                reasons.append(_reason(task, found, gac, best.get(task), constant))
     if not rows:
         return NOT_RUN
     header = [
@@ -288,16 +295,21 @@ def space(study: Study) -> str:
     return " ".join(lines)
 
 
-def _reason(task: str, found: Comparison, gac: Pairs, best: float | None) -> str:
+def _reason(task: str, found: Comparison, gac: Pairs, best: float | None, constant: Pairs) -> str:
     mean = mean_over_tasks(gac, lambda run: run.measures.mean_mu)
     sure = "" if math.isnan(found.high) or found.high < 0 else " (its interval includes 0)"
     text = f"On {task} it is {-100 * found.mean:.1f} points below{sure}"
     if mean is None or best is None:
         return text + "."
+    rates = [{run.lr for run in pairs.values()} for pairs in (gac, constant)]
+    other = (
+        "" if rates[0] == rates[1] else f", which has another learning rate ({max(rates[1]):g}, not {max(rates[0]):g})"
+    )
     if abs(mean - best) <= NEAR:
-        return f"{text}, with a mean mu of {mean:.2f} next to the best constant of {best:.1f}: its level is not why."
+        why = "" if other else ": its level is not why"
+        return f"{text}, with a mean mu of {mean:.2f} next to the best constant of {best:.1f}{other}{why}."
     side = "above" if mean > best else "below"
-    return f"{text}, with a mean mu of {mean:.2f} {side} the best constant of {best:.1f}."
+    return f"{text}, with a mean mu of {mean:.2f} {side} the best constant of {best:.1f}{other}."
 
 
 def _distance_sentence(study: Study) -> str:

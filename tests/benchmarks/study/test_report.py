@@ -96,6 +96,19 @@ def test_reasons_name_the_side_of_the_best_constant(lost):
     assert "below the best constant of 0.9" in chapter  # syllogism
 
 
+def test_another_learning_rate_of_the_best_constant_is_named():
+    """Where both differ, nobody knows which of mu and the rate was why."""
+    moved = [
+        r | {"lr": 3e-3} if r["phase"] == "comparison" and r["setting"] in ("mu=0.5", "mu=0.9") else r
+        for r in fakes.everything(gac=0.08)
+    ]
+    page = _page(moved)
+    chapter = _chapter(page, "Where does it lose, and why?")
+    assert "best constant of 0.5, which has another learning rate (0.003, not 0.001)." in chapter
+    assert "best constant of 0.9, which has another learning rate (0.003, not 0.001)." in chapter
+    assert "Constants run at the learning rates tuned for them, 0.001 to 0.003" in page
+
+
 def test_size_trend():
     found = sizes(study(fakes.everything()))
     assert list(found) == ["small", "medium", "large"]
