@@ -282,7 +282,18 @@ def exposure(study: Study) -> str:
             for name in names
         ]
         parts.append(f"On {half} data:\n\n{table(header, rows)}" if rows else f"On {half} data: not yet run.")
+        parts += [_task_by_task(family, name) for name in family.options("fixed") if name in family.versus]
     return "\n\n".join(parts)
+
+
+def _task_by_task(family: Family, name: str) -> str:
+    """`gac` minus a constant in every data set, with its mean mu."""
+    shown = []
+    for task in family.tasks():
+        gac = {cell: run for cell, run in family.arms[REFERENCE].items() if cell[0] == task}
+        mean = number(mean_over_tasks(gac, lambda run: run.measures.mean_mu))
+        shown.append(f"{task} {difference(in_task(family, name, task))} (mean mu {mean})")
+    return f"`gac` minus {label(name)} by data set: {', '.join(shown)}."
 
 
 def space(study: Study) -> str:

@@ -138,6 +138,8 @@ def test_exposure_sets_every_arm_beside_itself(won):
     assert abs(float(rows["gac (default)"][2].split()[0])) < 2
     assert float(rows["hpt"][2].split()[0]) > 2
     assert "Where the solution of every prompt is a demonstration" in _sentence(won, 2)
+    by_task = [line for line in chapter.splitlines() if line.startswith("`gac` minus constant 0.5 by data set: ")]
+    assert [line.count("(mean mu 0.5") for line in by_task] == [4, 4]
 
 
 def test_the_first_form_of_the_law_is_judged_like_the_default(won):
