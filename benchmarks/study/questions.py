@@ -195,7 +195,7 @@ def losses(study: Study) -> str:
 
 def by_size(study: Study) -> str:
     """Margins at the three sizes."""
-    families = sizes(study)
+    families = {size: family for size, family in sizes(study).items() if REFERENCE in family.arms}
     if not families:
         return NOT_RUN
     names = dict.fromkeys(name for family in families.values() for name in family.versus)

@@ -57,7 +57,8 @@ def clause(family: Family, name: str) -> str:
         )
     if verdict == "worse":
         mean, low, high = -mean, -high, -low
-    return f"{verdict} by {mean:.1f} points ({low:.1f} to {high:.1f}, {p})"
+    span = [f"{x:.1f}".replace("-0.0", "0.0") for x in (low, high)]
+    return f"{verdict} by {mean:.1f} points ({span[0]} to {span[1]}, {p})"
 
 
 def tally(family: Family, names: Sequence[str], label) -> str:

@@ -126,6 +126,11 @@ def test_size_trend():
     assert "the margin over paper's controller grows" in _page(grown)
 
 
+def test_sizes_without_the_default_law_wait_for_it():
+    records = [r for r in fakes.everything() if r["phase"] != "size" or r["method"] != "gac"]
+    assert _chapter(_page(records), "Does the margin change").strip().endswith("Not yet run.")
+
+
 def _lifted(record):
     return record | {"accuracy": [[step, min(value + (0.1 if step else 0), 1.0)] for step, value in record["accuracy"]]}
 
