@@ -1,14 +1,16 @@
-"""Launch configurations, fixed for each architecture: nothing is tuned at run time.
+"""Launch configurations: fixed, nothing is tuned at run time.
 
 The kernels are limited by memory, so a configuration only has to keep enough bytes in flight: on an H100 about
-3.35 TB/s x 700 ns = 2.3 MB, or 18 KB on each of 132 SMs. A program of 4 warps with 8 rows of 1,024 bf16 elements has
-16 KB in flight, and at 64 registers a thread 8 programs share an SM.
+3.35 TB/s x 700 ns = 2.3 MB, or 18 KB on each of 132 SMs. A program of 4 warps with 4 rows of 1,024 bf16 elements has
+8 KB in flight, and 8 programs or more share an SM. Measured on an H100 (benchmarks/results/): more rows at once gain
+nothing, and 8 cost the sketch 5% to 10%: its 80 registers then leave room for fewer programs than 57. Eight warps are as good
+for most kernels, but a row of 16-bit elements is then shared by half of them, and the pair kernel's sums over rows
+cross warps through shared memory: 3 to 10 times slower.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -27,7 +29,7 @@ COLUMN_BLOCK = 1024
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How the kernels are launched on one architecture.
+    """How the kernels are launched.
 
     Attributes:
         warps: warps of a program.
@@ -42,28 +44,13 @@ class LaunchConfig:
     finish_width: int = 128
 
 
-_BY_CAPABILITY = {
-    8: LaunchConfig(warps=4, unroll=4, pair_unroll=2),
-    9: LaunchConfig(warps=4, unroll=8, pair_unroll=4),
-    10: LaunchConfig(warps=4, unroll=8, pair_unroll=4),
-}
-_DEFAULT = LaunchConfig(warps=4, unroll=4, pair_unroll=2)
+_GPU = LaunchConfig(warps=4, unroll=4, pair_unroll=2)
 _INTERPRETER = LaunchConfig(warps=4, unroll=2, pair_unroll=2, finish_width=1024)
 
 
-def for_capability(major: int) -> LaunchConfig:
-    """The configuration of CUDA devices of compute capability ``major.*``."""
-    return _BY_CAPABILITY.get(major, _BY_CAPABILITY[10] if major > 10 else _DEFAULT)
-
-
-@cache
 def for_device(device: torch.device) -> LaunchConfig:
-    """The configuration for tensors on ``device`` (a device with an index, or the CPU under the interpreter)."""
-    if device.type != "cuda":
-        return _INTERPRETER
-    if torch.version.hip is not None:
-        return _DEFAULT
-    return for_capability(torch.cuda.get_device_capability(device)[0])
+    """The configuration for tensors on ``device``: a GPU, or the CPU under the interpreter."""
+    return _GPU if device.type == "cuda" else _INTERPRETER
 
 
 def sketch_chunk_rows(rows: int, lanes: int) -> int:

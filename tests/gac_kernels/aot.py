@@ -33,11 +33,12 @@ _TYPES = {
     torch.int64: "i64",
     torch.uint8: "u8",
 }
+GPU = config.for_device(torch.device("cuda"))
 _CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 
 
-def recorded_launches(capability: int) -> dict[str, tuple]:
-    """Kernel, signature and constants of every launch, as configured for compute capability ``capability.*``."""
+def recorded_launches() -> dict[str, tuple]:
+    """Kernel, signature and constants of every launch, as configured for GPUs."""
     launches: dict[str, tuple] = {}
     seen = set()
     label = ""
@@ -60,7 +61,7 @@ def recorded_launches(capability: int) -> dict[str, tuple]:
 
     operations.launch = record
     operations.check_device = lambda device: None
-    config.for_device = lambda device: config.for_capability(capability)
+    config.for_device = lambda device: GPU
     mu = torch.tensor(0.5)
     for dtype in DTYPES:
         name = "/" + _TYPES[dtype]
@@ -115,7 +116,7 @@ _LIGHTER = ("fp16", "bf16/bf16", "fp64/fp64")
 def compile_all(capability: int, heaviest: bool) -> dict[str, dict]:
     """Compiles for ``sm_<capability>``; what each kernel uses, by name."""
     report = {}
-    for name, (kernel, signature, constants, attributes) in recorded_launches(capability // 10).items():
+    for name, (kernel, signature, constants, attributes) in recorded_launches().items():
         if heaviest and (any(part in name for part in _LIGHTER) or not any(part in name for part in _HEAVIEST)):
             continue
         source = ASTSource(
@@ -127,7 +128,7 @@ def compile_all(capability: int, heaviest: bool) -> dict[str, dict]:
         compiled = triton.compile(
             source,
             target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": config.for_capability(capability // 10).warps, "enable_fp_fusion": True},
+            options={"num_warps": GPU.warps, "enable_fp_fusion": True},
         )
         ptx = compiled.asm["ptx"]
         report[name] = {
