@@ -198,18 +198,16 @@ def _run_steps(args: argparse.Namespace, device, results: dict, save, start: flo
     from gac.bench.shapes import MODELS
 
     gpu = device.type == "cuda"
-    hook = host.hook_cost_alone(device, **({"rounds": 3, "processes": 1} if args.quick else {}))
-    results["host"] = {"hook": hook, "import": host.import_time(rounds=1 if args.quick else 5)}
-    save()
     names = args.model if args.model is not None else ("0.1B", "1B") if gpu else ("10M",)
     tokens = args.tokens if args.tokens is not None else (8192, 1024, 32768) if gpu else (1024,)
     dtypes = args.dtype if args.dtype is not None else ("bf16",) if gpu else ("fp32",)
     spent = args.step_seconds or (8.0 if gpu else 60.0) * (0.3 if args.quick else 1.0)
     rounds = (1, 30) if args.quick else (3, 30)
+    late = lambda: args.max_seconds and monotonic() - start > args.max_seconds
     for dtype in dtypes:
         for count in tokens:
             for name in names:
-                if args.max_seconds and monotonic() - start > args.max_seconds:
+                if late():
                     print(f"{name} {dtype} {count} tokens: left out, the time limit was reached", file=sys.stderr)
                     continue
                 options = step.StepOptions(MODELS[name], device, dtype_of(dtype), count, seconds=spent, rounds=rounds)
@@ -220,6 +218,11 @@ def _run_steps(args: argparse.Namespace, device, results: dict, save, start: flo
                     continue
                 save()
                 print(", ".join(step_row(results["step"][-1])), file=sys.stderr, flush=True)
+    if late():
+        print("hook and import: left out, the time limit was reached", file=sys.stderr)
+        return
+    hook = host.hook_cost_alone(device, **({"rounds": 3, "processes": 1} if args.quick else {}))
+    results["host"] = {"hook": hook, "import": host.import_time(rounds=1 if args.quick else 5)}
 
 
 def _finish(results: dict, prefix: Path) -> int:

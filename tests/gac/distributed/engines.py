@@ -17,6 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 import gac
 from tests.gac.models import rl_loss, sft_loss, tiny_model, tokens
 
+DEVICE = "cpu"
+"""Where models and batches are; ``test_gpu.py`` sets it in its processes."""
+
 STEPS, MICRO_BATCHES = 3, 2
 NUMBERS = ("sigma_s2", "sigma_r2", "delta_g2", "distance2", "norm_s2", "norm_r2", "dot", "n_s", "n_r", "nonfinite")
 
@@ -39,7 +42,11 @@ NOT_A_NUMBER = Plan(loss_factor=lambda step, rank, micro: float("nan") if step =
 
 
 def batch(step: int, number: int, rank: int, micro: int) -> torch.Tensor:
-    return tokens(1, 10_000 * step + 1000 * number + 10 * rank + micro)[0]
+    return tokens(1, 10_000 * step + 1000 * number + 10 * rank + micro)[0].to(DEVICE)
+
+
+def new_model(**options) -> nn.Module:
+    return tiny_model(**options).to(DEVICE)
 
 
 def train(
@@ -91,7 +98,7 @@ def train(
 
 def alone(world: int, *, together: bool, plan: Plan = UNIFORM, model: nn.Module | None = None, **options):
     """The same in one process."""
-    model = tiny_model() if model is None else model
+    model = new_model() if model is None else model
     with gac.patch(model, **options) as mixer:
         return train(mixer, model, list(range(world)), world, plan=plan, together=together)
 
@@ -105,7 +112,7 @@ def whole_parameters(model: nn.Module) -> list[torch.Tensor]:
 
 def ddp(*, no_sync=False, **options):
     def run(rank, world, plan=UNIFORM, *, width=32, **patch_options):
-        model = DistributedDataParallel(tiny_model(width=width), **options)
+        model = DistributedDataParallel(new_model(width=width), **options)
         quiet = (
             (lambda number, last: contextlib.nullcontext() if number == 1 and last else model.no_sync())
             if no_sync
@@ -119,7 +126,7 @@ def ddp(*, no_sync=False, **options):
 
 def by_hand(rank, world, plan=UNIFORM, **patch_options):
     """No engine: gradients averaged by hand, so that ranks may have any number of passes."""
-    model = tiny_model()
+    model = new_model()
 
     def reduce():
         for parameter in model.parameters():
@@ -133,7 +140,7 @@ def by_hand(rank, world, plan=UNIFORM, **patch_options):
 
 def main_grad(rank, world, plan=UNIFORM, **patch_options):
     """Gradients in buffers of the trainer's own, reduced before the optimizer's step."""
-    model = tiny_model()
+    model = new_model()
     for parameter in model.parameters():
         parameter.main_grad = torch.zeros_like(parameter)
         parameter.register_post_accumulate_grad_hook(_into_main_grad)
@@ -160,8 +167,8 @@ def _into_main_grad(parameter):
 
 def scaled(rank, world, **patch_options):
     """float16-style loss scaling under DDP; the scale changes between steps."""
-    model = DistributedDataParallel(tiny_model())
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1, growth_factor=2.0)
+    model = DistributedDataParallel(new_model())
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0, growth_interval=1, growth_factor=2.0)
     with gac.patch(model, scaler=scaler, **patch_options) as mixer:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         mus, found = [], []
@@ -203,7 +210,7 @@ def fsdp(*, replicate: int = 1, sync_last_only: bool = False, dtype: torch.dtype
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         if offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
-        model = shard(tiny_model(width=width), init_device_mesh("cpu", shape, mesh_dim_names=names), **options)
+        model = shard(new_model(width=width), init_device_mesh(DEVICE, shape, mesh_dim_names=names), **options)
 
         @contextlib.contextmanager
         def quiet(number, last):
@@ -223,12 +230,12 @@ def tensor_parallel(*, data_parallel: int = 1):
         from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
         ways = world // data_parallel
-        model = tiny_model(tied=False)
+        model = new_model(tied=False)
         if data_parallel > 1:
-            mesh = init_device_mesh("cpu", (data_parallel, ways), mesh_dim_names=("dp", "tp"))
+            mesh = init_device_mesh(DEVICE, (data_parallel, ways), mesh_dim_names=("dp", "tp"))
             tp, dp_rank = mesh["tp"], rank // ways
         else:
-            tp, dp_rank = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",)), 0
+            tp, dp_rank = init_device_mesh(DEVICE, (world,), mesh_dim_names=("tp",)), 0
         for layer in model.model.layers:
             parallelize_module(
                 layer.mlp,
@@ -257,7 +264,7 @@ def accelerated(*, sharded: bool = False):
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = Accelerator(cpu=True)
         assert accelerator.num_processes == world
-        model = tiny_model()
+        model = new_model()
         if sharded:
             # accelerate shards on accelerators alone; everything else of its way there is taken
             AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
@@ -286,28 +293,28 @@ def one_step(mixer, model, rank):
 def patched_too_early(rank, world, **options):
     from torch.distributed.device_mesh import init_device_mesh
 
-    model = tiny_model()
+    model = new_model()
     mixer = gac.patch(model, **options)
-    one_step(mixer, shard(model, init_device_mesh("cpu", (world,))), rank)
+    one_step(mixer, shard(model, init_device_mesh(DEVICE, (world,))), rank)
 
 
 def deep_copied(rank, world, **options):
     import copy
 
-    model = tiny_model()
+    model = new_model()
     mixer = gac.patch(model, **options)
     one_step(mixer, DistributedDataParallel(copy.deepcopy(model)), rank)
 
 
 def assigned(rank, world, **options):
-    model = tiny_model()
+    model = new_model()
     mixer = gac.patch(model, **options)
     model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
     one_step(mixer, DistributedDataParallel(model), rank)
 
 
 def lost_on_one_rank(rank, world, **options):
-    model = tiny_model()
+    model = new_model()
     mixer = gac.patch(model, **options)
     if rank == 1:
         for handle in mixer._observer._handles:
@@ -318,7 +325,7 @@ def lost_on_one_rank(rank, world, **options):
 def sync_off_at_the_end_of_a_branch(rank, world, **options):
     from torch.distributed.device_mesh import init_device_mesh
 
-    model = shard(tiny_model(), init_device_mesh("cpu", (world,)))
+    model = shard(new_model(), init_device_mesh(DEVICE, (world,)))
     mixer = gac.patch(model, **options)
     model.set_requires_gradient_sync(False)
     one_step(mixer, model, rank)

@@ -1,4 +1,4 @@
-"""Runs a function on several gloo processes, with an end for those that hang."""
+"""Runs a function on several processes, with an end for those that hang."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ import torch
 import torch.distributed as dist
 
 
-def on_ranks(world: int, folder: Path, function: Callable, *arguments, preload: str, seconds: float) -> list:
+def on_ranks(
+    world: int, folder: Path, function: Callable, *arguments, preload: str, seconds: float, backend: str = "gloo"
+) -> list:
     """What ``function(rank, world, *arguments)`` returns on each rank.
 
     Args:
         folder: for the meeting point and the results; a fresh one for each call.
         preload: module that is imported once for all ranks.
+        backend: of the default process group.
         seconds: after which a rank that has not ended fails the test.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
     ranks = [
-        context.Process(target=_work, args=(rank, world, str(folder), function, arguments)) for rank in range(world)
+        context.Process(target=_work, args=(rank, world, str(folder), backend, function, arguments))
+        for rank in range(world)
     ]
     for process in ranks:
         process.start()
@@ -35,19 +39,19 @@ def on_ranks(world: int, folder: Path, function: Callable, *arguments, preload: 
     finally:
         for process in ranks:
             process.kill()
-    found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    found = [torch.load(folder / f"{rank}.pt", map_location="cpu", weights_only=False) for rank in range(world)]
     assert all(process.exitcode == 0 for process in ranks), [process.exitcode for process in ranks]
     errors = [result["error"] for result in found if "error" in result]
     assert not errors, "\n".join(errors)
     return [result["value"] for result in found]
 
 
-def _work(rank: int, world: int, folder: str, function: Callable, arguments: tuple) -> None:
+def _work(rank: int, world: int, folder: str, backend: str, function: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
     # accelerate reads the launcher's variables; it takes the group as it finds it
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        backend, init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     try:
         found = {"value": function(rank, world, *arguments)}
