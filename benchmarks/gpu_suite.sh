@@ -31,17 +31,17 @@ if [ "${2:-}" = --dry-run ]; then
   steps=(--device cpu --model 10M --tokens 16 --step-seconds 0.1 --quick)
 else
   # Workers share the GPU; most of a test's time is the compiler's.
-  "$python" -c "import xdist" 2>>"$out/suite.log" && run=(-n 8) || run=()
-  kernels=(--device cuda --models 1B,0.1B,8B --sizes 1K,16K,256K,4M,64M --seconds 0.25 --max-seconds 170)
-  steps=(--device cuda --step-seconds 6 --max-seconds 130)
+  "$python" -c "import xdist" 2>>"$out/suite.log" && run=(-n 8 --dist loadgroup) || run=()
+  kernels=(--device cuda --models 1B,0.1B,8B --sizes 1K,16K,256K,4M,64M --seconds 0.25 --max-seconds 150)
+  steps=(--device cuda --step-seconds 6 --max-seconds 110)
 fi
 
 # By file: other tests need packages that a GPU machine may lack, and one that cannot be collected stops pytest.
 mapfile -t tests < <(grep -rlE 'mark\.gpu\b' tests --include='test_*.py' | sort)
 
 part env 60 sh -c "'$python' -m gac.cli env --json > '$out/env.json'"
-part tests 160 sh -c "'$python' -m pytest ${tests[*]} -m gpu ${run[*]} -q -p no:cacheprovider > '$out/tests.log' 2>&1"
-part kernels 200 "$python" -m gac.cli bench "${kernels[@]}" --out "$out/kernels"
-part step 170 "$python" -m gac.cli bench --step "${steps[@]}" --out "$scratch/step"
+part tests 190 sh -c "'$python' -m pytest ${tests[*]} -m gpu ${run[*]} -q -p no:cacheprovider > '$out/tests.log' 2>&1"
+part kernels 180 "$python" -m gac.cli bench "${kernels[@]}" --out "$out/kernels"
+part step 160 "$python" -m gac.cli bench --step "${steps[@]}" --out "$scratch/step"
 cp "$scratch/step.json" "$out/step.json" 2>>"$out/suite.log"
 "$python" -m gac.bench.summary "$out" 2>&1 | tee -a "$out/suite.log"

@@ -20,7 +20,7 @@ from gac.laws.base import noise_left
 from gac.laws.gac import LONG
 from gac.ledger import Branch, Ledger
 from gac.measurement import EXACT_BYTES, EXACT_BYTES_REDUCED, EXACT_SHARE
-from gac.observer import BUCKET_BYTES
+from gac.observer import bucket_bytes
 from gac_kernels.layout import LANES, SketchLayout
 
 SHARDINGS = ("ddp", "fsdp")
@@ -218,17 +218,15 @@ def sketch_chunk_rows(rows: int) -> int:
     return chunk
 
 
-def buckets(numels: Sequence[int], itemsize: int, *, sharded: bool = False) -> list[list[int]]:
-    """Parameters (by index) of each kernel call of a backward pass, which reaches the last parameter first.
-
-    Shards are read in one call when the pass is over.
-    """
+def buckets(numels: Sequence[int], itemsize: int, *, sharded: bool, running: bool) -> list[list[int]]:
+    """Parameters (by index) of each kernel call of a backward pass, which reaches the last parameter first."""
+    full = bucket_bytes(sharded=sharded, running=running)
     found: list[list[int]] = [[]]
     pending = 0
     for index in reversed(range(len(numels))):
         found[-1].append(index)
         pending += numels[index] * itemsize
-        if pending >= BUCKET_BYTES and not sharded:
+        if pending >= full:
             found.append([])
             pending = 0
     return [bucket for bucket in found if bucket]
@@ -491,7 +489,7 @@ def make_plan(setup: Setup) -> Plan:
 
     gradient_bytes = setup.itemsize * local.total
     read = gradient_bytes + (4 * local.total if setup.metric == "optimizer" else 0)
-    calls = buckets(local.numels, setup.itemsize, sharded=sharded)
+    calls = buckets(local.numels, setup.itemsize, sharded=sharded, running=running)
     moved = read + _kernel_bytes(local, calls, ledger, device)
     launches = SKETCH_LAUNCHES * len(calls) + (0 if ledger.direct else ABSORB_LAUNCHES)
     # the end of a step: inner products of the totals, zeros over everything, and the message with its way back

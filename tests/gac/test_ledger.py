@@ -143,7 +143,7 @@ def counted(*args, **constants):
     launch(*args, **constants)
 operations.launch = counted
 
-BUCKET = gac.observer.BUCKET_BYTES = 8192
+BUCKET = gac.observer.BUCKET_BYTES = gac.observer.RUNNING_BUCKET_BYTES = 8192
 gac.ledger.SMALLEST_SKETCH = 2048
 torch.manual_seed(0)
 model = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(6)))
