@@ -1,13 +1,23 @@
-"""Checks of the operations' arguments, shared by every backend. Pure host work: nothing here reads a device."""
+"""Checks of the operations' arguments, shared by every backend. Pure host work: nothing here reads a device.
+
+Lists have hundreds of tensors and a call may be shorter than its checks, so what is right is found right by a few
+passes in C (``map`` over attribute getters); loops in Python only look for what to name in an error.
+"""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from gac_kernels.layout import SketchLayout
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+_kind = operator.attrgetter("dtype", "layout", "device")
+_shape = operator.attrgetter("shape")
 
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:
@@ -24,6 +34,11 @@ def tensor_list(tensors, name: str) -> list[Tensor]:
             tensors = list(tensors)
         except TypeError:
             raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(tensors).__name__}") from None
+    if _PLAIN.issuperset(map(type, tensors)):
+        kinds = set(map(_kind, tensors))
+        readable = all(dtype.is_floating_point and layout is torch.strided for dtype, layout, _ in kinds)
+        if readable and len({device for _, _, device in kinds}) <= 1:
+            return list(tensors)
     for k, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}[{k}] must be a tensor, got {type(tensor).__name__}")
@@ -58,6 +73,9 @@ def check_pair(a, b, *, writes_a: bool = False) -> tuple[list[Tensor], list[Tens
     a, b = tensor_list(a, "a"), tensor_list(b, "b")
     if len(a) != len(b):
         raise ValueError(f"a has {len(a)} tensors and b has {len(b)}: they must pair up")
+    together = list(map(_shape, a)) == list(map(_shape, b)) and (not a or a[0].device == b[0].device)
+    if together and (not writes_a or all(map(Tensor.is_contiguous, a))):
+        return a, b
     for k, (x, y) in enumerate(zip(a, b, strict=True)):
         if x.shape != y.shape:
             raise ValueError(f"a[{k}] has shape {tuple(x.shape)} and b[{k}] {tuple(y.shape)}: they must be equal")
@@ -94,7 +112,7 @@ def check_into(into: Tensor, shape: tuple[int, ...], device: torch.device) -> Te
 
 def check_sketch(
     tensors, out: Tensor, layout: SketchLayout | None, regions, starts, seed: int
-) -> tuple[list[Tensor], SketchLayout, list[int], list[int]]:
+) -> tuple[list[Tensor], SketchLayout, tuple[int, ...], tuple[int, ...]]:
     """The arguments of ``sketch`` in their full form: a layout, and a region and a start for each tensor."""
     tensors = tensor_list(tensors, "tensors")
     if not isinstance(out, Tensor) or out.dim() != 1 or not out.is_contiguous():
@@ -110,22 +128,30 @@ def check_sketch(
         for tensor in tensors:
             starts.append(total)
             total += tensor.numel()
-        return tensors, SketchLayout.flat(total, out.numel(), seed=seed), [0] * len(tensors), starts
+        return tensors, SketchLayout.flat(total, out.numel(), seed=seed), (0,) * len(tensors), tuple(starts)
     if out.numel() != layout.size:
         raise ValueError(f"out has {out.numel()} elements, the layout needs {layout.size}: torch.zeros(layout.size)")
-    regions = list(range(len(tensors))) if regions is None else [int(r) for r in regions]
-    starts = [0] * len(tensors) if starts is None else [int(s) for s in starts]
-    if len(regions) != len(tensors) or len(starts) != len(tensors):
-        raise ValueError(f"{len(tensors)} tensors need as many regions and starts, got {len(regions)}, {len(starts)}")
-    for k, (tensor, region, start) in enumerate(zip(tensors, regions, starts, strict=True)):
+    regions = tuple(range(len(tensors))) if regions is None else tuple(map(int, regions))
+    starts = (0,) * len(tensors) if starts is None else tuple(map(int, starts))
+    _check_places(layout, regions, starts, tuple(map(Tensor.numel, tensors)))
+    return tensors, layout, regions, starts
+
+
+@lru_cache(maxsize=256)
+def _check_places(
+    layout: SketchLayout, regions: tuple[int, ...], starts: tuple[int, ...], numels: tuple[int, ...]
+) -> None:
+    """That every tensor lies within its region. Training repeats a few calls: each of them is looked at once."""
+    if len(regions) != len(numels) or len(starts) != len(numels):
+        raise ValueError(f"{len(numels)} tensors need as many regions and starts, got {len(regions)}, {len(starts)}")
+    for k, (numel, region, start) in enumerate(zip(numels, regions, starts, strict=True)):
         if not 0 <= region < len(layout.numels):
             raise ValueError(f"regions[{k}] is {region}: the layout has {len(layout.numels)} regions")
-        if start < 0 or start + tensor.numel() > layout.numels[region]:
+        if start < 0 or start + numel > layout.numels[region]:
             raise ValueError(
-                f"tensors[{k}] covers elements {start} to {start + tensor.numel()} of region {region}, "
+                f"tensors[{k}] covers elements {start} to {start + numel} of region {region}, "
                 f"which has {layout.numels[region]}"
             )
-    return tensors, layout, regions, starts
 
 
 def check_second_moments(second_moments, tensors: list[Tensor], eps: float) -> list[Tensor]:

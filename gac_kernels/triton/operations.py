@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import repeat
 
 import torch
 import triton.language as tl
@@ -29,6 +32,7 @@ _ELEMENTS = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+_dtype = operator.attrgetter("dtype")
 _FINISH_SLOTS = 8
 _REDUCE_BLOCK = 2048
 
@@ -46,13 +50,20 @@ def _supported(tensor: Tensor) -> Tensor:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """True when kernels can read the tensor as it is; host time counts here, lists have hundreds of tensors."""
+    """True when kernels can read the tensor as it is."""
     return tensor.is_contiguous() and tensor.dtype in _ELEMENTS
 
 
-def _in_order(tensor: Tensor) -> Tensor:
+def _all_plain(tensors: list[Tensor]) -> bool:
+    """The same of all; host time counts here, lists have hundreds of tensors (see :mod:`gac_kernels.arguments`)."""
+    return all(map(Tensor.is_contiguous, tensors)) and _ELEMENTS.keys() >= set(map(_dtype, tensors))
+
+
+def _in_order(tensors: list[Tensor]) -> list[Tensor]:
     """Contiguous memory with the same elements in the same order, copied only if it has to be."""
-    return tensor if _is_plain(tensor) else _supported(tensor).contiguous()
+    if _all_plain(tensors):
+        return tensors
+    return [t if _is_plain(t) else _supported(t).contiguous() for t in tensors]
 
 
 def _in_storage_order(*tensors: Tensor) -> tuple[Tensor, ...] | None:
@@ -77,12 +88,25 @@ def _any_order(tensor: Tensor) -> Tensor:
     return tensor.contiguous() if dense is None else dense[0]
 
 
+def _reordered(items: Sequence, order: Sequence[int]) -> Sequence:
+    """``items`` in ``order``; themselves where nothing moves."""
+    return items if isinstance(order, range) else [items[k] for k in order]
+
+
+@lru_cache(maxsize=256)
+def _rows(numels: tuple[int, ...], lanes: int) -> int:
+    """Rows of all tensors."""
+    return sum(-(-n // lanes) for n in numels)
+
+
 def _by_dtype(kinds: list) -> tuple[Sequence[int], list[tuple[object, int]]]:
     """A stable order that brings equal kinds together, and the (kind, length) of each run."""
+    if len(set(kinds)) == 1:
+        return range(len(kinds)), [(kinds[0], len(kinds))]
     groups: dict[object, list[int]] = {}
     for k, kind in enumerate(kinds):
         groups.setdefault(kind, []).append(k)
-    order = [k for members in groups.values() for k in members] if len(groups) > 1 else range(len(kinds))
+    order = [k for members in groups.values() for k in members]
     return order, [(kind, len(members)) for kind, members in groups.items()]
 
 
@@ -137,10 +161,11 @@ def moments(tensors, *, per_tensor: bool = False) -> Tensor:
     if not any(t.numel() for t in tensors):
         return torch.zeros(shape, dtype=torch.float64, device=device)
     check_device(device)
-    tensors = [_any_order(t) for t in tensors]
-    order, groups = _by_dtype([t.dtype for t in tensors])
-    tensors = [tensors[k] for k in order]
-    plan = flat_chunks(tuple([t.numel() for t in tensors]), tuple(n for _, n in groups), config.CHUNK)
+    if not _all_plain(tensors):
+        tensors = [_any_order(t) for t in tensors]
+    order, groups = _by_dtype(list(map(_dtype, tensors)))
+    tensors = _reordered(tensors, order)
+    plan = flat_chunks(tuple(map(Tensor.numel, tensors)), tuple(n for _, n in groups), config.CHUNK)
     partials = torch.empty(2, plan.count, dtype=torch.float64, device=device)
     table, where = _chunk_table(plan, device), addresses(tensors, device)
     for (dtype, _), (first, count) in zip(groups, _ends(plan), strict=True):
@@ -190,23 +215,22 @@ def sketch(
     seconds = None if second_moments is None else check_second_moments(second_moments, tensors, eps)
     device = _indexed(out.device)
     check_device(device)
-    tensors = [_in_order(t) for t in tensors]
+    tensors = _in_order(tensors)
     if seconds is None:
-        order, groups = _by_dtype([(t.dtype, None) for t in tensors])
+        order, groups = _by_dtype(list(zip(map(_dtype, tensors), repeat(None))))
     else:
-        seconds = [_in_order(v) for v in seconds]
-        order, groups = _by_dtype([(x.dtype, v.dtype) for x, v in zip(tensors, seconds, strict=True)])
-        seconds = [seconds[k] for k in order]
-    tensors = [tensors[k] for k in order]
-    numels = tuple([t.numel() for t in tensors])
-    rows = sum(-(-n // layout.lanes) for n in numels)
+        seconds = _in_order(seconds)
+        order, groups = _by_dtype(list(zip(map(_dtype, tensors), map(_dtype, seconds), strict=True)))
+        seconds = _reordered(seconds, order)
+    tensors = _reordered(tensors, order)
+    numels = tuple(map(Tensor.numel, tensors))
     plan = sketch_chunks(
         numels,
         tuple(n for _, n in groups),
         layout,
-        tuple([regions[k] for k in order]),
-        tuple([starts[k] for k in order]),
-        config.sketch_chunk_rows(rows, layout.lanes),
+        tuple(_reordered(regions, order)),
+        tuple(_reordered(starts, order)),
+        config.sketch_chunk_rows(_rows(numels, layout.lanes), layout.lanes),
         accumulate,
         out.numel() - layout.size if flat and not accumulate else 0,
     )
@@ -272,9 +296,9 @@ def _pair(a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool
     """``pair_moments`` and ``mix_`` on pairs of contiguous tensors of supported dtypes."""
     device = _indexed(a[0].device)
     check_device(device)
-    order, groups = _by_dtype([(x.dtype, y.dtype) for x, y in zip(a, b, strict=True)])
-    a, b = [a[k] for k in order], [b[k] for k in order]
-    plan = flat_chunks(tuple([t.numel() for t in a]), tuple(n for _, n in groups), config.CHUNK)
+    order, groups = _by_dtype(list(zip(map(_dtype, a), map(_dtype, b), strict=True)))
+    a, b = _reordered(a, order), _reordered(b, order)
+    plan = flat_chunks(tuple(map(Tensor.numel, a)), tuple(n for _, n in groups), config.CHUNK)
     partials = torch.empty(3, plan.count if want else 0, dtype=torch.float64, device=device)
     table = _chunk_table(plan, device)
     a_addresses, b_addresses = addresses(a, device), addresses(b, device)
@@ -308,8 +332,16 @@ def pair_moments(a, b, *, per_tensor: bool = False) -> Tensor:
     if not any(t.numel() for t in a):
         shape = (len(a), 3) if per_tensor else (3,)
         return torch.zeros(shape, dtype=torch.float64, device=a[0].device if a else None)
+    a, b = _readable_pairs(a, b)
+    return _pair(a, b, 1.0, mix=False, want=True, per_tensor=per_tensor)
+
+
+def _readable_pairs(a: list[Tensor], b: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Each pair in one order; the lists themselves where nothing has to be copied."""
+    if _all_plain(a) and _all_plain(b):
+        return a, b
     pairs = [_readable_pair(x, y) for x, y in zip(a, b, strict=True)]
-    return _pair([x for x, _ in pairs], [y for _, y in pairs], 1.0, mix=False, want=True, per_tensor=per_tensor)
+    return [x for x, _ in pairs], [y for _, y in pairs]
 
 
 def _readable_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,9 +364,9 @@ def mix_(a, b, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
     if not any(t.numel() for t in a):
         return torch.zeros(3, dtype=torch.float64, device=a[0].device if a else None) if moments else None
     weight = check_scalar(mu, "mu", a[0].device)
-    pairs = [_readable_pair(x, y) for x, y in zip(a, b, strict=True)]
-    result = _pair([x for x, _ in pairs], [y for _, y in pairs], weight, mix=True, want=moments, per_tensor=False)
-    for target, (mixed, _) in zip(a, pairs, strict=True):
+    written, read = _readable_pairs(a, b)
+    result = _pair(written, read, weight, mix=True, want=moments, per_tensor=False)
+    for target, mixed in zip(a, written, strict=True) if written is not a else ():
         if mixed.data_ptr() != target.data_ptr() or mixed.dtype != target.dtype:
             target.detach().copy_(mixed)  # a copy stood in for strides or a dtype that the kernel does not write
     return result

@@ -89,7 +89,7 @@ def to_device(table: Tensor, device: torch.device) -> Tensor:
 
 def addresses(tensors: list[Tensor], device: torch.device) -> Tensor:
     """``[n]`` int64 on ``device``: where the tensors' first elements lie."""
-    pointers = tuple([t.data_ptr() for t in tensors])
+    pointers = tuple(map(Tensor.data_ptr, tensors))
     return device_tables.get(("addresses", pointers), device, lambda: torch.tensor(pointers, dtype=torch.int64))
 
 
