@@ -86,8 +86,10 @@ class Pools:
         return pool, False
 
     def clear(self) -> None:
-        """Gives all memory back."""
+        """Gives all memory back, to the device too: pieces of what was are of no use to a case of another size."""
         self._kept.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _seed(operand: str) -> int:

@@ -51,18 +51,20 @@ class Options:
 
 
 def cases(options: Options) -> Iterator[Case | dict]:
-    """Cases in the order of running; a dict is the row of one that memory does not allow."""
+    """Cases in the order of running; a dict is the row of one that memory does not allow.
+
+    What is free is looked up once, before the first case: later the inputs of the case before are still there.
+    """
+    room = _room(options.device)
     for name in options.models:
         for operation in options.operations:
             for dtype in options.dtypes if operation in LIST_OPERATIONS else ():
-                room = _room(options.device)
                 yield model_case(operation, dtype, MODELS[name], room) or _no_room(operation, dtype, name, room)
     for operation in options.operations:
         for dtype in options.dtypes:
             for elements in options.sizes:
                 if applies(operation, dtype, elements):
                     case = Case(operation, dtype, elements)
-                    room = _room(options.device)
                     yield case if case.memory() <= room else _no_room(operation, dtype, case.label, room)
 
 
