@@ -179,8 +179,10 @@ class Mixer:
         self._told: dict | None = None  # what the law is told of a step that has ended and is not settled
         self._statistics: Statistics | None = None
         self._mirror = HostMirror(self.device)
+        self._not_measured = _row(Statistics(n_s=torch.zeros((), device=self.device)))
         self._host: dict[int, tuple[float, str]] = {}  # host-side metrics of the last steps
         self.controller.law.to(self.device)
+        self._unknown = torch.full_like(self.controller.mu, NAN)
         self._take(self.controller.mu)
         reference = weakref.ref(self)
         self._parameters = [parameter for _, parameter in parameters]
@@ -466,14 +468,11 @@ class Mixer:
             self._measurement.plan(self.controller.steps)
 
     def _publish(self, start: float) -> None:
-        statistics = self._statistics or Statistics(n_s=torch.zeros((), device=self.device))
         law = self.controller.law.state
-        unknown = torch.full_like(law["mu"], NAN)
-        numbers = [self._mu.to(law["mu"].dtype), *(law.get(k, unknown) for k in ("raw", "mu_se", "prior"))]
+        numbers = [self._mu.to(law["mu"].dtype), *(law.get(k, self._unknown) for k in ("raw", "mu_se", "prior"))]
         numbers = torch.stack([*numbers, self._measurement.skipped.to(law["mu"].dtype)])
-        self._mirror.publish(
-            self.controller.steps - 1, torch.cat([numbers, statistics.stacked(), statistics.cosine[None]])
-        )
+        measured = self._not_measured if self._statistics is None else _row(self._statistics)
+        self._mirror.publish(self.controller.steps - 1, torch.cat([numbers, measured]))
         seconds = self._observer.seconds + perf_counter() - start
         self._host = {k: v for k, v in self._host.items() if k >= self.controller.steps - 2}
         self._host[self.controller.steps - 1] = (seconds, self._measurement.used)
@@ -593,6 +592,11 @@ class Mixer:
     def _require_patched(self) -> None:
         if self._observer is None:
             raise RuntimeError("this mixer was unpatched: call gac.patch(model) again")
+
+
+def _row(statistics: Statistics) -> Tensor:
+    """What the metrics say of a step's statistics, in the order of their names, and the cosine."""
+    return torch.cat([statistics.stacked(), statistics.cosine[None]])
 
 
 def _require_steps(name: str, value: int) -> None:

@@ -127,6 +127,7 @@ class GacLaw(Law):
         self.state["squares"] = torch.zeros(averages, 3, 3, dtype=torch.float64)  # w^2 SE^2; w^2 with known SE; w^2
         self.state["waiting"] = torch.zeros(3, dtype=torch.float64)  # updates since it was measured
         self.state["unsettled"] = torch.ones(3, dtype=torch.float64)  # what is left of 1 since its first measurement
+        self._estimated_from: tuple[Tensor | None, float, float | Tensor] = (None, 0.0, 0.0)  # sums, noise, alpha
         if self.chooses:
             self.state["mus"] = torch.full((2,), float("nan"), dtype=torch.float64)  # of both averages
             self.state["evidence"] = torch.zeros(2, dtype=torch.float64)  # long minus short: sum, and sum of squares
@@ -172,13 +173,17 @@ class GacLaw(Law):
     def update(self, statistics: Statistics | None, step: Step) -> Tensor:
         mu = self.mu
         healthy, news = None, 0.0
-        alpha = self.beside(self._alpha(step))
+        wanted = self._alpha(step)
         self.state["waiting"] = self.state["waiting"] + 1
-        if statistics is not None:
-            healthy = statistics.nonfinite == 0
-            news = self._smooth(statistics, healthy, alpha)
-
-        raw, error = self._estimate(alpha)
+        if statistics is None and self._is_estimated(wanted):
+            raw, error = self.state["raw"], self.state["mu_se"]
+        else:
+            alpha = self.beside(wanted)
+            if statistics is not None:
+                healthy = statistics.nonfinite == 0
+                news = self._smooth(statistics, healthy, alpha)
+            raw, error = self._estimate(alpha)
+            self._estimated_from = (self.state["sums"], self.noise, wanted)
         known = torch.isfinite(raw)
         prior = self.leaning(step, self.prior, step.number + 1)  # of the step to come
         if prior is None:
@@ -191,6 +196,15 @@ class GacLaw(Law):
         moved = (mu + (target - mu).clamp(-reach, reach)).clamp(self.mu_min, self.mu_max)
         self.record("mu", moved if healthy is None else torch.where(healthy, moved, mu))
         return self.mu
+
+    def _is_estimated(self, alpha: float | Tensor) -> bool:
+        """Whether the recorded estimate is what :meth:`_estimate` would give, which is most of a step without news.
+
+        A tensor's value is not looked at on the host. Averages are never changed in place, so the same tensor is the
+        same numbers.
+        """
+        sums, noise, wanted = self._estimated_from
+        return sums is self.state["sums"] and noise == self.noise and isinstance(alpha, float) and alpha == wanted
 
     def _estimate(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """The estimate of mu and its standard error, recorded; NaN where unknown."""

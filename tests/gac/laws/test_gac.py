@@ -199,3 +199,34 @@ def test_wrong_arguments():
         controller.update(None, prior=2.0)
     with pytest.raises(ValueError, match="one number"):
         S(sigma_s2=torch.zeros(3))
+
+
+@pytest.mark.parametrize("half_life", ["auto", 5.0])
+def test_an_estimate_is_made_once_and_again_where_something_changed(half_life, monkeypatch):
+    """Steps between measurements are most steps at a large interval; their host time is what GAC costs then."""
+    kept, again = gac.Controller(law="gac", half_life=half_life), gac.Controller(law="gac", half_life=half_life)
+    monkeypatch.setattr(again.law, "_is_estimated", lambda alpha: False)
+    made, estimate = [], kept.law._estimate
+    monkeypatch.setattr(kept.law, "_estimate", lambda alpha: made.append(1) or estimate(alpha))
+    told = S(sigma_s2=1.0, sigma_r2=9.0, delta_g2=2.0, sigma_s2_se=0.1, sigma_r2_se=0.2, distance2_se=0.3)
+
+    def update(statistics=None, **options):
+        made.clear()
+        for controller in (kept, again):
+            controller.update(statistics, **options)
+        for name, value in again.law.state.items():
+            torch.testing.assert_close(kept.law.state[name], value, rtol=0, atol=0, equal_nan=True)
+        return len(made)
+
+    assert update(told) == 1
+    assert [update() for _ in range(3)] == [0, 0, 0]
+    assert update(alpha=0.25) == 1
+    assert update(alpha=torch.tensor(0.25)) == 1  # who knows what is in it
+    assert update() == 1
+    assert update() == 0
+    kept.law.momentum = again.law.momentum = 0.9
+    assert update() == 1
+    assert update(told) == 1
+    assert update() == 0
+    kept.load_state_dict(kept.state_dict())
+    assert update() == 1
