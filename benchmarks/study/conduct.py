@@ -83,19 +83,25 @@ def rates(study: Study) -> str:
 
 
 def cost(study: Study) -> str:
-    """Wall time."""
-    lines = []
+    """Wall time, as shares within runs: those of two arms may lie days apart."""
+    lines, ratios = [], []
     for half, family in study.halves():
         other = next((n for n in ("fixed:mu=0.5", *family.options("fixed")) if n in family.versus), None)
         if other is None:
             continue
-        cells = sorted(set(family.arms[REFERENCE]) & set(family.arms[other]))
+        arms = family.arms
+        cells = sorted(set(arms[REFERENCE]) & set(arms[other]))
         seconds = lambda pairs, cell: pairs[cell].measures.seconds_per_step
-        change = median(seconds(family.arms[REFERENCE], cell) / seconds(family.arms[other], cell) for cell in cells)
-        share = median(run.measures.gac_share for run in family.arms[other].values())
-        text = f"On {half} data a step of `gac` takes {percent(change)}% of the time of a step of {label(other)}"
-        text += f" (median of {count(len(cells), 'pair')})"
-        lines.append(text + (f"; there {percent(share, 2)}% is GAC's, as it measures too." if share > 0 else "."))
+        ratio = median(seconds(arms[REFERENCE], cell) / seconds(arms[other], cell) for cell in cells)
+        own, theirs = (median(run.measures.gac_share for run in arms[n].values()) for n in (REFERENCE, other))
+        text = f"On {half} data a step of `gac` spends {percent(own, 2)}% of its time in GAC's code"
+        lines.append(f"{text}, one of {label(other)}, which measures as well, {percent(theirs, 2)}%.")
+        ratios.append(f"{percent(ratio)}% on {half} data ({count(len(cells), 'pair')})")
+    if ratios:
+        text = "Whole steps of these two do the same work, and yet the median ratio of their times is "
+        text += " and ".join(ratios)
+        text += ": arms ran on different days, on a machine that others share. Times of different arms therefore say"
+        lines.append(text + " nothing here; shares are taken within a run.")
     mine: dict[str, list[Run]] = {}
     for phase in ("comparison", "ablation", "size", "exposure", "confirmation"):
         for run in study.runs[phase]:

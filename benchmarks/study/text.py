@@ -82,7 +82,8 @@ LIMITS = """\
 - The law minimises the error of what the optimizer moves by in a step, about `alpha = 0.5`. Accuracy after many steps
   is another goal: noise averages out further over a run than over the optimizer's some ten steps, and where
   demonstrations are better or worse teachers than rollouts, no noise tells the law so.
-- Times were taken with two runs side by side. They compare arms with each other and are no benchmark of the steps."""
+- Times were taken with two runs side by side, on different days and on a shared machine: they compare parts of a run
+  and no arms."""
 
 REPRODUCE = """\
     python -m benchmarks.study run        # every run that is missing; may be stopped at any point
