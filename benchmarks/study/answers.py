@@ -1,17 +1,17 @@
-"""The answer in five sentences, and the sentences that it shares with the questions."""
+"""The answer in six sentences, and the sentences that it shares with the questions."""
 
 import math
 
-from benchmarks.study.analysis import Family, Study, agreement
-from benchmarks.study.arms import REFERENCE, is_form_of_gac, label, paired
-from benchmarks.study.inference import Comparison, compare, spearman
+from benchmarks.study.analysis import ALPHA, Family, Study, agreement, size_contrast, sizes
+from benchmarks.study.arms import FOUND, REFERENCE, is_form_of_gac, label, paired
+from benchmarks.study.inference import Comparison, compare, holm, spearman
 from benchmarks.study.wording import clause, count, difference, listing, tally
 
 _SEARCHES = (("a constant searched for in the same data set", "search"), ("the best one in hindsight", "hindsight"))
 
 
 def answer(study: Study) -> str:
-    """The five sentences that the page begins with."""
+    """The sentences that the page begins with."""
     if not study.halves():
         return "No pair of runs can be compared yet, so none of the questions below has an answer."
     rules = _halves(study, lambda family: f"is {tally(family, family.controllers(), label)}")
@@ -27,8 +27,10 @@ def answer(study: Study) -> str:
         f"**Two stages.** The default law {stages}.",
         f"**What carries it.** {space_sentence(study)} {part_sentence(study)}",
         f"**Where it loses.** {loss_sentence(study)} {agreement_sentence(study)}",
+        f"**Size.** {size_sentence(study)}",
     ]
-    return "\n".join(f"{index}. {text}" for index, text in enumerate(sentences, start=1))
+    told = [text for text in sentences if not text.endswith("** ")]
+    return "\n".join(f"{index}. {text}" for index, text in enumerate(told, start=1))
 
 
 def status(study: Study, planned: dict[str, int | None]) -> str:
@@ -48,6 +50,33 @@ def status(study: Study, planned: dict[str, int | None]) -> str:
     if not missing:
         return ""
     return f"**Preliminary.** {'; '.join(missing)}. All that follows rests on the runs that are there."
+
+
+def size_contrasts(study: Study) -> dict[str, tuple[str, str, Comparison, float]]:
+    """For each single arm that ran at several sizes: largest, smallest, change of the margin between them, Holm's p."""
+    families = {size: family for size, family in sizes(study).items() if REFERENCE in family.arms}
+    names = dict.fromkeys(n for family in families.values() for n in family.versus if not n.endswith(FOUND))
+    found = {name: contrast for name in names if (contrast := size_contrast(families, name))}
+    adjusted = holm({name: contrast[2].p for name, contrast in found.items()})
+    return {name: (*found[name], p) for name, p in adjusted.items()}
+
+
+def size_sentence(study: Study) -> str:
+    """How margins change with the model's size, and what they are at the largest; nothing before that phase ran."""
+    contrasts = size_contrasts(study)
+    if not contrasts:
+        return ""
+    large, small, *_ = next(iter(contrasts.values()))
+    groups: dict[str, list[str]] = {"grow": [], "shrink": [], "": []}
+    for name, (_, _, change, p) in contrasts.items():
+        told = not math.isnan(change.low) and p < ALPHA
+        groups[("grow" if change.mean > 0 else "shrink") if told else ""].append(label(name))
+    parts = [f"margins over {listing(names)} {word}" for word, names in groups.items() if names and word]
+    if groups[""]:
+        parts.append(f"no change is told apart from 0 in those over {listing(groups[''])}")
+    versus = sizes(study)[large].versus
+    margins = listing([f"{difference(versus[name])} over {label(name)}" for name in contrasts if name in versus])
+    return f"From {small} to {large} models {'; '.join(parts)}. At the largest `gac` is ahead by {margins} (points)."
 
 
 def space_sentence(study: Study) -> str:

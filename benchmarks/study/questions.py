@@ -10,6 +10,7 @@ from benchmarks.study.answers import (
     loss_sentence,
     part_sentence,
     replaced_sentence,
+    size_contrasts,
     space_sentence,
 )
 from benchmarks.study.arms import (
@@ -24,7 +25,7 @@ from benchmarks.study.arms import (
     label,
     mean_over_tasks,
 )
-from benchmarks.study.inference import Comparison, holm, spearman
+from benchmarks.study.inference import Comparison, spearman
 from benchmarks.study.tables import LATE, evidence
 from benchmarks.study.wording import (
     NOT_RUN,
@@ -200,13 +201,13 @@ def by_size(study: Study) -> str:
         return NOT_RUN
     names = dict.fromkeys(name for family in families.values() for name in family.versus)
     contrasts = {name: found for name in names if (found := size_contrast(families, name))}
-    adjusted = holm({name: found[2].p for name, found in contrasts.items() if not name.endswith(FOUND)})
+    tested = size_contrasts(study)
     rows, texts = [], []
     for name in sorted(names, key=lambda name: not name.endswith(FOUND)):
         cells = [difference(family.versus.get(name)) for family in families.values()]
         rows.append([label(name), *cells, difference(contrasts[name][2]) if name in contrasts else ""])
-        if name in adjusted:
-            texts.append(_trend(name, *contrasts[name], adjusted[name]))
+        if name in tested:
+            texts.append(_trend(name, *tested[name]))
     header = [
         "`gac` minus",
         *(f"{size}, {_parameters(family)}" for size, family in families.items()),
