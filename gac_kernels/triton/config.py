@@ -2,7 +2,7 @@
 
 The kernels are limited by memory, so a configuration only has to keep enough bytes in flight: on an H100 about 3.35
 TB/s x 700 ns = 2.3 MB, or 18 KB on each of 132 SMs. A program of 4 warps with 4 rows of 1,024 bf16 elements has 8 KB
-in flight, and 8 programs or more share an SM. Measured on an H100 (docs/benchmarks.md): more rows at once gain
+in flight, and 8 programs or more share an SM. Measured on an H100 (docs/kernels.md): more rows at once gain
 nothing, and 8 cost the sketch 5% to 10%: its 80 registers then leave room for fewer programs than 57. Eight warps are
 as good for most kernels, but a row of 16-bit elements is then shared by half of them, and the pair kernel's sums over
 rows cross warps through shared memory: 3 to 10 times slower.
