@@ -53,17 +53,20 @@ def status(study: Study, planned: dict[str, int | None]) -> str:
 
 
 def size_contrasts(study: Study) -> dict[str, tuple[str, str, Comparison, float]]:
-    """For each single arm that ran at several sizes: largest, smallest, change of the margin between them, Holm's p."""
+    """For each arm that ran at several sizes: largest, smallest, change of the margin between them, Holm's p.
+
+    Searches are in no test: their p is NaN.
+    """
     families = {size: family for size, family in sizes(study).items() if REFERENCE in family.arms}
-    names = dict.fromkeys(n for family in families.values() for n in family.versus if not n.endswith(FOUND))
+    names = dict.fromkeys(name for family in families.values() for name in family.versus)
     found = {name: contrast for name in names if (contrast := size_contrast(families, name))}
-    adjusted = holm({name: contrast[2].p for name, contrast in found.items()})
-    return {name: (*found[name], p) for name, p in adjusted.items()}
+    adjusted = holm({name: contrast[2].p for name, contrast in found.items() if not name.endswith(FOUND)})
+    return {name: (*contrast, adjusted.get(name, math.nan)) for name, contrast in found.items()}
 
 
 def size_sentence(study: Study) -> str:
     """How margins change with the model's size, and what they are at the largest; nothing before that phase ran."""
-    contrasts = size_contrasts(study)
+    contrasts = {name: found for name, found in size_contrasts(study).items() if not name.endswith(FOUND)}
     if not contrasts:
         return ""
     large, small, *_ = next(iter(contrasts.values()))
@@ -75,8 +78,9 @@ def size_sentence(study: Study) -> str:
     if groups[""]:
         parts.append(f"no change is told apart from 0 in those over {listing(groups[''])}")
     versus = sizes(study)[large].versus
-    margins = listing([f"{difference(versus[name])} over {label(name)}" for name in contrasts if name in versus])
-    return f"From {small} to {large} models {'; '.join(parts)}. At the largest `gac` is ahead by {margins} (points)."
+    margins = listing([f"{difference(versus[name])} ({label(name)})" for name in contrasts if name in versus])
+    text = f"From {small} to {large} models {'; '.join(parts)}"
+    return f"{text}. At the largest `gac` minus the arm is, in points, {margins}."
 
 
 def space_sentence(study: Study) -> str:

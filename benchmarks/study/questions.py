@@ -3,7 +3,7 @@
 import math
 from statistics import fmean
 
-from benchmarks.study.analysis import ALPHA, Family, Study, effect_of_exposure, size_contrast, sizes
+from benchmarks.study.analysis import ALPHA, Family, Study, effect_of_exposure, sizes
 from benchmarks.study.answers import (
     exposure_sentence,
     in_task,
@@ -200,14 +200,13 @@ def by_size(study: Study) -> str:
     if not families:
         return NOT_RUN
     names = dict.fromkeys(name for family in families.values() for name in family.versus)
-    contrasts = {name: found for name in names if (found := size_contrast(families, name))}
-    tested = size_contrasts(study)
+    contrasts = size_contrasts(study)
     rows, texts = [], []
     for name in sorted(names, key=lambda name: not name.endswith(FOUND)):
         cells = [difference(family.versus.get(name)) for family in families.values()]
         rows.append([label(name), *cells, difference(contrasts[name][2]) if name in contrasts else ""])
-        if name in tested:
-            texts.append(_trend(name, *tested[name]))
+        if name in contrasts and not name.endswith(FOUND):
+            texts.append(_trend(name, *contrasts[name]))
     header = [
         "`gac` minus",
         *(f"{size}, {_parameters(family)}" for size, family in families.items()),

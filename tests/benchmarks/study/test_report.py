@@ -123,12 +123,16 @@ def test_size_trend():
         assert len({found[size].versus[name].mean for size in found}) == 1, name
         assert size_contrast(found, name)[2].mean == 0
     grown = [r if r["size"] != "large" or r["method"] != "gac" else _lifted(r) for r in fakes.everything()]
-    assert "the margin over paper's controller grows" in _page(grown)
+    page = _page(grown)
+    assert "the margin over paper's controller grows" in page
+    assert re.search(r"margins over [^;.]*paper's controller[^;.]* grow", _sentence(page, 6))
+    assert "no change is told apart from 0 in those over" in _sentence(_page(records + copies), 6)
 
 
 def test_sizes_without_the_default_law_wait_for_it():
     records = [r for r in fakes.everything() if r["phase"] != "size" or r["method"] != "gac"]
     assert _chapter(_page(records), "Does the margin change").strip().endswith("Not yet run.")
+    assert "**Size.**" not in _page(records)
 
 
 def _lifted(record):
