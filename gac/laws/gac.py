@@ -127,7 +127,7 @@ class GacLaw(Law):
         self.state["squares"] = torch.zeros(averages, 3, 3, dtype=torch.float64)  # w^2 SE^2; w^2 with known SE; w^2
         self.state["waiting"] = torch.zeros(3, dtype=torch.float64)  # updates since it was measured
         self.state["unsettled"] = torch.ones(3, dtype=torch.float64)  # what is left of 1 since its first measurement
-        self._estimated_from: tuple[Tensor | None, float, float | Tensor] = (None, 0.0, 0.0)  # sums, noise, alpha
+        self._estimated_from: tuple[Tensor | None, float, float | None] = (None, 0.0, None)  # sums, noise, alpha
         if self.chooses:
             self.state["mus"] = torch.full((2,), float("nan"), dtype=torch.float64)  # of both averages
             self.state["evidence"] = torch.zeros(2, dtype=torch.float64)  # long minus short: sum, and sum of squares
@@ -183,7 +183,7 @@ class GacLaw(Law):
                 healthy = statistics.nonfinite == 0
                 news = self._smooth(statistics, healthy, alpha)
             raw, error = self._estimate(alpha)
-            self._estimated_from = (self.state["sums"], self.noise, wanted)
+            self._estimated_from = (self.state["sums"], self.noise, wanted if isinstance(wanted, float) else None)
         known = torch.isfinite(raw)
         prior = self.leaning(step, self.prior, step.number + 1)  # of the step to come
         if prior is None:
@@ -200,11 +200,11 @@ class GacLaw(Law):
     def _is_estimated(self, alpha: float | Tensor) -> bool:
         """Whether the recorded estimate is what :meth:`_estimate` would give, which is most of a step without news.
 
-        A tensor's value is not looked at on the host. Averages are never changed in place, so the same tensor is the
-        same numbers.
+        An alpha that is a tensor is not looked at on the host, and counts as another each time. Averages are never
+        changed in place, so the same tensor is the same numbers.
         """
-        sums, noise, wanted = self._estimated_from
-        return sums is self.state["sums"] and noise == self.noise and isinstance(alpha, float) and alpha == wanted
+        sums, noise, known = self._estimated_from
+        return sums is self.state["sums"] and noise == self.noise and isinstance(alpha, float) and alpha == known
 
     def _estimate(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """The estimate of mu and its standard error, recorded; NaN where unknown."""

@@ -125,7 +125,7 @@ def test_size_trend():
     grown = [r if r["size"] != "large" or r["method"] != "gac" else _lifted(r) for r in fakes.everything()]
     page = _page(grown)
     assert "the margin over paper's controller grows" in page
-    assert re.search(r"margins over [^;.]*paper's controller[^;.]* grow", _sentence(page, 6))
+    assert re.search(r"margins over [^;]*paper's controller[^;]* grow", _sentence(page, 6))
     assert "no change is told apart from 0 in those over" in _sentence(_page(records + copies), 6)
 
 

@@ -222,6 +222,7 @@ def test_an_estimate_is_made_once_and_again_where_something_changed(half_life, m
     assert [update() for _ in range(3)] == [0, 0, 0]
     assert update(alpha=0.25) == 1
     assert update(alpha=torch.tensor(0.25)) == 1  # who knows what is in it
+    assert kept.law._is_estimated(0.5) is False, "a tensor would be read on the host"
     assert update() == 1
     assert update() == 0
     kept.law.momentum = again.law.momentum = 0.9
