@@ -22,7 +22,9 @@ SETTINGS = {
     "axes.grid": True,
     "grid.color": "#e6e6e6",
     "grid.linewidth": 0.6,
-    "legend.frameon": False,
+    "legend.frameon": True,  # white over curves, without a line: "best" finds no free place in a busy panel
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
     "legend.fontsize": 8,
     "lines.linewidth": 1.6,
 }
