@@ -5,10 +5,9 @@ losses and the command line are modules of their own.
 """
 
 from gac import laws, schedules
-from gac.coefficient import coefficient_statistics
-from gac.controller import Controller
+from gac.laws import Controller
 from gac.mixer import Mixer, patch
-from gac.statistics import Statistics
+from gac.statistics import Statistics, coefficient_statistics
 
 __version__ = "0.1.0"
 

@@ -10,16 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gac.coefficient import CoefficientOptions, sequence_rows, statistics_from_rows
-from gac.ledger import Branch
-from gac.modules import ModuleStatistics
-from gac.observer import Observer
-from gac.optimizer_space import SecondMoments
-from gac.reduction import Reduction, StepSums, gather_rows
-from gac.statistics import NAN, Statistics, noise_from_weighted, pair_statistics
-from gac.temporal import MovingMeans
-from gac.topology import Topology, local_numel
-from gac.uncertainty import SuccessiveDifferences
+from gac.observe.observer import Observer
+from gac.observe.optimizer_space import SecondMoments
+from gac.observe.reduction import Reduction, StepSums, gather_rows
+from gac.observe.temporal import MovingMeans
+from gac.observe.topology import Topology, local_numel
+from gac.statistics import NAN, Branch, ModuleStatistics, Statistics, noise_from_weighted, pair_statistics
+from gac.statistics.coefficient import CoefficientOptions, sequence_rows, statistics_from_rows
+from gac.statistics.uncertainty import SuccessiveDifferences
 from gac_kernels.arguments import accumulator_dtype
 
 ESTIMATORS = ("auto", "sketch", "exact", "coefficient")

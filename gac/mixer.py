@@ -14,17 +14,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gac import deepspeed
-from gac.coefficient import CoefficientOptions
-from gac.controller import Controller
-from gac.ledger import Branch
+from gac.laws.controller import Controller
+from gac.laws.optimizer import FirstStep
 from gac.measurement import ESTIMATORS, Measurement
 from gac.metrics import HostMirror
-from gac.modules import ModuleStatistics
-from gac.optimizer_space import SecondMoments
-from gac.optimizers import FirstStep
-from gac.statistics import NAN, Statistics
-from gac.topology import fsdp2_modules, has_unreduced_gradients, topology_of
+from gac.observe import deepspeed
+from gac.observe.optimizer_space import SecondMoments
+from gac.observe.topology import fsdp2_modules, has_unreduced_gradients, topology_of
+from gac.statistics import NAN, Branch, ModuleStatistics, Statistics
+from gac.statistics.coefficient import CoefficientOptions
 
 if TYPE_CHECKING:
     from gac.report import Report

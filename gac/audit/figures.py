@@ -22,8 +22,8 @@ from gac.audit.panel import COEFFICIENT_FORMS, ESTIMATORS, EXACT, GRADIENT_ESTIM
 from gac.audit.record import RUN, Record
 from gac.audit.replicates import COLUMNS, TRUE_COLUMNS, mean_squared_error, oracle
 from gac.audit.shadow import UNGUARDED
-from gac.controller import Controller
-from gac.estimates import Estimate
+from gac.laws.controller import Controller
+from gac.report.estimates import Estimate
 from gac.statistics import Statistics
 
 GRID = torch.linspace(0.0, 1.0, 1001, dtype=torch.float64)

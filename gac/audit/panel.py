@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gac.coefficient import CoefficientOptions, sequence_rows, statistics_from_rows
-from gac.ledger import Branch
-from gac.observer import Observer
-from gac.statistics import Statistics, contribution_statistics, noise_from_weighted
-from gac.temporal import MovingMeans
-from gac.uncertainty import SuccessiveDifferences
+from gac.observe.observer import Observer
+from gac.observe.temporal import MovingMeans
+from gac.statistics import Branch, Statistics, contribution_statistics, noise_from_weighted
+from gac.statistics.coefficient import CoefficientOptions, sequence_rows, statistics_from_rows
+from gac.statistics.uncertainty import SuccessiveDifferences
 from gac_kernels import pair_moments
 from gac_kernels.arguments import accumulator_dtype
 

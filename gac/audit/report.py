@@ -9,7 +9,7 @@ from gac.audit.figures import TOLERANCE, Figures, Mixing
 from gac.audit.panel import COEFFICIENT_FORMS
 from gac.audit.record import RUN
 from gac.audit.replicates import COLUMNS
-from gac.estimates import Estimate
+from gac.report.estimates import Estimate
 
 Table = tuple[str, list[str], list[list[str]]]
 """Title, columns, rows of text."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gac.audit.panel import COEFFICIENT, COEFFICIENT_RAW, EXACT, INCOMING, SKETCH, TEMPORAL
-from gac.controller import Controller
+from gac.laws.controller import Controller
 from gac.laws.gac import GacLaw
 from gac.statistics import Statistics
 

@@ -17,7 +17,7 @@ from gac.audit.replicates import FEWEST, truth
 from gac.audit.shadow import Contender, Shadows
 from gac.laws.base import momentum_of
 from gac.laws.rules import RuleLaw
-from gac.ledger import Branch
+from gac.statistics import Branch
 from gac.trainers.demonstrations import EpochSampler
 from gac.trainers.hybrid_grpo import HybridGRPOTrainer
 

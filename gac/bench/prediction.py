@@ -14,7 +14,7 @@ import math
 import sys
 
 from gac.bench.shapes import MODELS
-from gac.ledger import ELEMENTS_PER_BUCKET, SMALLEST_SKETCH
+from gac.observe.ledger import ELEMENTS_PER_BUCKET, SMALLEST_SKETCH
 from gac.plan import DEVICES, Parameters, Setup, make_plan, workspace_bytes
 from gac_kernels import SketchLayout
 

@@ -193,7 +193,7 @@ def config_from(args: argparse.Namespace, base: TrainConfig | None = None) -> Tr
 
 def check(config: TrainConfig) -> None:
     """Raises `UsageError` for anything that would fail later; knows tasks, laws and estimators by name."""
-    from gac.controller import Controller
+    from gac.laws.controller import Controller
     from gac.laws.rules import carried_out
     from gac.mixer import ESTIMATORS
     from gac.tasks.problems import parse_task

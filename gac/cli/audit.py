@@ -153,7 +153,7 @@ def compact_json(value: Any, indent: str = "") -> str:
 
 def _law(config: TrainConfig) -> tuple[str, dict, float]:
     """Name, options and constant alpha of the law in charge."""
-    from gac.controller import Controller
+    from gac.laws.controller import Controller
     from gac.laws.rules import RuleLaw, carried_out
 
     name, options = config.law_and_options()

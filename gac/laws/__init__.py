@@ -1,6 +1,7 @@
 """How mu follows from statistics: one module a law, registered by name."""
 
 from gac.laws.base import Law, Step, available, create, register
+from gac.laws.controller import Controller
 from gac.laws.feedback import EntropyLaw, KlLaw
 from gac.laws.fixed import FixedLaw
 from gac.laws.gac import GacLaw
@@ -11,6 +12,7 @@ from gac.laws.scheduled import ChordMuLaw, SequentialLaw
 __all__ = [
     "ChordMuLaw",
     "ChordPhiLaw",
+    "Controller",
     "EntropyLaw",
     "FixedLaw",
     "GacLaw",

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import gac
-from gac.controller import Controller
+from gac.laws.controller import Controller
 from gac.mixer import ESTIMATORS
 from gac.trainers.mixed_batch import coefficient_mixer
 

@@ -34,14 +34,14 @@ from transformers import TrainerCallback
 from trl import GRPOConfig
 
 import gac
-import gac.modules
-from gac.controller import Controller
+from gac.laws.controller import Controller
 from gac.laws.rules import carried_out
 from gac.losses import count_label_tokens
 from gac.measurement import ESTIMATORS
 from gac.mixer import METRICS
+from gac.observe.topology import fsdp2_modules
 from gac.report import append_record
-from gac.topology import fsdp2_modules
+from gac.statistics import ModuleStatistics
 from gac.trainers.demonstrations import DemonstrationBatch, DemonstrationCollator, EpochSampler, pad_demonstrations
 from gac.trainers.grouped_grpo import TOKEN_SUM_LOSSES, GroupedGRPOTrainer, loss_mask
 from gac.trainers.prompts import TOKENS, demonstrations_of, require_column
@@ -250,7 +250,7 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
         self._mixer_state: dict | None = None
         self._last_metrics: dict[str, float] = {}
         self.mixer: gac.Mixer | None = None
-        self._recorded: gac.modules.ModuleStatistics | None = None
+        self._recorded: ModuleStatistics | None = None
         # first, so that a callback of the user sees the new mu in the same event
         self.callback_handler.callbacks.insert(0, _MixerStep(self))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import gac
-from gac.controller import Controller
+from gac.laws.controller import Controller
 
 METRICS = ("mu", "mu_raw", "mu_se", "sigma_s2", "sigma_r2", "delta_g2", "n_s", "n_r", "skipped")
 """What :meth:`MixedBatch.metrics` holds, each under ``gac/``."""

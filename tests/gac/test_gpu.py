@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gac
-from gac import observer
+from gac.observe import observer
 
 pytestmark = [
     pytest.mark.gpu,

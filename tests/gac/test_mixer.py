@@ -13,7 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import gac
-from gac import observer as observer_module
+from gac.observe import observer as observer_module
 from tests.gac.models import ARCHITECTURES, rl_loss, sft_loss, tiny_model, tokens
 
 ESTIMATORS = ["exact", "sketch"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.study.ablations import LAWS, registered
-from gac.controller import Controller
+from gac.laws.controller import Controller
 
 
 @pytest.fixture(autouse=True)

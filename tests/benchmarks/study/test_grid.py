@@ -9,7 +9,7 @@ from benchmarks.study.ablations import registered
 from benchmarks.study.methods import METHODS, PER_PROMPT, STEPS, VARIANTS, WITHOUT_MOMENTUM, arm_of, own_setting
 from benchmarks.study.tuning import TUNING_SEEDS, Tuning
 from gac.cli._config import TrainConfig
-from gac.controller import Controller
+from gac.laws.controller import Controller
 from gac.laws.rules import carried_out
 
 

@@ -4,7 +4,7 @@ import torch
 import gac
 from gac.audit.panel import COEFFICIENT_FORMS, ESTIMATORS, EXACT, INCOMING, SKETCH, TEMPORAL, Panel, Probe, Watched
 from gac.audit.record import three
-from gac.ledger import Branch
+from gac.statistics import Branch
 
 FIELDS = ("sigma_s2", "sigma_r2", "delta_g2", "distance2", "norm_s2", "norm_r2", "dot", "n_s", "n_r", "nonfinite")
 

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from gac.cli import main
-from gac.modules import ModuleStatistics
 from gac.report import HISTORY, Report, append_record
-from gac.statistics import Statistics
+from gac.statistics import ModuleStatistics, Statistics
 
 LABELS = ("embedding", "layers.0.attention", "layers.0.mlp", "norm")
 

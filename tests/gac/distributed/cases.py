@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import gac
-import gac.ledger
+import gac.observe.ledger
 from tests.gac.distributed import engines
 from tests.gac.models import rl_loss, sft_loss, tiny_model
 
@@ -59,13 +59,13 @@ ON_FOUR = [
 def compressed(rank, world, folder):
     """The sketch where elements share buckets: replicas have one map, shards one for each rank."""
     found = {}
-    size, gac.ledger.SMALLEST_SKETCH = gac.ledger.SMALLEST_SKETCH, BUCKETS
+    size, gac.observe.ledger.SMALLEST_SKETCH = gac.observe.ledger.SMALLEST_SKETCH, BUCKETS
     try:
         for kind in ("ddp", "fsdp2"):
             run = REPLICAS["ddp, no_sync"] if kind == "ddp" else SHARDS["fsdp2"]
             found[kind] = run(rank, world, estimator="sketch", width=WIDTH)
     finally:
-        gac.ledger.SMALLEST_SKETCH = size
+        gac.observe.ledger.SMALLEST_SKETCH = size
     return found
 
 

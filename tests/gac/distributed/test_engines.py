@@ -104,7 +104,7 @@ def test_a_process_group_of_some_ranks(results):
 def test_compressed_sketches(results, monkeypatch):
     """Sketches of replicas add up to that of one process; those of shards have another map, hence its error."""
     found = {kind: agreed([r["compressed"] for r in results[2]], kind) for kind in ("ddp", "fsdp2")}
-    monkeypatch.setattr("gac.ledger.SMALLEST_SKETCH", cases.BUCKETS)
+    monkeypatch.setattr("gac.observe.ledger.SMALLEST_SKETCH", cases.BUCKETS)
     model = tiny_model(width=cases.WIDTH)
     assert_agree(found["ddp"], engines.alone(2, together=False, estimator="sketch", model=model))
     model = tiny_model(width=cases.WIDTH)

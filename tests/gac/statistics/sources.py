@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gac.ledger import Branch, Ledger
-from gac.statistics import Statistics, contribution_statistics, noise_from_contributions
+from gac.observe.ledger import Ledger
+from gac.statistics import Branch, Statistics, contribution_statistics, noise_from_contributions
 
 DRAWS = 2000
 ESTIMATES = ("sigma_s2", "sigma_r2", "delta_g2", "distance2")
@@ -194,4 +194,4 @@ KINDS = {
     "sketch, running sums": {"lossless": False, "running": True},
     "sketch, incoming gradients": {"lossless": False, "running": False},
 }
-"""The ledger's ways, as options of :class:`gac.ledger.Ledger`."""
+"""The ledger's ways, as options of :class:`gac.observe.ledger.Ledger`."""

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import gac
-from gac.modules import COLUMNS, group_parameters
-from gac.observer import Observer
+from gac.observe.module_names import group_parameters
+from gac.observe.observer import Observer
+from gac.statistics import COLUMNS
 from tests.gac.models import rl_loss, sft_loss, tiny_model, tokens
 from tests.gac.truth import statistics
 
@@ -26,7 +27,7 @@ COUNTS = (120, 30, 350)
 def estimator(request, monkeypatch) -> str:
     """Puts ``gac.patch`` into a mode; incoming gradients are otherwise read on several ranks alone."""
     mode = MODES[request.param]
-    monkeypatch.setattr("gac.ledger.SMALLEST_SKETCH", mode.get("buckets", 65_536))
+    monkeypatch.setattr("gac.observe.ledger.SMALLEST_SKETCH", mode.get("buckets", 65_536))
     if mode.get("incoming"):
         monkeypatch.setattr("gac.measurement.Observer", lambda *args, **options: Observer(*args, **options | INCOMING))
     return mode["estimator"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gac
-from gac.ledger import Ledger
+from gac.observe.ledger import Ledger
 from tests.gac.statistics.sources import ESTIMATES, KINDS, family, feed
 
 NUMELS = (3500, 1500, 70)
@@ -18,7 +18,7 @@ SQUARED = (*ESTIMATES, "norm_s2", "norm_r2", "dot")
 
 @pytest.fixture(autouse=True)
 def _collisions(monkeypatch):
-    monkeypatch.setattr("gac.ledger.SMALLEST_SKETCH", 2048)
+    monkeypatch.setattr("gac.observe.ledger.SMALLEST_SKETCH", 2048)
 
 
 @pytest.fixture

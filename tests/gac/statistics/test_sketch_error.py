@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gac_kernels
-from gac.ledger import Ledger
+from gac.observe.ledger import Ledger
 from gac_kernels import SketchLayout
 from tests.gac.statistics.sources import ESTIMATES, KINDS, assert_mean, error_of_variance, family, feed
 from tests.gac.test_statistics_of_models import bucket_of_each_element
@@ -88,7 +88,7 @@ def test_estimators(kind, rows_per_slab, monkeypatch):
     ``delta_g2`` are quadratic forms of the signs.
     """
     n_s, n_r, seeds = 3, 2, 500
-    monkeypatch.setattr("gac.ledger.SMALLEST_SKETCH", -(-sum(NUMELS) // rows_per_slab))
+    monkeypatch.setattr("gac.observe.ledger.SMALLEST_SKETCH", -(-sum(NUMELS) // rows_per_slab))
     generator = torch.Generator().manual_seed(2)
     source = family("direction", NUMELS, 1024, seed=1).to(torch.float32)
     x_s, x_r = source.draw(n_s, generator=generator) / n_s, -source.draw(n_r, generator=generator) / n_r

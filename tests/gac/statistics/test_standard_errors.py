@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from gac.ledger import Branch, Ledger
-from gac.temporal import MovingMeans
-from gac.uncertainty import HALF_LIFE, SuccessiveDifferences, degrees_of_freedom
+from gac.observe.ledger import Ledger
+from gac.observe.temporal import MovingMeans
+from gac.statistics import Branch
+from gac.statistics.uncertainty import HALF_LIFE, SuccessiveDifferences, degrees_of_freedom
 from tests.gac.statistics.sources import DRAWS, FAMILIES, KINDS, Source, family, feed, noise, truth
 
 CPU, YES = torch.device("cpu"), torch.tensor(True)

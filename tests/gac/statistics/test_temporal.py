@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from gac.ledger import Branch
-from gac.temporal import DECAY, MovingMeans
+from gac.observe.temporal import DECAY, MovingMeans
+from gac.statistics import Branch
 from tests.gac.statistics.sources import DRAWS, family
 
 NUMELS = (50, 30, 20)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from gac.ledger import Ledger
+from gac.observe.ledger import Ledger
 from tests.gac.statistics.sources import (
     DRAWS,
     ESTIMATES,
@@ -58,7 +58,7 @@ def test_ledger(kind, name, monkeypatch):
     Where elements share buckets, every draw has a seed of its own: over seeds the sketch adds variance and no bias, and
     the standard error is that of the draws. Elsewhere it is theory's.
     """
-    monkeypatch.setattr("gac.ledger.SMALLEST_SKETCH", 2048)
+    monkeypatch.setattr("gac.observe.ledger.SMALLEST_SKETCH", 2048)
     numels, n_s, n_r = (3500, 1500, 70), 3, 2
     s, r = family(name, numels, 64, seed=1), family(name, numels, 64, seed=2)
     expected, spread = truth(s, n_s, r, n_r), variance(s, n_s, r, n_r)

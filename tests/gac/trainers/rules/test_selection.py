@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gac
-from gac.controller import Controller
+from gac.laws.controller import Controller
 from gac.laws.rules import carried_out
 from gac.trainers.groups import GroupLayout
 from gac.trainers.rules import Rule, ScoredBatch, rule_of

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gac.deepspeed import is_managed, whole_numel
+from gac.observe.deepspeed import is_managed, whole_numel
 
 
 @dataclass(frozen=True)

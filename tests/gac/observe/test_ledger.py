@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gac_kernels
-from gac.ledger import Branch, Ledger
+from gac.observe.ledger import Ledger
+from gac.statistics import Branch
 
 NUMELS = (3000, 70, 0, 1025)
 ONE = torch.tensor(1.0)
@@ -23,7 +24,7 @@ def gradients(seed: int) -> list[torch.Tensor]:
 @pytest.fixture
 def incoming(monkeypatch):
     """A ledger in which elements share buckets and the gradient is seen before accumulation."""
-    monkeypatch.setattr("gac.ledger.SMALLEST_SKETCH", 2048)
+    monkeypatch.setattr("gac.observe.ledger.SMALLEST_SKETCH", 2048)
     ledger = Ledger(NUMELS, torch.device("cpu"), lossless=False, running=False)
     assert ledger.current is not None
     assert ledger.layout.size < sum(NUMELS)
@@ -117,7 +118,7 @@ def test_a_contribution_is_nothing_but_the_operations(kind, monkeypatch):
             names.append(function.name())
             return function(*args, **(kwargs or {}))
 
-    monkeypatch.setattr("gac.ledger.SMALLEST_SKETCH", 2048)
+    monkeypatch.setattr("gac.observe.ledger.SMALLEST_SKETCH", 2048)
     ledger = Ledger(NUMELS, torch.device("cpu"), lossless=kind == "direct", running=kind == "running")
     read, end = "gac_kernels::sketch_into_", "gac_kernels::absorb_into_"
     x = gradients(1)
@@ -131,8 +132,8 @@ def test_a_contribution_is_nothing_but_the_operations(kind, monkeypatch):
 LAUNCHES = """
 import math, sys
 import torch
-import gac.ledger, gac.observer
-from gac.ledger import Branch
+import gac.observe.ledger, gac.observe.observer
+from gac.statistics import Branch
 from gac_kernels.triton import operations
 
 count = 0
@@ -143,14 +144,14 @@ def counted(*args, **constants):
     launch(*args, **constants)
 operations.launch = counted
 
-BUCKET = gac.observer.BUCKET_BYTES = gac.observer.RUNNING_BUCKET_BYTES = 8192
-gac.ledger.SMALLEST_SKETCH = 2048
+BUCKET = gac.observe.observer.BUCKET_BYTES = gac.observe.observer.RUNNING_BUCKET_BYTES = 8192
+gac.observe.ledger.SMALLEST_SKETCH = 2048
 torch.manual_seed(0)
 model = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(6)))
 size = sum(p.numel() * p.element_size() for p in model.parameters())
 for lossless, running in ((True, False), (False, True), (False, False)):
     model.zero_grad(set_to_none=True)
-    observer = gac.observer.Observer(model.named_parameters(), lossless=lossless, running=running, seed=0)
+    observer = gac.observe.observer.Observer(model.named_parameters(), lossless=lossless, running=running, seed=0)
     observer.enter(Branch.SFT, torch.tensor(1.0))
     for _ in range(3):
         count = 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gac.statistics import NAN, Statistics
+from gac.statistics.step import NAN, Statistics
 from gac_kernels import token_moments
 
 VARIANCE_FLOOR = 1e-8

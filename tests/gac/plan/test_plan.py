@@ -15,14 +15,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gac
-import gac.ledger
+import gac.observe.ledger
 import gac_kernels
 from gac import plan
 from gac.bench.shapes import MODELS
-from gac.ledger import Branch, Ledger
-from gac.observer import Observer
-from gac.optimizer_space import WARM_UP
+from gac.observe.ledger import Ledger
+from gac.observe.observer import Observer
+from gac.observe.optimizer_space import WARM_UP
 from gac.plan import DEVICES, Noise, Parameters, Setup, make_plan, mu_error
+from gac.statistics import Branch
 from gac_kernels.layout import LANES, SketchLayout
 from tests.gac.models import sft_loss, tiny_model, tokens
 
@@ -65,8 +66,8 @@ def recorded(monkeypatch):
     def absorb_(current, previous, total, scale, **options):
         calls.append(("absorb_", sum(t.nbytes for t in (current, previous, total) if t is not None)))
 
-    monkeypatch.setattr(gac.ledger, "sketch", sketch)
-    monkeypatch.setattr(gac.ledger, "absorb_", absorb_)
+    monkeypatch.setattr(gac.observe.ledger, "sketch", sketch)
+    monkeypatch.setattr(gac.observe.ledger, "absorb_", absorb_)
     return calls
 
 
@@ -189,8 +190,8 @@ def test_launches_are_those_of_the_triton_kernels(estimator, monkeypatch):
     launched = []
     monkeypatch.setattr(operations, "launch", lambda kernel, grid, device, *args, **constants: launched.append(kernel))
     monkeypatch.setattr(operations, "check_device", lambda device: None)
-    monkeypatch.setattr(gac.ledger, "sketch", triton.sketch)
-    monkeypatch.setattr(gac.ledger, "absorb_", triton.absorb_)
+    monkeypatch.setattr(gac.observe.ledger, "sketch", triton.sketch)
+    monkeypatch.setattr(gac.observe.ledger, "absorb_", triton.absorb_)
     model = Listed([(40, 30), (7,), (2000, 100)])
     with gac.patch(model, estimator=estimator) as mixer, mixer.sft():
         mixer.backward(model())

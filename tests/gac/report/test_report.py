@@ -6,10 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from gac.estimates import FEWEST, Estimate, estimate
-from gac.modules import ModuleStatistics
 from gac.report import HISTORY, Report, append_record, read_history
-from gac.statistics import Statistics, contribution_statistics, noise_from_contributions
+from gac.report.estimates import FEWEST, Estimate, estimate
+from gac.statistics import ModuleStatistics, Statistics, contribution_statistics, noise_from_contributions
 from tests.gac.statistics.sources import FAMILIES, Source, family
 
 NAN = math.nan

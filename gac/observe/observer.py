@@ -11,10 +11,11 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from gac.ledger import Branch, Ledger
-from gac.modules import group_parameters
-from gac.optimizer_space import SecondMoments
-from gac.topology import is_dtensor, local_gradient, local_numel, local_part
+from gac.observe.ledger import Ledger
+from gac.observe.module_names import group_parameters
+from gac.observe.optimizer_space import SecondMoments
+from gac.observe.topology import is_dtensor, local_gradient, local_numel, local_part
+from gac.statistics import Branch
 
 BUCKET_BYTES = 128 * 2**20
 """Gradients that hooks keep are handed over once this much is pending: what is kept is memory."""
@@ -72,7 +73,7 @@ class Observer:
         running: read ``p.grad`` after accumulation (and take differences) instead of the incoming gradient.
         seed: of the sketch.
         second_moments: measure in the space of the optimizer that has these; None: in that of the gradients.
-        copies: for each parameter, how many ranks hold the same piece of it (:class:`gac.topology.Topology`).
+        copies: for each parameter, how many ranks hold the same piece of it (:class:`gac.observe.topology.Topology`).
         hooks: False leaves the gradients to :meth:`take`.
     """
 

@@ -62,7 +62,7 @@ def test_sketch(family, tied, n_s, n_r, monkeypatch):
     For a slab of r rows the exact variance of |Sa|^2 is 2 * sum over buckets of ((sum_i a_i^2)^2 - sum_i a_i^4), which
     the test computes from the true vectors; it allows 5 standard deviations.
     """
-    monkeypatch.setattr("gac.ledger.SMALLEST_SKETCH", SmallSketch.buckets)
+    monkeypatch.setattr("gac.observe.ledger.SMALLEST_SKETCH", SmallSketch.buckets)
     model = tiny_model(family, tied=tied)
     sft, rl = tokens(n_s, 1), tokens(n_r, 2)
     x_s, x_r = contributions(model, sft_loss, sft), contributions(model, rl_loss, rl)

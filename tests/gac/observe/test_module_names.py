@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gac.modules import COLUMNS, ModuleStatistics, group_parameters
-from gac.statistics import Statistics
+from gac.observe.module_names import group_parameters
+from gac.statistics import COLUMNS, ModuleStatistics, Statistics
 
 DECODER = ["embedding", "layers.0.attention", "layers.0.mlp", "layers.1.attention", "layers.1.mlp", "norm"]
 

@@ -18,9 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gac.bench.shapes import MODELS
 from gac.laws.base import noise_left
 from gac.laws.gac import LONG
-from gac.ledger import Branch, Ledger
 from gac.measurement import EXACT_BYTES, EXACT_BYTES_REDUCED, EXACT_SHARE
-from gac.observer import bucket_bytes
+from gac.observe.ledger import Ledger
+from gac.observe.observer import bucket_bytes
+from gac.statistics import Branch
 from gac_kernels.layout import LANES, SketchLayout
 
 SHARDINGS = ("ddp", "fsdp")

@@ -31,7 +31,7 @@ class Statistics:
         n_s, n_r: contributions (or sequences, for the coefficient estimator) of each branch.
         nonfinite: NaN and infinite gradient elements; above 0 no law uses the step.
         sigma_s2_se, sigma_r2_se, distance2_se, delta_g2_se: standard errors of the estimates of the same name, in the
-            same units; NaN where unknown (:mod:`gac.uncertainty`).
+            same units; NaN where unknown (:mod:`gac.statistics.uncertainty`).
     """
 
     sigma_s2: Tensor | float = NAN

@@ -14,7 +14,7 @@ scale is that of McCandlish, Kaplan, Amodei and the OpenAI Dota team 2018 (*An E
 Training*): a batch of B makes ``1 / (1 + B_simple / B)`` of the progress of a noiseless step, hence half at
 ``B = B_simple``. docs/report.md has derivations, assumptions and limits.
 
-Standard errors come from the spread over steps (:func:`gac.estimates.estimate`). They hold where steps are
+Standard errors come from the spread over steps (:func:`gac.report.estimates.estimate`). They hold where steps are
 independent; a mean that drifts within the average widens them.
 """
 
@@ -33,9 +33,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gac.estimates import FEWEST, MEASURABLE, Estimate, digits, estimate
-from gac.modules import COLUMNS, ModuleStatistics
-from gac.reading import TITLES, sentences
+from gac.report.estimates import FEWEST, MEASURABLE, Estimate, digits, estimate
+from gac.report.sentences import TITLES, sentences
+from gac.statistics import COLUMNS, ModuleStatistics
 
 HISTORY = "gac_modules.jsonl"
 """The file of a run directory that holds one line for each step measured by module."""

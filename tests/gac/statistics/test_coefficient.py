@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import gac
-from gac.coefficient import CoefficientOptions, sequence_rows, statistics_from_rows
-from gac.reduction import gather_rows
+from gac.observe.reduction import gather_rows
+from gac.statistics.coefficient import CoefficientOptions, sequence_rows, statistics_from_rows
 
 NUMBERS = ("sigma_s2", "sigma_r2", "delta_g2", "n_s", "n_r")
 VARIANTS = [(z, phi, trim) for z in (True, False) for phi in (True, False) for trim in (0.0, 0.1, 0.29)]

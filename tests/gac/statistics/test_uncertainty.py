@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gac
-from gac.uncertainty import HALF_LIFE, LEVEL_HALF_LIFE, SuccessiveDifferences, degrees_of_freedom
+from gac.statistics.uncertainty import HALF_LIFE, LEVEL_HALF_LIFE, SuccessiveDifferences, degrees_of_freedom
 
 CPU = torch.device("cpu")
 YES, NO = torch.tensor(True), torch.tensor(False)

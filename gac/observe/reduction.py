@@ -1,6 +1,6 @@
 """The sums of one optimizer step, over contributions, devices and ranks; one collective on its way at most.
 
-Two cases (:class:`gac.topology.Topology`). Replicas: every rank makes contributions of its own, so the sketches of
+Two cases (:class:`gac.observe.topology.Topology`). Replicas: every rank makes contributions of its own, so the sketches of
 both branches travel with the numbers, and a contribution counts as ``x / W`` because data parallelism averages
 gradients over the ``W`` ranks. Shards: all ranks hold pieces of the same contributions, so numbers are enough. In
 neither case does the message grow with the number of ranks.
@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gac.ledger import Branch
-from gac.observer import Observer
-from gac.topology import Topology
+from gac.observe.observer import Observer
+from gac.observe.topology import Topology
+from gac.statistics import Branch
 
 
 @dataclass

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from gac.estimates import digits
+from gac.report.estimates import digits
 
 if TYPE_CHECKING:
-    from gac.report import BranchSignal, Report
+    from gac.report.report import BranchSignal, Report
 
 TITLES = {"sft": "SFT", "rl": "RL"}
 

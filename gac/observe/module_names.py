@@ -1,4 +1,4 @@
-"""Statistics by module: which part of a model a parameter belongs to, and what was measured there in a step.
+"""Sorts a model's parameters into modules by their names.
 
 A transformer layer is two modules, ``attention`` and ``mlp``; a norm belongs to the one it serves. Its few parameters
 scale that module's input (or output), and rows of their own would triple the length of a table that is read for which
@@ -7,20 +7,9 @@ block disagrees. Embeddings, the final norm and the head are modules of their ow
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from gac.statistics import Statistics
-
-COLUMNS = ("sigma_s2", "sigma_r2", "delta_g2", "distance2", "norm_s2", "norm_r2", "dot")
-"""The columns of :attr:`ModuleStatistics.values`, fields of :class:`gac.Statistics` that are sums over elements."""
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _TRUNKS = frozenset({"module", "base_model", "model", "transformer", "backbone"})
@@ -154,92 +143,3 @@ def _block(path: Path, at: int, layers: Mapping[Path, tuple[list[str], bool]]) -
     # Llama's post_attention norm feeds the MLP; Gemma's, beside one that is named for the MLP, ends the attention
     second = _SECOND_NORM.search(inside[0]) or ("post_attention" in inside[0] and not explicit)
     return blocks[-1 if second else 0]
-
-
-@dataclass
-class ModuleStatistics:
-    """Gradient statistics of one optimizer step by module.
-
-    Each number is a sum over the elements of a module, so that the modules add up to the whole model.
-
-    Attributes:
-        step: the optimizer step, counted from 1.
-        labels: the ``M`` modules, in model order (:func:`group_parameters`).
-        values: ``[M, 7]``, floating point, on any device; columns as in :data:`COLUMNS`. NaN where a number was not
-            measured: noise of a branch with one contribution, anything of a branch that was absent.
-        whole: the statistics of the whole model in that step, which add the numbers of contributions and the standard
-            errors; without them noise scales are in units of the step's batch.
-    """
-
-    step: int
-    labels: tuple[str, ...]
-    values: Tensor
-    whole: Statistics | None = None
-
-    def __post_init__(self) -> None:
-        self.labels = tuple(self.labels)
-        self.step = int(self.step)
-        expected = (len(self.labels), len(COLUMNS))
-        if not isinstance(self.values, Tensor) or tuple(self.values.shape) != expected:
-            got = tuple(self.values.shape) if isinstance(self.values, Tensor) else type(self.values).__name__
-            raise ValueError(f"values must be a tensor of shape {expected}, a row for each label; got {got}")
-        if not self.values.is_floating_point():
-            raise TypeError(f"values must be floating point, got {self.values.dtype}")
-        self.values = self.values.detach()
-
-    def column(self, name: str) -> Tensor:
-        """``[M]``: the numbers of all modules, by a name of :data:`COLUMNS`."""
-        if name not in COLUMNS:
-            raise KeyError(f"no column {name!r}; known: {', '.join(COLUMNS)}")
-        return self.values[:, COLUMNS.index(name)]
-
-    def module(self, label: str) -> dict[str, float]:
-        """The numbers of one module; waits for the device."""
-        if label not in self.labels:
-            raise KeyError(f"no module {label!r}; known: {', '.join(self.labels)}")
-        return dict(zip(COLUMNS, self.values[self.labels.index(label)].tolist(), strict=True))
-
-    def total(self) -> Tensor:
-        """``[7]``: the sums over modules, which are the whole model's numbers."""
-        return self.values.sum(0)
-
-    def to_record(self) -> dict[str, Any]:
-        """A dictionary for JSON, NaN and infinities as None; waits for the device."""
-        record = {
-            "step": self.step,
-            "columns": list(COLUMNS),
-            "modules": {k: _to_json(row) for k, row in zip(self.labels, self.values.tolist(), strict=True)},
-        }
-        if self.whole is not None:
-            numbers = self.whole.stacked().tolist()
-            record["whole"] = dict(zip(self.whole.names(), _to_json(numbers), strict=True))
-        return record
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> ModuleStatistics:
-        """Reads what :meth:`to_record` returned, into float64 on the CPU.
-
-        Raises ValueError where something is missing. Columns of other versions are left out, or NaN.
-        """
-        missing = [key for key in ("step", "columns", "modules") if key not in record]
-        if missing:
-            raise ValueError(f"not a record of module statistics: it lacks {', '.join(missing)}")
-        rows = [dict(zip(record["columns"], row, strict=True)) for row in record["modules"].values()]
-        values = [[_from_json(row.get(name)) for name in COLUMNS] for row in rows]
-        known = Statistics.names()
-        whole = {k: _from_json(v) for k, v in (record.get("whole") or {}).items() if k in known}
-        return cls(
-            step=record["step"],
-            labels=tuple(record["modules"]),
-            values=torch.tensor(values, dtype=torch.float64).reshape(len(rows), len(COLUMNS)),
-            whole=Statistics(**whole) if whole else None,
-        )
-
-
-def _to_json(numbers: Sequence[float]) -> list[float | None]:
-    # nine digits hold every float32
-    return [float(f"{x:.9g}") if math.isfinite(x) else None for x in numbers]
-
-
-def _from_json(number: float | None) -> float:
-    return math.nan if number is None else float(number)

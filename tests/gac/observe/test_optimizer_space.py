@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import gac
-from gac import optimizer_space
-from gac.optimizer_space import WARM_UP, SecondMoments
+from gac.observe import optimizer_space
+from gac.observe.optimizer_space import WARM_UP, SecondMoments
 from gac_kernels import reference
 from tests.gac.models import VOCABULARY, rl_loss, sft_loss, tiny_model, tokens
 from tests.gac.truth import statistics
@@ -116,7 +116,7 @@ def test_statistics_are_those_of_the_divided_gradients(name, estimator):
 
 def test_a_sketch_that_loses_something(monkeypatch):
     """With colliding elements: the numbers of the sketched vectors ``S (x / (sqrt(v_hat) + eps))``, by the oracle."""
-    monkeypatch.setattr("gac.ledger.SMALLEST_SKETCH", 4096)
+    monkeypatch.setattr("gac.observe.ledger.SMALLEST_SKETCH", 4096)
     model = tiny_model()
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)

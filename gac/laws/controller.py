@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gac.laws import Step, create
+from gac.laws.base import Step, create
 from gac.statistics import Statistics
 
 

@@ -1,6 +1,6 @@
 """The sums that one optimizer step's contributions leave behind, for the parameters of one device.
 
-Three ways to take a contribution ``x`` in, chosen by :class:`gac.observer.Observer`:
+Three ways to take a contribution ``x`` in, chosen by :class:`gac.observe.observer.Observer`:
 
 ``running``
     ``p.grad`` holds the running sum ``R`` of what was accumulated. ``S R`` is written over ``current`` and the
@@ -22,12 +22,12 @@ into one for each module.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from gac.statistics import Branch
 from gac_kernels import SketchLayout, absorb_, pair_moments, sketch
 from gac_kernels.arguments import accumulator_dtype
 from gac_kernels.layout import LANES
@@ -37,13 +37,6 @@ SMALLEST_SKETCH = 65_536
 
 ELEMENTS_PER_BUCKET = 4096
 """For large models: four fp32 vectors of P/4096 are 0.2% of the bytes of a bf16 gradient."""
-
-
-class Branch(str, Enum):
-    """The two signals of a hybrid step."""
-
-    SFT = "sft"
-    RL = "rl"
 
 
 class Ledger:

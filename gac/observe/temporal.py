@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gac.ledger import Branch
+from gac.statistics import Branch
 from gac_kernels.arguments import accumulator_dtype
 
 DECAY = 0.9

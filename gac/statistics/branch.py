@@ -1,0 +1,12 @@
+"""The two signals of a hybrid step, by name."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Branch(str, Enum):
+    """The two signals of a hybrid step."""
+
+    SFT = "sft"
+    RL = "rl"
