@@ -1,6 +1,7 @@
 """The sums of one optimizer step, over contributions, devices and ranks; one collective on its way at most.
 
-Two cases (:class:`gac.observe.topology.Topology`). Replicas: every rank makes contributions of its own, so the sketches of
+Two cases (:class:`~gac.observe.topology.Topology`).
+Replicas: every rank makes contributions of its own, so the sketches of
 both branches travel with the numbers, and a contribution counts as ``x / W`` because data parallelism averages
 gradients over the ``W`` ranks. Shards: all ranks hold pieces of the same contributions, so numbers are enough. In
 neither case does the message grow with the number of ranks.

@@ -11,7 +11,7 @@ import gac_kernels
 from gac.observe.ledger import Ledger
 from gac_kernels import SketchLayout
 from tests.gac.statistics.sources import ESTIMATES, KINDS, assert_mean, error_of_variance, family, feed
-from tests.gac.test_statistics_of_models import bucket_of_each_element
+from tests.gac.statistics.test_of_models import bucket_of_each_element
 
 NUMELS = (70_000, 9_000, 70)
 SEEDS = 2000
