@@ -6,7 +6,8 @@ losses and the command line are modules of their own.
 
 from gac import laws, schedules
 from gac.laws import Controller
-from gac.mixer import Mixer, patch
+from gac.mixer import Mixer
+from gac.patching import patch
 from gac.statistics import Statistics, coefficient_statistics
 
 __version__ = "0.1.0"

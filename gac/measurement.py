@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from gac.observe.observer import Observer
 from gac.observe.optimizer_space import SecondMoments
-from gac.observe.reduction import Reduction, StepSums, gather_rows
-from gac.observe.temporal import MovingMeans
+from gac.observe.reduction import Reduction, gather_rows, reduce_step
+from gac.observe.temporal import MovingMeans, noise_from_time, take_in
 from gac.observe.topology import Topology, local_numel
-from gac.statistics import NAN, Branch, ModuleStatistics, Statistics, noise_from_weighted, pair_statistics
-from gac.statistics.coefficient import CoefficientOptions, sequence_rows, statistics_from_rows
-from gac.statistics.uncertainty import SuccessiveDifferences
+from gac.options import Options
+from gac.statistics.branch import Branch
+from gac.statistics.by_module import ModuleStatistics, take_apart
+from gac.statistics.coefficient import sequence_rows, statistics_from_rows
+from gac.statistics.step import NAN, Statistics, noise_from_sums, pair_statistics
+from gac.statistics.sums import StepSums
+from gac.statistics.uncertainty import StandardErrors
 from gac_kernels.arguments import accumulator_dtype
-
-ESTIMATORS = ("auto", "sketch", "exact", "coefficient")
 
 EXACT_BYTES = 32 * 2**20
 """``auto`` is exact where its fp32 buffers take at most this much ..."""
@@ -40,8 +40,6 @@ NOTHING_OBSERVED = (
     "load_state_dict(assign=True) and fully_shard drop them, so patch the model after any of these."
 )
 
-_WITH_ERRORS = ("sigma_s2", "sigma_r2", "distance2", "delta_g2")
-
 
 class Measurement:
     """Observer, estimators and the state that they carry from step to step.
@@ -50,12 +48,8 @@ class Measurement:
 
     Args:
         model, parameters: what is watched.
-        topology: of the ranks. group: of the replicas.
-        estimator: one of :data:`ESTIMATORS`.
-        interval, report_interval: measure in every so many steps; take every so many of those apart by module.
-        second_moments: of the optimizer, to measure in its space.
-        coefficient: options of the coefficient estimator.
-        hooks: False where gradients are handed over.
+        topology: of the ranks.
+        options: of the mixer.
     """
 
     def __init__(
@@ -64,15 +58,9 @@ class Measurement:
         parameters: Sequence[tuple[str, nn.Parameter]],
         *,
         topology: Topology,
-        group: dist.ProcessGroup | None,
-        estimator: str,
-        interval: int,
-        report_interval: int | None,
-        second_moments: SecondMoments | None,
-        coefficient: CoefficientOptions,
-        hooks: bool,
+        options: Options,
     ) -> None:
-        self.estimator = _choose(estimator, model, parameters, topology, in_place=hooks)
+        self.estimator = _choose(options.estimator, model, parameters, topology, in_place=options.hooks)
         self.used = self.estimator
         """What the last step was measured with, for the metrics."""
         self.device = parameters[0][1].device
@@ -81,28 +69,31 @@ class Measurement:
         self.coefficient: Statistics | None = None
         self.skipped = torch.zeros((), dtype=accumulator_dtype(self.device), device=self.device)
         self._dtype = self.skipped.dtype
-        self._auto = estimator == "auto"
-        self._group = group
-        self._interval, self._report_interval = interval, report_interval
-        self._second_moments = second_moments
-        self._options = coefficient
+        self._options = options
         exact = self.estimator == "exact"
         watched = self.estimator != "coefficient"
         self.observer = Observer(
             parameters if watched else [],
             lossless=exact,
-            running=_reads_running_sums(exact, topology, in_place=hooks),
+            running=_reads_running_sums(exact, topology, in_place=options.hooks),
             seed=0,
-            second_moments=second_moments,
             copies=topology.copies if watched else None,
-            hooks=hooks,
+            hooks=options.hooks,
         )
         self._means = [MovingMeans(ledger.device) for ledger in self.observer.ledgers]
-        self._uncertainty = SuccessiveDifferences(len(_WITH_ERRORS), self.device, self._dtype)
+        self._errors = StandardErrors(self.device, self._dtype)
         self._rows: list[Tensor] = []  # of the coefficient estimator
         self._reduction: Reduction | None = None  # on its way
         self.confirmed = topology.ranks == 1
         """Whether a first measured step has shown that hooks work on every rank."""
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Takes second moments from ``optimizer`` where gradients are measured in its space.
+
+        Raises TypeError, ValueError for one that keeps none; see :class:`SecondMoments`.
+        """
+        if self._options.in_optimizer_space:
+            self.observer.second_moments = SecondMoments(optimizer)
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
@@ -111,22 +102,24 @@ class Measurement:
         self.observer.clear()
         self._rows.clear()
         ready = self.estimator != "coefficient"
-        if self._second_moments is not None and ready:
-            ready = self._second_moments.ready
-            if ready:  # of the moments that this step's gradients are divided by
-                self._root = self._second_moments.correction(self.device, self._dtype).sqrt().float()
-        measured, rest = divmod(step, self._interval)
+        if self._options.in_optimizer_space and ready:
+            moments = self.observer.second_moments
+            ready = moments is not None and moments.ready
+            if moments is not None and ready:  # of the moments that this step's gradients are divided by
+                self._root = moments.correction(self.device, self._dtype).sqrt().float()
+        measured, rest = divmod(step, self._options.interval)
         self.due = rest == 0
-        by_module = self._report_interval is not None and (measured + 1) % self._report_interval == 0
+        every = self._options.report_interval
+        by_module = every is not None and (measured + 1) % every == 0
         self.observer.measure(ready and self.due, by_module=ready and self.due and by_module)
 
     def scaled(self, scale: Tensor) -> Tensor:
         """The scale that takes a branch's gradients to its contributions, from the one that undoes its weight."""
-        return scale * self._root if self._second_moments is not None and self.observer.measuring else scale
+        return scale * self._root if self._options.in_optimizer_space and self.observer.measuring else scale
 
     def observe_tokens(self, logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor) -> None:
         """Rows for the coefficient estimator."""
-        self.observer.fired = True
+        self.observer.seen.fired = True
         if self.due:
             rows = sequence_rows(logprobs, advantages, mask, is_expert)
             self._rows.append(rows.to(self.device, non_blocking=True))
@@ -135,7 +128,7 @@ class Measurement:
         """Raises RuntimeError where a lone process has nothing to end a step with."""
         if self.topology.ranks > 1:
             return  # this rank may lack data; what all of them lack is found in the sums
-        if not self.observer.fired and not self.observer.broken:
+        if not self.observer.seen.fired and not self.observer.seen.broken:
             raise RuntimeError(NOTHING_OBSERVED)
         if self.estimator == "coefficient" and self.due and not self._rows:
             raise RuntimeError(
@@ -148,8 +141,8 @@ class Measurement:
         observer = self.observer
         self.coefficient = self._from_tokens()
         if observer.measuring:
-            silent = observer.entered and not observer.alive
-            self._reduction = Reduction(
+            silent = observer.seen.entered and not observer.alive
+            self._reduction = reduce_step(
                 observer, self.device, self.topology, time_noise=self._noise_from_time(), silent=silent
             )
 
@@ -166,18 +159,18 @@ class Measurement:
             self._confirm(sums)
             statistics = self._from_sums(sums, present)
         self.used = self.estimator + ("+time" if self._uses_time() else "")
-        if self.estimator == "coefficient" or (self._auto and self.observer.outside):
+        from_tokens = self.estimator == "coefficient" or (
+            self._options.estimator == "auto" and self.observer.seen.outside
+        )
+        if from_tokens:
             statistics, self.used = self.coefficient, "coefficient"
         if statistics is None:
             return None
         healthy = statistics.nonfinite == 0
         self.skipped = self.skipped + (~healthy).to(self._dtype)
-        estimates = torch.stack([getattr(statistics, name) for name in _WITH_ERRORS])
-        errors = self._uncertainty.update(estimates, healthy).unbind()
-        named = {f"{name}_se": error for name, error in zip(_WITH_ERRORS, errors, strict=True)}
-        statistics = dataclasses.replace(statistics, **named)
-        if self.observer.by_module and self.estimator != "coefficient":
-            self.modules.append(self._take_apart(sums, statistics, step))
+        statistics = self._errors.attach(statistics)
+        if self.observer.by_module and not from_tokens:  # tokens say nothing of modules
+            self.modules.append(take_apart(sums, statistics, self.observer.module_labels, step + 1))
         return statistics
 
     # -- estimators -----------------------------------------------------------------------------------------------
@@ -192,7 +185,7 @@ class Measurement:
 
     def _uses_time(self, branch: Branch | None = None) -> bool:
         """Whether a lone contribution (of a branch, or of either) is compared with earlier steps."""
-        counts = self.observer.counts
+        counts = self.observer.seen.counts
         alone = 1 in counts.values() if branch is None else counts[branch] == 1
         return alone and (self.topology.ranks == 1 or self.topology.sharded)
 
@@ -201,14 +194,12 @@ class Measurement:
         found = torch.zeros(2, dtype=self._dtype, device=self.device)
         for k, branch in enumerate(Branch):
             if self._uses_time(branch):
-                for ledger, means in zip(self.observer.ledgers, self._means, strict=True):
-                    part = means.noise(branch, ledger.totals[branch]) / ledger.copies
-                    found[k] += part.to(self.device, non_blocking=True)
+                found[k] = noise_from_time(branch, self.observer.ledgers, self._means, self.device)
         return found
 
     def _from_sums(self, sums: StepSums, present: Tensor) -> Statistics:
         n = sums.n * present
-        noise = noise_from_weighted(sums.power * sums.tokens, sums.norms[:2], n)
+        noise = noise_from_sums(sums, n)
         lone = [branch for branch in Branch if self._uses_time(branch)]
         if lone:
             known = n > 0
@@ -216,24 +207,9 @@ class Measurement:
             noise = torch.stack([(by_time if b in lone else noise)[k] for k, b in enumerate(Branch)])
             healthy = known & (sums.nonfinite == 0)
             for k, branch in enumerate(Branch):
-                for ledger, means in zip(self.observer.ledgers, self._means, strict=True):
-                    if branch in lone:
-                        means.update(branch, ledger.totals[branch], healthy[k].to(ledger.device, non_blocking=True))
+                if branch in lone:
+                    take_in(branch, self.observer.ledgers, self._means, healthy[k])
         return pair_statistics(noise=noise, norms=sums.norms, n=n, nonfinite=sums.nonfinite)
-
-    def _take_apart(self, sums: StepSums, whole: Statistics, step: int) -> ModuleStatistics:
-        """The step's statistics by module."""
-        n_s, n_r = whole.n_s, whole.n_r
-        norm_s2, norm_r2, dot = sums.module_norms.unbind(1)
-        power_s, power_r = (sums.module_power * sums.tokens).unbind(1)
-        sigma_s2 = noise_from_weighted(power_s, norm_s2, n_s)
-        sigma_r2 = noise_from_weighted(power_r, norm_r2, n_r)
-        distance2 = (norm_s2 + norm_r2 - 2 * dot).clamp(min=0.0)
-        columns = [sigma_s2, sigma_r2, distance2 - sigma_s2 - sigma_r2, distance2, norm_s2, norm_r2, dot]
-        has_s, has_r = n_s >= 1, n_r >= 1
-        known = torch.stack([has_s, has_r, has_s & has_r, has_s & has_r, has_s, has_r, has_s & has_r])
-        values = torch.where(known & (whole.nonfinite == 0), torch.stack(columns, dim=1), NAN)
-        return ModuleStatistics(step + 1, tuple(self.observer.module_labels), values, whole)
 
     def _from_tokens(self) -> Statistics | None:
         """The coefficient estimator's statistics of the step; None where it was not fed."""
@@ -241,8 +217,8 @@ class Measurement:
             return None
         rows = torch.cat(self._rows) if self._rows else torch.zeros(0, 8, dtype=self._dtype, device=self.device)
         if self.topology.ranks > 1:
-            rows = gather_rows(rows, self._group)
-        return statistics_from_rows(rows, self._options)
+            rows = gather_rows(rows, self._options.process_group)
+        return statistics_from_rows(rows, self._options.coefficient)
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -253,15 +229,13 @@ class Measurement:
         return {
             "skipped": self.skipped.to("cpu", copy=True),
             "means": [_on_cpu(m.state) for m in means],
-            "uncertainty": _on_cpu(self._uncertainty.state),
+            "uncertainty": _on_cpu(self._errors.state),
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Continues where :meth:`state_dict` left off, on any number of ranks."""
         self.skipped = state["skipped"].to(self.device, copy=True)
-        self._uncertainty.state = {
-            k: v.to(self.device, self._dtype, copy=True) for k, v in state["uncertainty"].items()
-        }
+        self._errors.state = {k: v.to(self.device, self._dtype, copy=True) for k, v in state["uncertainty"].items()}
         if self.topology.ranks == 1 and len(state["means"]) == len(self._means):
             for means, saved in zip(self._means, state["means"], strict=True):
                 means.state = {k: v.to(means.device, copy=True) for k, v in saved.items()}

@@ -1,9 +1,74 @@
-"""Numbers of a finished step, brought to the host without making it wait."""
+"""Names and numbers of a finished step, brought to the host without making it wait."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+from gac.statistics.step import NAN, Statistics
+
+OF_LAW = {"mu_raw": "raw", "mu_se": "mu_se", "prior": "prior"}
+"""Numbers that a law may have in its state: their names in the metrics and there."""
+
+NAMES = ("mu", *OF_LAW, "skipped", *Statistics.names(), "cosine")
+"""What travels to the host, in this order; :meth:`gac.Mixer.metrics` says what each is."""
+
+
+class StepMetrics:
+    """The numbers of each step by name: those of the device as soon as they have arrived, beside those of the host.
+
+    Args:
+        device: where the numbers are made.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._mirror = HostMirror(device)
+        self._not_measured = _row(Statistics(n_s=torch.zeros((), device=device)))
+        self._unknown: Tensor | None = None
+        self._host: dict[int, dict[str, float | str]] = {}  # of the last steps
+
+    def publish(
+        self,
+        step: int,
+        *,
+        mu: Tensor,
+        law: Mapping[str, Tensor],
+        skipped: Tensor,
+        statistics: Statistics | None,
+        seconds: float,
+        estimator: str,
+    ) -> None:
+        """Sends a step's numbers on their way.
+
+        Args:
+            step: its number, from 0.
+            mu: of the step to come. law: the law's state. skipped: steps dropped so far.
+            statistics: None where the step was not measured.
+            seconds: host time spent in GAC. estimator: what the step was measured with.
+        """
+        dtype = law["mu"].dtype
+        if self._unknown is None:
+            self._unknown = torch.full_like(law["mu"], NAN)
+        numbers = [mu.to(dtype), *(law.get(name, self._unknown) for name in OF_LAW.values()), skipped.to(dtype)]
+        measured = self._not_measured if statistics is None else _row(statistics)
+        self._mirror.publish(step, torch.cat([torch.stack(numbers), measured]))
+        self._host = {k: v for k, v in self._host.items() if k >= step - 1}
+        self._host[step] = {"seconds": seconds, "estimator": estimator}
+
+    def latest(self, *, wait: bool) -> dict[str, float | str]:
+        """Everything of the newest step that has arrived; empty before the first."""
+        latest = self._mirror.latest(wait=wait)
+        if latest is None:
+            return {}
+        step, values = latest
+        return dict(zip(NAMES, values, strict=True)) | self._host[step] | {"step": step}
+
+
+def _row(statistics: Statistics) -> Tensor:
+    """What the metrics say of a step's statistics, and the cosine."""
+    return torch.cat([statistics.stacked(), statistics.cosine[None]])
 
 
 class HostMirror:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gac.observe.observer import Observer
-from gac.observe.temporal import MovingMeans
-from gac.statistics import Branch, Statistics, contribution_statistics, noise_from_weighted
+from gac.observe.reduction import reduce_step
+from gac.observe.temporal import MovingMeans, noise_from_time, take_in
+from gac.observe.topology import topology_of
+from gac.statistics.branch import Branch
 from gac.statistics.coefficient import CoefficientOptions, sequence_rows, statistics_from_rows
-from gac.statistics.uncertainty import SuccessiveDifferences
-from gac_kernels import pair_moments
+from gac.statistics.step import Statistics, statistics_from_sums
+from gac.statistics.uncertainty import StandardErrors
 from gac_kernels.arguments import accumulator_dtype
 
 EXACT, SKETCH, INCOMING, TEMPORAL = "exact", "sketch", "sketch, incoming", "temporal"
@@ -33,8 +35,6 @@ COEFFICIENT_FORMS = {
 
 ESTIMATORS = (*GRADIENT_ESTIMATORS, *COEFFICIENT_FORMS)
 
-_READ = ("sigma_s2", "sigma_r2", "distance2", "delta_g2")
-
 
 class Panel:
     """Every estimator, watching one model. All of them count one backward pass as one contribution, as the mixer does.
@@ -50,6 +50,7 @@ class Panel:
         parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.device = parameters[0][1].device
         self._dtype = accumulator_dtype(self.device)
+        self._topology = topology_of(model, parameters, None)
         layouts = {EXACT: (True, False), SKETCH: (False, True), INCOMING: (False, False)}
         self._observers = {
             name: Observer(parameters, lossless=lossless, running=running, seed=0)
@@ -57,7 +58,7 @@ class Panel:
         }
         self._rows: list[Tensor] = []
         self._means = [MovingMeans(ledger.device) for ledger in self._observers[EXACT].ledgers]
-        self._uncertainty = {name: SuccessiveDifferences(len(_READ), self.device, self._dtype) for name in ESTIMATORS}
+        self._errors = {name: StandardErrors(self.device, self._dtype) for name in ESTIMATORS}
 
     @contextmanager
     def branch(self, branch: Branch, weight: Tensor, tokens: float | Tensor | None) -> Iterator[None]:
@@ -83,9 +84,10 @@ class Panel:
     @torch.no_grad()
     def read(self) -> dict[str, Statistics]:
         """Every estimator's statistics of the step so far."""
-        found = {name: _from_contributions(observer, self.device) for name, observer in self._observers.items()}
+        found = {name: self._from_contributions(observer) for name, observer in self._observers.items()}
         exact = found[EXACT]
-        noise = {branch: self._noise_from_time(branch) for branch in Branch}
+        ledgers = self._observers[EXACT].ledgers
+        noise = {branch: noise_from_time(branch, ledgers, self._means, self.device) for branch in Branch}
         found[TEMPORAL] = dataclasses.replace(
             exact,
             sigma_s2=noise[Branch.SFT],
@@ -109,20 +111,15 @@ class Panel:
     def advance(self, statistics: dict[str, Statistics]) -> dict[str, Statistics]:
         """Ends a training step: the next one is compared with it. Returns the statistics with standard errors."""
         healthy = statistics[EXACT].nonfinite == 0
-        for ledger, means in zip(self._observers[EXACT].ledgers, self._means, strict=True):
-            for branch in Branch:
-                means.update(branch, ledger.totals[branch], healthy.to(ledger.device))
-        return {name: self._with_errors(name, found) for name, found in statistics.items()}
+        for branch in Branch:
+            take_in(branch, self._observers[EXACT].ledgers, self._means, healthy)
+        return {name: self._errors[name].attach(found) for name, found in statistics.items()}
 
-    def _with_errors(self, name: str, found: Statistics) -> Statistics:
-        values = torch.stack([getattr(found, field) for field in _READ])
-        errors = self._uncertainty[name].update(values, found.nonfinite == 0).unbind()
-        return dataclasses.replace(found, **{f"{field}_se": e for field, e in zip(_READ, errors, strict=True)})
-
-    def _noise_from_time(self, branch: Branch) -> Tensor:
-        ledgers = self._observers[EXACT].ledgers
-        parts = [means.noise(branch, x.totals[branch]) for x, means in zip(ledgers, self._means, strict=True)]
-        return torch.stack([part.to(self.device) for part in parts]).sum()
+    def _from_contributions(self, observer: Observer) -> Statistics:
+        """Statistics of what an observer holds, by the mixer's own reduction and formulas."""
+        nothing = torch.zeros(2, dtype=self._dtype, device=self.device)
+        sums = reduce_step(observer, self.device, self._topology, time_noise=nothing, silent=False).finish()
+        return statistics_from_sums(sums)
 
     def clear(self) -> None:
         """Forgets the step."""
@@ -136,37 +133,6 @@ class Panel:
             observer.remove()
 
 
-def _from_contributions(observer: Observer, device: torch.device) -> Statistics:
-    """Statistics of what an observer holds, by the mixer's formulas."""
-    ledgers = observer.ledgers
-    over_ledgers = lambda numbers: torch.stack([number.to(device) for number in numbers]).sum(0)
-    powers = over_ledgers(ledger.powers() for ledger in ledgers)
-    inner = [pair_moments(ledger.totals[Branch.SFT], ledger.totals[Branch.RL]) for ledger in ledgers]
-    norm_s2, norm_r2, dot = over_ledgers(inner).to(powers.dtype).unbind()
-    noise, count = {}, {}
-    for branch, norm2 in zip(Branch, (norm_s2, norm_r2), strict=True):
-        own = [k for k, c in enumerate(observer.contributions) if c.branch is branch]
-        tokens = torch.tensor(
-            [1.0 if (t := observer.contributions[k].tokens) is None else float(t) for k in own],
-            dtype=powers.dtype,
-            device=device,
-        )
-        counted = tokens > 0
-        weighted = torch.where(counted, powers[own] / tokens, 0.0).sum() * tokens.sum()
-        count[branch] = counted.sum().to(powers.dtype)
-        noise[branch] = noise_from_weighted(weighted, norm2, count[branch])
-    return contribution_statistics(
-        sigma_s2=noise[Branch.SFT],
-        sigma_r2=noise[Branch.RL],
-        norm_s2=norm_s2,
-        norm_r2=norm_r2,
-        dot=dot,
-        n_s=count[Branch.SFT],
-        n_r=count[Branch.RL],
-        nonfinite=over_ledgers(ledger.nonfinite() for ledger in ledgers) + float(observer.broken),
-    )
-
-
 class Watched:
     """A mixer whose branches and tokens a panel sees too; everything else is the mixer's own."""
 
@@ -177,11 +143,11 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._mixer, name)
 
-    def sft(self, *, tokens: float | Tensor | None = None):
+    def sft(self, *, tokens: float | Tensor | None = None) -> AbstractContextManager:
         """As :meth:`gac.Mixer.sft`."""
         return self._branch(Branch.SFT, self._mixer.sft, tokens)
 
-    def rl(self, *, tokens: float | Tensor | None = None):
+    def rl(self, *, tokens: float | Tensor | None = None) -> AbstractContextManager:
         """As :meth:`gac.Mixer.rl`."""
         return self._branch(Branch.RL, self._mixer.rl, tokens)
 
@@ -198,12 +164,8 @@ class Watched:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Backward passes inside go unnoticed by the mixer; between two of its steps."""
-        observer = self._mixer._observer
-        observer.outside = True
-        try:
+        with self._mixer.aside():
             yield
-        finally:
-            observer.outside = False
 
 
 class Probe:
@@ -216,11 +178,11 @@ class Probe:
         self._panel = panel
         self.weight = torch.full((), 0.5, device=panel.device)
 
-    def sft(self, *, tokens: float | Tensor | None = None):
+    def sft(self, *, tokens: float | Tensor | None = None) -> AbstractContextManager:
         """As :meth:`gac.Mixer.sft`."""
         return self._panel.branch(Branch.SFT, self.weight, tokens)
 
-    def rl(self, *, tokens: float | Tensor | None = None):
+    def rl(self, *, tokens: float | Tensor | None = None) -> AbstractContextManager:
         """As :meth:`gac.Mixer.rl`."""
         return self._panel.branch(Branch.RL, self.weight, tokens)
 

@@ -195,7 +195,7 @@ def check(config: TrainConfig) -> None:
     """Raises `UsageError` for anything that would fail later; knows tasks, laws and estimators by name."""
     from gac.laws.controller import Controller
     from gac.laws.rules import carried_out
-    from gac.mixer import ESTIMATORS
+    from gac.options import ESTIMATORS
     from gac.tasks.problems import parse_task
     from gac.trainers.rules import rule_of
 

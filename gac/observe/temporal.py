@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from gac.statistics import Branch
+from gac.observe.ledger import Ledger
+from gac.statistics.branch import Branch
 from gac_kernels.arguments import accumulator_dtype
 
 DECAY = 0.9
@@ -41,3 +44,17 @@ class MovingMeans:
         weight = self.state.setdefault(f"{branch.value}.weight", zero)
         mean.copy_(torch.where(healthy, torch.lerp(gradient, mean, DECAY), mean))
         self.state[f"{branch.value}.weight"] = torch.where(healthy, DECAY * weight + (1 - DECAY), weight)
+
+
+def noise_from_time(
+    branch: Branch, ledgers: Sequence[Ledger], means: Sequence[MovingMeans], device: torch.device
+) -> Tensor:
+    """The noise of a branch's gradient on this rank, 0-dim on ``device``; what ranks share counts once."""
+    parts = (m.noise(branch, x.totals[branch]) / x.copies for x, m in zip(ledgers, means, strict=True))
+    return torch.stack([part.to(device, non_blocking=True) for part in parts]).sum()
+
+
+def take_in(branch: Branch, ledgers: Sequence[Ledger], means: Sequence[MovingMeans], healthy: Tensor) -> None:
+    """Makes a branch's gradient part of the means where ``healthy`` (0-dim bool) is true."""
+    for ledger, mean in zip(ledgers, means, strict=True):
+        mean.update(branch, ledger.totals[branch], healthy.to(ledger.device, non_blocking=True))

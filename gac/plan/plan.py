@@ -20,7 +20,7 @@ from gac.laws.base import noise_left
 from gac.laws.gac import LONG
 from gac.measurement import EXACT_BYTES, EXACT_BYTES_REDUCED, EXACT_SHARE
 from gac.observe.ledger import Ledger
-from gac.observe.observer import bucket_bytes
+from gac.observe.pending import bucket_bytes
 from gac.statistics import Branch
 from gac_kernels.layout import LANES, SketchLayout
 

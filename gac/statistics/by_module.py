@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gac.statistics.step import Statistics
+from gac.statistics.step import NAN, Statistics, noise_from_weighted
+from gac.statistics.sums import StepSums
 
 COLUMNS = ("sigma_s2", "sigma_r2", "delta_g2", "distance2", "norm_s2", "norm_r2", "dot")
 """The columns of :attr:`ModuleStatistics.values`, fields of :class:`gac.Statistics` that are sums over elements."""
@@ -103,3 +104,23 @@ def _to_json(numbers: Sequence[float]) -> list[float | None]:
 
 def _from_json(number: float | None) -> float:
     return math.nan if number is None else float(number)
+
+
+def take_apart(sums: StepSums, whole: Statistics, labels: Sequence[str], step: int) -> ModuleStatistics:
+    """A step's statistics by module.
+
+    Args:
+        sums: with ``module_power`` and ``module_norms``. whole: the step's statistics. labels: of the modules.
+        step: the step's number, from 1.
+    """
+    n_s, n_r = whole.n_s, whole.n_r
+    norm_s2, norm_r2, dot = sums.module_norms.unbind(1)
+    power_s, power_r = (sums.module_power * sums.tokens).unbind(1)
+    sigma_s2 = noise_from_weighted(power_s, norm_s2, n_s)
+    sigma_r2 = noise_from_weighted(power_r, norm_r2, n_r)
+    distance2 = (norm_s2 + norm_r2 - 2 * dot).clamp(min=0.0)
+    columns = [sigma_s2, sigma_r2, distance2 - sigma_s2 - sigma_r2, distance2, norm_s2, norm_r2, dot]
+    has_s, has_r = n_s >= 1, n_r >= 1
+    known = torch.stack([has_s, has_r, has_s & has_r, has_s & has_r, has_s, has_r, has_s & has_r])
+    values = torch.where(known & (whole.nonfinite == 0), torch.stack(columns, dim=1), NAN)
+    return ModuleStatistics(step, tuple(labels), values, whole)

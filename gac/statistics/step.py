@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from gac.statistics.sums import StepSums
 from gac_kernels.arguments import accumulator_dtype
 
 NAN = float("nan")
@@ -151,3 +152,13 @@ def contribution_statistics(
     norms = torch.stack([norm_s2, norm_r2, dot])
     noise, n = torch.stack([sigma_s2, sigma_r2]), torch.stack([n_s, n_r])
     return pair_statistics(noise=noise, norms=norms, n=n, nonfinite=nonfinite)
+
+
+def noise_from_sums(sums: StepSums, n: Tensor) -> Tensor:
+    """``[2]``: ``sigma_s2`` and ``sigma_r2`` from the spread of contributions, ``n`` (``[2]``) of which count."""
+    return noise_from_weighted(sums.power * sums.tokens, sums.norms[:2], n)
+
+
+def statistics_from_sums(sums: StepSums) -> Statistics:
+    """Statistics of a step all of whose contributions had a weight above 0."""
+    return pair_statistics(noise=noise_from_sums(sums, sums.n), norms=sums.norms, n=sums.n, nonfinite=sums.nonfinite)

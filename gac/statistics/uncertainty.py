@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
+
+from gac.statistics.step import Statistics
 
 HALF_LIFE = 30.0
 """Measured steps after which a squared difference counts half: 58 degrees of freedom for each standard error."""
@@ -106,3 +110,34 @@ def _student(dof: Tensor) -> Tensor:
     """What ``P(|t| < .) = 0.683`` of Student's distribution is at, the normal one's 1 (Abramowitz & Stegun 26.7.5)."""
     x = 1 / dof
     return 1 + x / 2 + x**2 / 4 + x**3 / 16
+
+
+WITH_ERRORS = ("sigma_s2", "sigma_r2", "distance2", "delta_g2")
+"""The statistics that have a standard error."""
+
+
+class StandardErrors:
+    """Gives each step's statistics their standard errors, from how they change between successive steps.
+
+    Attributes:
+        state: what the next step needs.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._differences = SuccessiveDifferences(len(WITH_ERRORS), device, dtype)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        return self._differences.state
+
+    @state.setter
+    def state(self, state: dict[str, Tensor]) -> None:
+        self._differences.state = state
+
+    def attach(self, statistics: Statistics) -> Statistics:
+        """The statistics with ``*_se``; a step with non-finite elements teaches nothing."""
+        estimates = torch.stack([getattr(statistics, name) for name in WITH_ERRORS])
+        errors = self._differences.update(estimates, statistics.nonfinite == 0).unbind()
+        return dataclasses.replace(
+            statistics, **{f"{name}_se": error for name, error in zip(WITH_ERRORS, errors, strict=True)}
+        )

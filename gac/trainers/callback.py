@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 import gac
 from gac.laws.controller import Controller
-from gac.mixer import ESTIMATORS
+from gac.options import ESTIMATORS
 from gac.trainers.mixed_batch import coefficient_mixer
 
 if TYPE_CHECKING:
@@ -110,14 +110,12 @@ class GacCallback(TrainerCallback):
         if self._mixer is not None:
             self._mixer.unpatch()  # an exception ended the last run
         options = dict(self._options)
-        if options.get("metric") == "optimizer":
-            options["metric"] = getattr(optimizer, "optimizer", optimizer)
         if self._estimator == "coefficient":
             self._mixer = coefficient_mixer(args.device, **options)
         else:
             self._mixer = gac.patch(model, estimator=self._estimator, **options)
         if optimizer is not None:
-            self._mixer.controller.law.follow(optimizer)
+            self._mixer.follow(getattr(optimizer, "optimizer", optimizer))
         self._window.clear()
         if state.global_step > 0:
             self._mixer.load_state_dict(self._read(args, state))

@@ -37,9 +37,8 @@ import gac
 from gac.laws.controller import Controller
 from gac.laws.rules import carried_out
 from gac.losses import count_label_tokens
-from gac.measurement import ESTIMATORS
-from gac.mixer import METRICS
 from gac.observe.topology import fsdp2_modules
+from gac.options import ESTIMATORS, METRICS
 from gac.report import append_record
 from gac.statistics import ModuleStatistics
 from gac.trainers.demonstrations import DemonstrationBatch, DemonstrationCollator, EpochSampler, pad_demonstrations
@@ -404,13 +403,12 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
                 law=law,
                 estimator=self.args.estimator,
                 interval=self.args.gac_interval,
-                # the trainer ends the mixer's steps itself: the optimizer only lends its second moments
-                metric=self.optimizer if self.args.gac_metric == "optimizer" else "gradient",
+                metric=self.args.gac_metric,
                 report_interval=self.args.gac_report_interval,
                 scaler=self.accelerator.scaler,  # of fp16=True, else None
                 **options,
             )
-        self.mixer.controller.law.follow(self.optimizer)
+        self.mixer.follow(self.optimizer)  # the trainer ends the mixer's steps itself
         self._rule.attach(self.mixer.controller.law)
         if self._mixer_state is not None:
             self.mixer.load_state_dict(self._mixer_state)

@@ -227,7 +227,7 @@ class MixedBatch:
         if self._pending:
             self._pending = False
             if optimizer is not None:
-                self.mixer.controller.law.follow(optimizer)
+                self.mixer.follow(optimizer)
             self.mixer.step()
             self._metrics = self.mixer.metrics()
 

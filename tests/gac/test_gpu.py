@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gac
-from gac.observe import observer
+from gac.observe import pending
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,7 +38,7 @@ def kernels_of(call) -> int:
 def test_launches_of_a_backward_pass(estimator, monkeypatch):
     model = network()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    monkeypatch.setattr(observer, "bucket_bytes", lambda **_: size // 4)
+    monkeypatch.setattr(pending, "bucket_bytes", lambda **_: size // 4)
     inputs = torch.randn(64, 512, device="cuda", dtype=torch.bfloat16)
     weight = torch.tensor(0.5, device="cuda")
 

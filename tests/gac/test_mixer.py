@@ -13,7 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import gac
-from gac.observe import observer as observer_module
+from gac.observe import pending
 from tests.gac.models import ARCHITECTURES, rl_loss, sft_loss, tiny_model, tokens
 
 ESTIMATORS = ["exact", "sketch"]
@@ -193,7 +193,7 @@ def test_a_tied_weight_inside_reentrant_checkpoints(estimator):
 def test_small_buckets_change_nothing(estimator, monkeypatch):
     found = []
     for size in (2**27, 4096):
-        monkeypatch.setattr(observer_module, "bucket_bytes", lambda size=size, **_: size)
+        monkeypatch.setattr(pending, "bucket_bytes", lambda size=size, **_: size)
         model = tiny_model()
         with gac.patch(model, estimator=estimator) as mixer:
             run(model, mixer, steps=1, n_s=3)
@@ -204,7 +204,7 @@ def test_small_buckets_change_nothing(estimator, monkeypatch):
 @pytest.mark.parametrize(("estimator", "calls"), [("exact", "many"), ("sketch", "one")])
 def test_running_sums_need_no_small_buckets(estimator, calls, monkeypatch):
     """What hooks keep is handed over early; what ``p.grad`` keeps anyway may wait for one call."""
-    monkeypatch.setattr(observer_module, "BUCKET_BYTES", 4096)
+    monkeypatch.setattr(pending, "BUCKET_BYTES", 4096)
     model, found = tiny_model(), []
     with gac.patch(model, estimator=estimator) as mixer:
         ledger = mixer._observer.ledgers[0]
@@ -392,7 +392,7 @@ def test_an_exception_in_backward_spoils_only_its_step(estimator, caught):
                 with pytest.raises(ArithmeticError):
                     mixer.backward(broken())
                 mixer.backward(model(torch.randn(2, 4)).sum())
-            assert mixer._observer.counts["sft"] == 1, "the two passes are not taken for one"
+            assert mixer._observer.seen.counts["sft"] == 1, "the two passes are not taken for one"
         mixer.step()
         assert float(mixer.statistics.nonfinite) > 0
         model.zero_grad()

@@ -93,7 +93,7 @@ def test_drawn_steps_are_new_whole_and_at_the_same_parameters(arguments, monkeyp
         seen.append(
             {
                 "step": self.state.global_step,
-                "branches": [c.branch.value for c in observer.contributions],
+                "branches": [c.branch.value for c in observer.seen.contributions],
                 "demonstrations": tuple(self._sampler.take(0, 10)),
                 "unseen": set(unseen),
                 "prompts": tuple(map(tuple, torch.cat([x["prompt_ids"] for x in self._buffered_inputs]).tolist())),

@@ -81,7 +81,7 @@ def test_options_that_do_not_apply():
     with pytest.raises(ValueError, match="ends the accumulation"):
         gac.patch(model, optimizer=optimizer)
     with pytest.raises(ValueError, match="flat pieces"):
-        gac.patch(model, metric=optimizer)
+        gac.patch(model, metric="optimizer")
 
 
 @pytest.mark.parametrize(

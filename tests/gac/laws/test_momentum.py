@@ -120,12 +120,14 @@ def test_patch_tells_the_law():
         ({}, 0.0),
         ({"optimizer": adam}, 0.9),
         ({"optimizer": sgd}, 0.0),
-        ({"metric": adam}, 0.9),
         ({"optimizer": adam, "momentum": 0.5}, 0.5),
         ({"momentum": 0.5}, 0.5),
     ):
         with gac.patch(model, **options) as mixer:
             assert mixer.controller.law.momentum == expected, options
+    with gac.patch(model, metric="optimizer") as mixer:
+        mixer.follow(adam)
+        assert mixer.controller.law.momentum == 0.9, "followed, without ending the mixer's steps"
 
 
 def test_an_optimizer_that_nobody_named_is_found_at_its_first_step():

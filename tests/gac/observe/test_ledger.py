@@ -132,7 +132,7 @@ def test_a_contribution_is_nothing_but_the_operations(kind, monkeypatch):
 LAUNCHES = """
 import math, sys
 import torch
-import gac.observe.ledger, gac.observe.observer
+import gac.observe.ledger, gac.observe.observer, gac.observe.pending
 from gac.statistics import Branch
 from gac_kernels.triton import operations
 
@@ -144,7 +144,7 @@ def counted(*args, **constants):
     launch(*args, **constants)
 operations.launch = counted
 
-BUCKET = gac.observe.observer.BUCKET_BYTES = gac.observe.observer.RUNNING_BUCKET_BYTES = 8192
+BUCKET = gac.observe.pending.BUCKET_BYTES = gac.observe.pending.RUNNING_BUCKET_BYTES = 8192
 gac.observe.ledger.SMALLEST_SKETCH = 2048
 torch.manual_seed(0)
 model = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(6)))

@@ -209,13 +209,14 @@ def test_parameters_that_joined_late(estimator):
 
 
 def test_the_mixer_may_step_first():
-    """``mixer.step()`` before ``optimizer.step()``, the optimizer in place of the metric's name."""
+    """``mixer.step()`` before ``optimizer.step()``, the optimizer only followed."""
     results = []
     for mixer_first in (False, True):
         model = tiny_model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         warm(optimizer)
-        with gac.patch(model, estimator="exact", metric=optimizer, law="fixed", mu=0.5) as mixer:
+        with gac.patch(model, estimator="exact", metric="optimizer", law="fixed", mu=0.5) as mixer:
+            mixer.follow(optimizer)
             for step in range(4):
                 backward(mixer, *branches(model, step))
                 for action in (mixer.step, optimizer.step) if mixer_first else (optimizer.step, mixer.step):
@@ -323,7 +324,7 @@ def test_what_it_changes():
 
 
 class TestRefused:
-    @pytest.mark.parametrize("make", [lambda p: None, lambda p: torch.optim.SGD(p, lr=0.1), torch.optim.Adagrad])
+    @pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, lr=0.1), torch.optim.Adagrad])
     def test_other_optimizers(self, make):
         model = layers()
         optimizer = make(model.parameters())
@@ -344,7 +345,8 @@ class TestRefused:
         model = layers()
         optimizer = torch.optim.AdamW(model["shared"].parameters(), eps=1e-8)
         warm(optimizer)
-        with gac.patch(model, metric=optimizer) as mixer:
+        with gac.patch(model, metric="optimizer") as mixer:
+            mixer.follow(optimizer)
             for last in (False, True):
                 for branch in (mixer.sft, mixer.rl):
                     with branch():
@@ -369,3 +371,30 @@ class TestRefused:
         optimizer.state[parameter] = {"exp_avg_sq": torch.zeros(3)}
         with pytest.raises(TypeError, match=r'"step".*AdamW has none'):
             _ = moments.ready
+
+
+def test_an_optimizer_that_nobody_named_lends_its_moments():
+    """The first that steps the model is followed: nothing is measured before, the same as with ``follow`` after."""
+    found = []
+    for named in (True, False):
+        model = tiny_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        with gac.patch(model, estimator="exact", metric="optimizer", law="fixed", mu=0.5) as mixer:
+            if named:
+                mixer.follow(optimizer)
+            measured = []
+            for step in range(WARM_UP + 2):
+                backward(mixer, *branches(model, step))
+                optimizer.step()
+                mixer.step()
+                optimizer.zero_grad()
+                measured.append(mixer.statistics is not None)
+            found.append((measured, {name: float(getattr(mixer.statistics, name)) for name in NUMBERS}))
+    assert found[0] == found[1]
+    assert found[0][0] == [False] * WARM_UP + [True] * 2
+
+
+def test_an_optimizer_is_no_name_of_a_metric():
+    model = layers()
+    with pytest.raises(ValueError, match=r"unknown metric 'Adam'.*mixer\.follow"):
+        gac.patch(model, metric=torch.optim.Adam(model.parameters()))

@@ -161,8 +161,10 @@ def test_second_moments_are_read_too(recorded):
         optimizer.step()
     for state in optimizer.state.values():
         state["exp_avg_sq"] = state["exp_avg_sq"].float()
-    with gac.patch(model, estimator="sketch", metric=optimizer) as mixer, mixer.sft():
-        mixer.backward(model())
+    with gac.patch(model, estimator="sketch", metric="optimizer") as mixer:
+        mixer.follow(optimizer)
+        with mixer.sft():
+            mixer.backward(model())
     setup = Setup(parameters_of(model), H100, estimator="sketch", metric="optimizer")
     assert sum(s for operation, s in recorded if operation == "sketch") == make_plan(setup).read_bytes_per_backward
 

@@ -44,10 +44,12 @@ def losses(model, step: int, weighted: bool):
     return sft, rl
 
 
-def run(model, *, steps: int, weighted: bool = False, **options):
+def run(model, *, steps: int, weighted: bool = False, follow=None, **options):
     """The mixer after some steps, at parameters that stay."""
     found = []
     with gac.patch(model, law="fixed", **options) as mixer:
+        if follow is not None:
+            mixer.follow(follow)
         for step in range(steps):
             sft, rl = losses(model, step, weighted)
             with mixer.sft():
@@ -123,7 +125,7 @@ def test_in_the_space_of_the_optimizer():
             p.grad = 0.01 * torch.randn(p.shape, generator=generator)
         optimizer.step()
     optimizer.zero_grad()
-    [(whole, modules)] = run(model, steps=1, estimator="exact", metric=optimizer, report_interval=1)
+    [(whole, modules)] = run(model, steps=1, follow=optimizer, estimator="exact", metric="optimizer", report_interval=1)
     for name, total in zip(COLUMNS, modules.total().tolist(), strict=True):
         assert total == pytest.approx(float(getattr(whole, name)), rel=1e-6, abs=1e-6 * scale(whole)), name
     [(plain, _)] = run(model, steps=1, estimator="exact", report_interval=1)
@@ -142,3 +144,30 @@ def test_a_branch_that_is_missing():
         assert values["sigma_s2"].isfinite().all()
         for name in ("sigma_r2", "delta_g2", "distance2", "norm_r2", "dot"):
             assert values[name].isnan().all()
+
+
+@pytest.mark.parametrize("alternate", [False, True])
+def test_a_step_of_mixed_losses_is_not_taken_apart(alternate):
+    """It is measured by tokens, which say nothing of modules: absent, not zeros that a report would average."""
+    model = tiny_model()
+    with gac.patch(model, law="fixed", report_interval=1) as mixer:
+        for step in range(4):
+            sft, rl = losses(model, step, False)
+            if alternate and step % 2:
+                with mixer.sft():
+                    [mixer.backward(loss()) for loss in sft]
+                with mixer.rl():
+                    [mixer.backward(loss()) for loss in rl]
+            else:
+                mixer.mixed_loss(sft_loss=sum(x() for x in sft), rl_loss=sum(x() for x in rl)).backward()
+                mask, expert = torch.ones(4, 3), torch.arange(4) < 2
+                mixer.observe_tokens(-mask, torch.tensor([1.0, -1.0, 1.0, -1.0]), mask, expert)
+            mixer.step()
+            assert mixer.statistics is not None
+            if not alternate:
+                assert mixer.modules is None
+            model.zero_grad()
+        kept = list(mixer._measurement.modules)
+        assert [m.step for m in kept] == ([2, 4] if alternate else [])
+        assert all((m.values[:, COLUMNS.index("norm_s2")] > 0).any() for m in kept)
+        assert all(m.whole.norm_s2.isfinite() for m in kept)

@@ -1,0 +1,119 @@
+"""What happens inside a branch: its weight goes onto losses, and backward passes become its contributions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from gac.measurement import Measurement
+from gac.observe.contribution import Tokens
+from gac.observe.engine import EngineChecks
+from gac.observe.pending import resolve_buffers
+from gac.statistics.branch import Branch
+from gac.weights import Weights
+
+
+class Branches:
+    """The two branches of a step; :class:`gac.Mixer` says what each method is for and what it raises.
+
+    Args:
+        measurement: watches the parameters.
+        engine: what the engine must not have done.
+        scaler: multiplies the losses too (AMP in float16); None: nothing does.
+        weights: of the first step.
+
+    Attributes:
+        weights: of the present step; the mixer replaces them.
+    """
+
+    def __init__(
+        self,
+        measurement: Measurement,
+        engine: EngineChecks,
+        scaler: torch.amp.GradScaler | None,
+        weights: Weights,
+    ) -> None:
+        self.weights = weights
+        self._measurement = measurement
+        self._observer = measurement.observer
+        self._engine = engine
+        self._scaler = scaler
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the branch under way."""
+        if self._observer.branch is None:
+            raise RuntimeError("mixer.weight belongs to a branch: read it inside `with mixer.sft():` or `mixer.rl()`")
+        return self.weights.of[self._observer.branch]
+
+    def require_none(self, call: str, then: str) -> None:
+        """Raises RuntimeError where ``call`` is made inside a branch."""
+        if self._observer.branch is not None:
+            raise RuntimeError(f"{call} inside `with mixer.{self._observer.branch.value}():`: {then}")
+
+    @contextmanager
+    def enter(self, branch: Branch, tokens: Tokens) -> Iterator[None]:
+        """A branch, from its beginning to its end."""
+        observer = self._observer
+        then = "leave the first branch before entering another; several backward passes may share one"
+        self.require_none(f"`with mixer.{branch.value}():`", then)
+        observer.check_tokens(branch, tokens)
+        self._engine.enter(branch)
+        scale = self._measurement.scaled(self.weights.undone[branch])
+        if self._scaler is not None and observer.measuring:
+            scale = scale / self._scaler.scale(torch.ones_like(scale))
+        observer.enter(branch, scale, tokens)
+        try:
+            yield
+        except BaseException:
+            observer.leave(failed=True)
+            raise
+        observer.leave(failed=False)
+
+    def backward(self, loss: Tensor, tokens: Tokens) -> None:
+        """The backward pass of a loss with its weight, as one contribution."""
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss must be a tensor, got {type(loss).__name__}")
+        if self._observer.branch is None:
+            raise RuntimeError("backward outside a branch: call it inside `with mixer.sft():` or `with mixer.rl():`")
+        with self._observer.contribution(tokens):
+            (self.weight * loss).backward()
+
+    def take(self, buffers: object, parameters: list[nn.Parameter], tokens: Tokens) -> None:
+        """One contribution from the buffers of a trainer that keeps gradients itself."""
+        observer = self._observer
+        if observer.hooks:
+            raise RuntimeError("mixer.observe beside hooks would count gradients twice: patch with hooks=False")
+        if observer.branch is None:
+            raise RuntimeError("mixer.observe belongs to a branch: call it inside `with mixer.sft():` or `mixer.rl()`")
+        if observer.measuring:
+            found = resolve_buffers(buffers, observer.names, parameters)
+            with torch.no_grad(), observer.contribution(tokens):
+                observer.take(found)
+
+    def mixed(self, sft_loss: Tensor, rl_loss: Tensor) -> Tensor:
+        """Both losses with their weights, for one backward pass."""
+        for name, loss in (("sft_loss", sft_loss), ("rl_loss", rl_loss)):
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise TypeError(f"{name} must be a scalar tensor, got {got}")
+        self.require_none("mixer.mixed_loss", "it weights both losses by itself, call it outside")
+        self._observer.seen.outside = self._observer.seen.fired = True
+        return self.weights.of[Branch.SFT] * sft_loss + self.weights.of[Branch.RL] * rl_loss
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Backward passes inside are no part of the step."""
+        seen = self._observer.seen
+        expected, seen.outside = seen.outside, True
+        try:
+            yield
+        finally:
+            seen.outside = expected
+
+    def end_step(self) -> None:
+        """The optimizer step has ended."""
+        self._engine.end_step()

@@ -1,0 +1,67 @@
+"""What is known of a step's contributions beside their gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from numbers import Real
+
+from torch import Tensor
+
+from gac.statistics.branch import Branch
+
+Tokens = float | Tensor | None
+"""What a contribution counts for; see :meth:`gac.Mixer.backward`."""
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one backward pass added to the gradients: its branch, and the tokens that it counts for (None: untold)."""
+
+    branch: Branch
+    tokens: Tokens
+
+
+@dataclass
+class Seen:
+    """What was seen of the optimizer step under way. A new step gets a new record.
+
+    Attributes:
+        contributions: in order.
+        fired: whether a hook ran, or a branch was entered in a step without hooks.
+        entered: whether a branch was entered.
+        outside: whether backward passes outside a branch are expected: their losses were mixed before.
+        broken: whether a backward pass raised: the step's sums are incomplete.
+    """
+
+    contributions: list[Contribution] = field(default_factory=list)
+    fired: bool = False
+    entered: bool = False
+    outside: bool = False
+    broken: bool = False
+
+    @property
+    def counts(self) -> dict[Branch, int]:
+        """Contributions of each branch."""
+        return {branch: sum(c.branch is branch for c in self.contributions) for branch in Branch}
+
+    def check_tokens(self, branch: Branch, tokens: Tokens) -> None:
+        """Checks what a contribution to come is said to count for.
+
+        Raises:
+            TypeError: no number. ValueError: not finite, negative or several numbers; or some contributions of the
+                branch were told their tokens and some not.
+        """
+        if isinstance(tokens, Tensor):
+            if tokens.numel() != 1:
+                raise ValueError(f"tokens must hold one number, got shape {tuple(tokens.shape)}")
+        elif tokens is not None:
+            if isinstance(tokens, bool) or not isinstance(tokens, Real):
+                raise TypeError(f"tokens must be a number or a tensor, got {tokens!r}")
+            if not 0 <= tokens < float("inf"):
+                raise ValueError(f"tokens must be finite and not negative, got {tokens}")
+        for earlier in self.contributions:
+            if earlier.branch is branch and (earlier.tokens is None) != (tokens is None):
+                raise ValueError(
+                    f"some contributions of the {branch.value} branch were told their tokens and some not: pass "
+                    "tokens= with each of them in a step, or with none"
+                )

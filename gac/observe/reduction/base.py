@@ -1,0 +1,73 @@
+"""What both kinds of reduction share: a message that is posted when the step ends, and read when it is needed."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from gac.observe.observer import Observer
+from gac.observe.reduction.message import Message
+from gac.observe.topology import Topology
+from gac.statistics.sums import StepSums
+
+
+class Reduction(ABC):
+    """Adds up a step's sums. Made when the step ends, which posts the collective; :meth:`finish` waits for it.
+
+    The ledgers may be cleared in between. Every rank must make one in the same step.
+
+    Args:
+        observer: its ledgers hold the step.
+        device: where the sums go.
+        topology: of the ranks.
+        time_noise: ``[2]``, of the elements that this rank holds.
+        silent: whether no hook has ever run on this rank.
+    """
+
+    def __init__(
+        self, observer: Observer, device: torch.device, topology: Topology, *, time_noise: Tensor, silent: bool
+    ) -> None:
+        self._topology = topology
+        self._device = device
+        self._ledgers = observer.ledgers
+        self._contributions = observer.seen.contributions
+        self._by_module = observer.by_module
+        self._modules = len(observer.module_labels)
+        self._dtype = time_noise.dtype
+        nonfinite = self._over_ledgers(ledger.nonfinite() for ledger in self._ledgers) + float(observer.seen.broken)
+        own = {"nonfinite": nonfinite, "silent": self._full(float(silent)), "time_noise": time_noise}
+        self._message = Message(own | self._pack(), device, topology.groups)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this rank puts into the collective."""
+        return self._message.nbytes
+
+    def finish(self) -> StepSums:
+        """The sums; the device (on a CPU: the host) waits for the collective."""
+        found = self._message.unpack()
+        return self._unpack(found)
+
+    @abstractmethod
+    def _pack(self) -> dict[str, Tensor]:
+        """What this rank adds to the message, by name."""
+
+    @abstractmethod
+    def _unpack(self, found: dict[str, Tensor]) -> StepSums:
+        """The sums, from what all ranks' messages add up to."""
+
+    def _full(self, value: float) -> Tensor:
+        return torch.full((), value, dtype=self._dtype, device=self._device)
+
+    def _no_modules(self) -> Tensor:
+        return torch.zeros(self._modules, dtype=self._dtype, device=self._device)
+
+    def _number(self, piece: Tensor) -> Tensor:
+        return piece.reshape(()).to(self._dtype)
+
+    def _over_ledgers(self, parts: Iterable[Tensor]) -> Tensor:
+        return functools.reduce(torch.add, (part.to(self._device, non_blocking=True) for part in parts))

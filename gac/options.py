@@ -1,0 +1,71 @@
+"""The options of :func:`gac.patch`, checked in one place before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gac.statistics.coefficient import CoefficientOptions
+
+ESTIMATORS = ("auto", "sketch", "exact", "coefficient")
+"""How statistics are obtained."""
+
+METRICS = ("gradient", "optimizer")
+"""The spaces in which gradients are measured: as they are, or divided by Adam's ``sqrt(v) + eps``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a mixer was asked for; :func:`gac.patch` says what each means and has the defaults.
+
+    Raises:
+        TypeError, ValueError: an option that is wrong by itself or beside another; the message names it.
+    """
+
+    law: str
+    law_options: Mapping[str, Any]
+    estimator: str
+    interval: int
+    optimizer: torch.optim.Optimizer | None
+    process_group: dist.ProcessGroup | None
+    metric: str
+    report_interval: int | None
+    coefficient: CoefficientOptions
+    scaler: torch.amp.GradScaler | None
+    hooks: bool
+
+    def __post_init__(self) -> None:
+        _require_name("estimator", self.estimator, ESTIMATORS)
+        _require_name("metric", self.metric, METRICS)
+        _require_steps("interval", self.interval)
+        if self.report_interval is not None:
+            _require_steps("report_interval", self.report_interval)
+        if self.optimizer is not None and not hasattr(self.optimizer, "register_step_post_hook"):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(self.optimizer).__name__}")
+        if self.in_optimizer_space and self.estimator == "coefficient":
+            raise ValueError('estimator="coefficient" reads no gradients: metric="optimizer" does not apply to it')
+        if self.scaler is not None and not hasattr(self.scaler, "scale"):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(self.scaler).__name__}")
+
+    @property
+    def in_optimizer_space(self) -> bool:
+        """Whether gradients are measured as the optimizer scales them."""
+        return self.metric == "optimizer"
+
+
+def _require_name(option: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        hint = ""
+        if option == "metric" and hasattr(value, "param_groups"):
+            hint = "; name the space here and the optimizer by optimizer= or mixer.follow(optimizer)"
+            value = type(value).__name__
+        raise ValueError(f"unknown {option} {value!r}; known: {', '.join(known)}{hint}")
+
+
+def _require_steps(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of steps from 1 on, got {value!r}")
