@@ -1,10 +1,10 @@
 """The runs of the study, phase by phase; what tuning chooses follows from its records."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.study.methods import METHODS, PER_PROMPT, VARIANTS, WITHOUT_MOMENTUM, with_every_prompt
+from benchmarks.study.rows import Row
 from benchmarks.study.tasks import TASKS
 from benchmarks.study.tuning import LEARNING_RATES, Tuning
 
@@ -23,30 +23,6 @@ class NotReady(ValueError):
 
     def __init__(self, phase: str, missing: int, needed: str = "tuning") -> None:
         super().__init__(f"phase {phase!r} needs {missing} more runs of the {needed} phase; run that first")
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One run."""
-
-    phase: str
-    task: str
-    size: str
-    method: str
-    setting: str
-    lr: float
-    seed: int
-
-    @property
-    def key(self) -> str:
-        """Names the run; the same in every session."""
-        arm = f"{self.method}:{self.setting}" if self.setting else self.method
-        return f"{self.phase}/{self.task}/{self.size}/{arm}/lr{self.lr:g}/seed{self.seed}"
-
-    @classmethod
-    def from_record(cls, record: dict[str, Any]) -> "Row":
-        """The run that a record tells of."""
-        return cls(**{field.name: record[field.name] for field in dataclasses.fields(cls)})
 
 
 def rows(phase: str, records: Sequence[dict[str, Any]]) -> list[Row]:

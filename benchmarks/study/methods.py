@@ -10,7 +10,7 @@ from typing import Any
 
 STEPS = 200
 """Optimizer steps of a run."""
-ROLLOUTS, GENERATIONS, DEMONSTRATIONS = 64, 8, 32
+ROLLOUTS, GENERATIONS, STEP_DEMONSTRATIONS = 64, 8, 32
 """Rollouts of a step, rollouts of a prompt, demonstrations of a step."""
 
 

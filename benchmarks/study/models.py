@@ -4,6 +4,9 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+WARM_START_BATCH = 64
+"""Demonstrations in a step of a warm start, whatever the size."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Size:

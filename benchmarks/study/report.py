@@ -8,7 +8,7 @@ from benchmarks.study import answers, conduct, history, pictures, questions, tab
 from benchmarks.study.analysis import SIZES, Study, study, unequal_starts
 from benchmarks.study.arms import FOUND, arm, label
 from benchmarks.study.measures import PROBLEMS, Run
-from benchmarks.study.methods import DEMONSTRATIONS, GENERATIONS, METHODS, ROLLOUTS
+from benchmarks.study.methods import GENERATIONS, METHODS, ROLLOUTS, STEP_DEMONSTRATIONS
 from benchmarks.study.records import read_records
 from benchmarks.study.wording import NOT_RUN, count, listing, percent, table
 
@@ -125,9 +125,9 @@ def _supervision(steps: int) -> dict[str, int]:
         "rollouts": ROLLOUTS,
         "generations": GENERATIONS,
         "prompts": prompts,
-        "demonstrations": DEMONSTRATIONS,
-        "all_demonstrations": steps * DEMONSTRATIONS,
-        "few_demonstrations": steps * prompts * tasks.DEMONSTRATIONS // tasks.PROMPTS,
+        "demonstrations": STEP_DEMONSTRATIONS,
+        "all_demonstrations": steps * STEP_DEMONSTRATIONS,
+        "few_demonstrations": steps * prompts * tasks.DEMONSTRATION_POOL // tasks.PROMPTS,
     }
 
 

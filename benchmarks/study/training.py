@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.drift import mean_kl
-from benchmarks.study.grid import Row
-from benchmarks.study.methods import DEMONSTRATIONS, GENERATIONS, ROLLOUTS, STEPS, Arm, arm_of
-from benchmarks.study.models import SIZES, build
+from benchmarks.study.methods import GENERATIONS, ROLLOUTS, STEP_DEMONSTRATIONS, STEPS, Arm, arm_of
+from benchmarks.study.models import SIZES, WARM_START_BATCH, build
+from benchmarks.study.rows import Row
 from benchmarks.study.tasks import TASKS, task_data
 
 PRELOAD = ("torch", "datasets", "reasoning_gym", "gac.tasks.evaluation", "gac.trainers.hybrid_grpo", "trl", "rich")
@@ -24,7 +24,6 @@ PRELOAD = ("torch", "datasets", "reasoning_gym", "gac.tasks.evaluation", "gac.tr
 
 EVALUATE_EVERY = 25
 LR_RAMP = 20
-WARM_START_BATCH = 64
 _GROUP = 5
 """Steps whose statistics are averaged into one number of the record."""
 
@@ -107,7 +106,8 @@ def _trainer(row: Row, arm: Arm, model, tokenizer, data, length: int, reward):
     """TRL's GRPO with a supervised branch, as the arm says."""
     from datasets import Dataset
 
-    from gac.cli._config import TrainConfig, quiet_libraries
+    from gac.runs.config import TrainConfig
+    from gac.runs.libraries import quiet_libraries
     from gac.trainers import HybridGRPOConfig, HybridGRPOTrainer
     from gac.trainers.prompts import COLUMN
     from gac.trainers.rules import rule_of
@@ -122,7 +122,7 @@ def _trainer(row: Row, arm: Arm, model, tokenizer, data, length: int, reward):
         gac_metric=arm.metric,
         gac_report_interval=None,
         beta=arm.beta,
-        sft_batch_size=DEMONSTRATIONS // arm.micro_batches,
+        sft_batch_size=STEP_DEMONSTRATIONS // arm.micro_batches,
         max_steps=STEPS,
         learning_rate=row.lr,
         lr_scheduler_type="constant_with_warmup",
@@ -265,7 +265,7 @@ def _record(row: Row, recorder: _Recorder, trainer, seconds: float) -> dict[str,
 
 
 def _versions() -> dict[str, Any]:
-    from gac.cli._rundir import versions
+    from gac.runs.folder import versions
 
     found = versions()
     names = ("python", "gac-kernels", "torch", "transformers", "trl", "reasoning-gym", "numpy")

@@ -51,7 +51,7 @@ def verdict(found: Figures) -> list[str]:
 
 
 def show(found: Figures, reporter: Any) -> None:
-    """Prints tables and verdict with a `gac.cli._console.Reporter`."""
+    """Prints tables and verdict with a `gac.runs.console.Reporter`."""
     for title, columns, rows in tables(found):
         reporter.table(title, columns, rows)
     for line in verdict(found):

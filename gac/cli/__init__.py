@@ -10,6 +10,8 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 
+from gac.runs.errors import UsageError
+
 _DESCRIPTION = """\
 Sets the SFT/RL mix of a training step from measured gradient statistics.
 
@@ -27,10 +29,6 @@ examples:
   gac env                                     versions and devices, for a bug report
 
 'gac COMMAND --help' lists a command's options."""
-
-
-class UsageError(Exception):
-    """A mistake of the user: printed as one line, exit code 2."""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gac.cli import UsageError
-from gac.cli._config import TrainConfig, add_training_options, check, config_from, positive, usage_errors
+from gac.cli.options import add_training_options, config_from, positive
+from gac.runs.config import TrainConfig, check
+from gac.runs.errors import UsageError, usage_errors
 
 HELP = "compare estimators and laws with a measured truth"
 EPILOG = """\
@@ -59,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs ``gac audit``."""
     started = time.perf_counter()
-    from gac.cli._console import Reporter, duration
+    from gac.runs import training
+    from gac.runs.console import Reporter, duration
 
     if args.again is not None:
         if not (args.again / RAW).exists():
@@ -74,8 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if args.replicates < 3:
         raise UsageError(f"--replicates {args.replicates} is too few: a spread and its error need at least 3")
     out = args.out or Path("runs") / f"audit-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    from gac.cli import _training
-    from gac.cli._rundir import CONFIG, versions, write_json
+    from gac.runs.folder import CONFIG, versions, write_json
 
     if (out / CONFIG).exists():
         raise UsageError(f"{out} already holds a run; choose another --out")
@@ -83,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
     write_json(out / CONFIG, {**provenance, "warm_start": args.warm_start and str(args.warm_start)})
     reporter = Reporter()
     reporter.say(f"{', '.join(config.task)}  law {config.law}  seed {config.seed}  ->  {out}")
-    setup = _training.prepare(config)
-    warm = _training.run_warm_start(setup, args.warm_start or out / _training.WARM_START, reporter)
+    setup = training.prepare(config)
+    warm = training.run_warm_start(setup, args.warm_start or out / training.WARM_START, reporter)
 
     import torch
 
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         replicates=args.replicates,
         seed=config.seed,
     )
-    summary = _training.run_hybrid(setup, out, warm, reporter, started=started, trainer_class=trainer_class)
+    summary = training.run_hybrid(setup, out, warm, reporter, started=started, trainer_class=trainer_class)
     about = {
         **provenance,
         "every": args.every,
@@ -123,7 +124,7 @@ def _conclude(args: argparse.Namespace, out: Path, reporter: Any) -> None:
     from gac.audit.picture import draw_audit
     from gac.audit.record import Record
     from gac.audit.report import show
-    from gac.cli._rundir import write_text
+    from gac.runs.folder import write_text
 
     raw = torch.load(out / RAW, weights_only=True)
     record, about = Record.restored(raw["record"]), raw["about"]

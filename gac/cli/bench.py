@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from time import monotonic
 
-from gac.cli import UsageError
+from gac.runs.errors import UsageError
 
 HELP = "measure kernels and whole-step overhead on this machine"
 EPILOG = """\

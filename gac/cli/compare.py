@@ -16,8 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from gac.cli import UsageError
-from gac.cli._config import TrainConfig, add_training_options, check, config_from, natural, positive
+from gac.cli.options import add_training_options, config_from, natural, positive
+from gac.runs.config import TrainConfig, check
+from gac.runs.errors import UsageError
 
 HELP = "train with several laws and seeds and draw them together"
 EPILOG = """\
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``gac compare``."""
-    from gac.cli._console import Reporter
+    from gac.runs.console import Reporter
 
     laws = split_laws(args.laws)
     config = config_from(args).with_model_defaults()
@@ -95,7 +96,7 @@ def warm_start_directory(out: Path, seed: int) -> Path:
 
 def _check_stored(out: Path, wanted: TrainConfig) -> None:
     """Refuses to mix runs that were made with other options into the comparison."""
-    from gac.cli._rundir import CONFIG, read_json
+    from gac.runs.folder import CONFIG, read_json
 
     if not (out / CONFIG).exists():
         return
@@ -108,7 +109,7 @@ def _check_stored(out: Path, wanted: TrainConfig) -> None:
 
 def _run_all(args, config: TrainConfig, laws: Sequence[str], seeds: Sequence[int], reporter) -> list[str]:
     """Starting models first, then all runs, `args.jobs` at a time; returns what failed."""
-    from gac.cli._rundir import CONFIG, SUMMARY
+    from gac.runs.folder import CONFIG, SUMMARY
 
     lock, begun = threading.Lock(), time.monotonic()
     total = len(laws) * len(seeds)
@@ -177,9 +178,9 @@ def _train(options: Sequence[Any], log: Path, threads: int) -> int:
 
 def _collect(args, config: TrainConfig, laws: Sequence[str], seeds: Sequence[int], reporter) -> None:
     """Reads all runs; writes the JSON, the table and the picture."""
-    from gac.cli._console import markdown_table
-    from gac.cli._rundir import METRICS, SUMMARY, read_json, read_metrics, versions, write_json, write_text
     from gac.plots import draw_comparison
+    from gac.runs.console import markdown_table
+    from gac.runs.folder import METRICS, SUMMARY, read_json, read_metrics, versions, write_json, write_text
 
     runs = {
         law: [
@@ -237,7 +238,7 @@ def _row(law: str, summaries: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _result(out: Path) -> str:
-    from gac.cli._rundir import SUMMARY, read_json
+    from gac.runs.folder import SUMMARY, read_json
 
     summary = read_json(out / SUMMARY)
     return f"accuracy {summary['warm_start_accuracy']:.3f} -> {summary['final_accuracy']:.3f}"

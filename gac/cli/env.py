@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
 def collect() -> dict[str, dict[str, str]]:
     """All facts, by section; works without any optional package."""
-    from gac.cli._rundir import versions
+    from gac.runs.folder import versions
 
     return {
         "versions": versions() | {"platform": platform.platform()},

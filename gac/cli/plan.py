@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 
-from gac.cli import UsageError
+from gac.runs.errors import UsageError
 
 HELP = "predict overhead, memory, traffic and the error of mu for a model and a cluster"
 EPILOG = """\
@@ -153,7 +153,7 @@ def _record(setup, plan) -> dict:
 
 
 def _print_one(setup, plan, *, markdown: bool) -> None:
-    from gac.cli._console import Reporter, markdown_table
+    from gac.runs.console import Reporter, markdown_table
 
     title = (
         f"{_count_of(plan.parameters)} parameters, {setup.ranks:,} x {setup.device.name}, {setup.sharding}; "
@@ -202,7 +202,7 @@ def _lines(setup, plan) -> list[tuple[str, str]]:
 
 
 def _print_many(setups, plans, *, markdown: bool) -> None:
-    from gac.cli._console import Reporter, markdown_table
+    from gac.runs.console import Reporter, markdown_table
 
     columns = (
         "model", "ranks", "read a step", "launches a backward", "sketches", "of the gradients", "all-reduced",

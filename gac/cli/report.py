@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gac.cli import UsageError
-from gac.cli._config import positive
+from gac.cli.options import positive
+from gac.runs.errors import UsageError
 
 HELP = "what a run's gradients say, module by module"
 USAGE = "gac report RUN [options]"
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _sizes(directory: Path) -> dict[str, Any]:
     """Sequences in a contribution, where ``gac train`` has left them."""
-    from gac.cli._rundir import CONFIG, read_json
+    from gac.runs.folder import CONFIG, read_json
 
     try:
         options = read_json(directory / CONFIG)["options"]

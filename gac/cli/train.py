@@ -8,14 +8,9 @@ import argparse
 import time
 from pathlib import Path
 
-from gac.cli import UsageError
-from gac.cli._config import (
-    RESUME_MAY_CHANGE,
-    TrainConfig,
-    add_training_options,
-    check,
-    config_from,
-)
+from gac.cli.options import add_training_options, config_from
+from gac.runs.config import RESUME_MAY_CHANGE, TrainConfig, check
+from gac.runs.errors import UsageError
 
 HELP = "post-train a model on reasoning-gym problems"
 EPILOG = """\
@@ -49,9 +44,9 @@ def run(args: argparse.Namespace) -> int:
     """Runs ``gac train``."""
     started = time.perf_counter()
     config, out = resolve(args)
-    from gac.cli import _training
-    from gac.cli._console import Reporter
-    from gac.cli._rundir import CONFIG, METRICS, SUMMARY, read_json, read_metrics, versions, write_json
+    from gac.runs import training
+    from gac.runs.console import Reporter
+    from gac.runs.folder import CONFIG, METRICS, SUMMARY, read_json, read_metrics, versions, write_json
 
     reporter = Reporter()
     if args.resume and (out / SUMMARY).exists() and read_json(out / SUMMARY)["steps"] >= config.steps:
@@ -69,12 +64,12 @@ def run(args: argparse.Namespace) -> int:
     )
     reporter.say(f"{', '.join(config.task)}  law {config.law}  seed {config.seed}  ->  {out}")
     try:
-        setup = _training.prepare(config)
-        warm = _training.run_warm_start(setup, args.warm_start or out / _training.WARM_START, reporter)
+        setup = training.prepare(config)
+        warm = training.run_warm_start(setup, args.warm_start or out / training.WARM_START, reporter)
         reporter.say(f"held-out accuracy after the warm start: {warm:.3f}")
         if args.warm_start_only:
             return 0
-        summary = _training.run_hybrid(setup, out, warm, reporter, started=started)
+        summary = training.run_hybrid(setup, out, warm, reporter, started=started)
     except KeyboardInterrupt:
         reporter.end()
         reporter.say(f"stopped; go on with: gac train --out {out} --resume")
@@ -88,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 def resolve(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
     """The checked configuration and run directory that the options mean."""
-    from gac.cli._rundir import CONFIG, read_json
+    from gac.runs.folder import CONFIG, read_json
 
     if args.resume:
         if args.out is None:
@@ -118,7 +113,7 @@ def resolve(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
 
 def show(reporter, summary: dict, out: Path) -> None:
     """The table at the end of a run."""
-    from gac.cli._console import duration, size
+    from gac.runs.console import duration, size
 
     reporter.table(
         "held-out accuracy and cost",

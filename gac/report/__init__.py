@@ -1,5 +1,7 @@
 """Estimates to words: what the gradients of a run say, by module, with standard errors."""
 
-from gac.report.report import HISTORY, BranchSignal, ModuleSummary, Report, append_record, read_history
+from gac.report.history import HISTORY, append_record, read_history
+from gac.report.report import Report
+from gac.report.signals import BranchSignal, ModuleSummary
 
 __all__ = ["HISTORY", "BranchSignal", "ModuleSummary", "Report", "append_record", "read_history"]

@@ -24,8 +24,7 @@ import json
 import math
 import os
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,122 +32,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gac.report.estimates import FEWEST, MEASURABLE, Estimate, digits, estimate
-from gac.report.sentences import TITLES, sentences
-from gac.statistics import COLUMNS, ModuleStatistics
-
-HISTORY = "gac_modules.jsonl"
-"""The file of a run directory that holds one line for each step measured by module."""
-
-WHOLE = "whole model"
-_BRANCHES = {"s": "sft", "r": "rl"}
-_OF_WHOLE = ("delta_g2", "sigma_s2", "sigma_r2")
-
-
-# -- the history of a run -------------------------------------------------------------------------------------------
-
-
-def append_record(path: str | Path, statistics: ModuleStatistics) -> None:
-    """Adds a step to a history. It has left the process when this returns.
-
-    Args:
-        path: the file, or the run directory, in which it is called :data:`HISTORY`.
-    """
-    path = _history_file(Path(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = (json.dumps(statistics.to_record(), allow_nan=False, separators=(",", ":")) + "\n").encode()
-    with path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # what a kill left of the last line must not swallow this one
-                line = b"\n" + line
-        file.write(line)
-
-
-def read_history(path: str | Path) -> list[ModuleStatistics]:
-    """The steps of a history in order.
-
-    Lines cut short by a kill are left out. Where steps go back, as after a resume from a checkpoint, the later lines
-    count.
-
-    Args:
-        path: a run directory, or the file.
-
-    Raises:
-        FileNotFoundError: no such run, or no history in it; the message says what to do.
-        ValueError: the file holds something else.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no such run: {path} does not exist")
-    path = _history_file(path)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path.parent} holds no {HISTORY}: no step of the run was measured by module; train with "
-            "report_interval=10 (every tenth measured step), and for more steps than that"
-        )
-    history: list[ModuleStatistics] = []
-    unread = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            unread += 1
-            continue
-        if not isinstance(record, dict):
-            raise ValueError(f"{path} is not a history of module statistics: one of its lines is {line[:40]!r}")
-        statistics = ModuleStatistics.from_record(record)
-        while history and history[-1].step >= statistics.step:
-            history.pop()
-        history.append(statistics)
-    if not history:
-        holds = f"{unread} line(s) that are not JSON" if unread else "nothing"
-        raise ValueError(f"{path} holds no measured step but {holds}: train with report_interval=10, say")
-    return history
-
-
-def _history_file(path: Path) -> Path:
-    return path if path.suffix == ".jsonl" or path.is_file() else path / HISTORY
-
-
-# -- the report -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BranchSignal:
-    """Signal and noise of one branch's gradient, of the whole model or of one module.
-
-    Attributes:
-        norm: ``|G|^2`` as observed, signal and noise together.
-        signal: ``|g|^2``, unbiased; may be negative where it drowns.
-        noise: ``sigma2``, noise of the gradient of one step.
-        snr: ``|g|^2 / sigma2``; an upper bound where the signal is not measurable.
-        noise_scale: ``B_simple`` in the report's unit; a lower bound where the signal is not measurable.
-        noise_share: this module's part of the whole model's noise.
-    """
-
-    norm: Estimate
-    signal: Estimate
-    noise: Estimate
-    snr: Estimate
-    noise_scale: Estimate
-    noise_share: Estimate
-
-
-@dataclass(frozen=True)
-class ModuleSummary:
-    """One row of a report: the whole model or a module.
-
-    ``cosine`` is NaN where either signal is not measurable, ``disagreement_share`` where the whole model's
-    disagreement is not.
-    """
-
-    label: str
-    sft: BranchSignal
-    rl: BranchSignal
-    cosine: Estimate
-    disagreement: Estimate
-    disagreement_share: Estimate
+from gac.report.estimates import FEWEST
+from gac.report.history import read_history
+from gac.report.sentences import TITLES, Findings, sentences
+from gac.report.signals import (
+    BRANCHES,
+    WHOLE,
+    BranchSignal,
+    ModuleSummary,
+    contribution_counts,
+    map_column,
+    series_of,
+    summaries,
+)
+from gac.report.text_table import share_text, text_table
+from gac.statistics.by_module import ModuleStatistics
 
 
 class Report:
@@ -202,14 +100,14 @@ class Report:
                 )
         self.half_life = float(half_life)
         self.sizes = dict(sizes) if sizes else None
-        self._counts = _counts(self.history)
+        self._counts = contribution_counts(self.history)
         self.counted = self._counts is not None
         self.unit = (unit or "contributions") if self.counted else "batches of a step"
-        self._series = _series(self.history, self._counts, self.sizes)
+        self._series = series_of(self.history, self._counts, self.sizes)
         steps = torch.tensor([s.step for s in self.history], dtype=torch.float64)
         weights = torch.exp2((steps - steps[-1]) / self.half_life)
         self.batch = self._batch(weights)
-        self.whole, *self.modules = _summaries((WHOLE, *labels), self._series, weights)
+        self.whole, *self.modules = summaries((WHOLE, *labels), self._series, weights)
 
     @classmethod
     def from_run(cls, path: str | Path, *, last: int | None = None, **options: Any) -> Report:
@@ -224,7 +122,7 @@ class Report:
 
     def _batch(self, weights: Tensor) -> dict[str, float]:
         batch = {}
-        for k, branch in enumerate(_BRANCHES.values()):
+        for k, branch in enumerate(BRANCHES.values()):
             if not self.counted:
                 batch[branch] = 1.0
                 continue
@@ -265,7 +163,7 @@ class Report:
         parts: dict[str, list[Tensor]] = {"disagreement": [], "cosine": [], "noise_sft": [], "noise_rl": []}
         for column in at:
             weights = torch.exp2(-(at - column).abs() / half_life)
-            for name, values in _map_column(x, weights).items():
+            for name, values in map_column(x, weights).items():
                 parts[name].append(values)
         grids = {name: torch.stack(values, -1) for name, values in parts.items()}
         return {
@@ -294,7 +192,7 @@ class Report:
 
     def tables(self) -> list[tuple[list[str], list[list[str]]]]:
         """Columns and rows of the two tables: both branches of the whole model, and the modules."""
-        present = [name for name in _BRANCHES.values() if getattr(self.whole, name).norm.known]
+        present = [name for name in BRANCHES.values() if getattr(self.whole, name).norm.known]
         both = len(present) == 2
         overall = [
             [
@@ -313,18 +211,18 @@ class Report:
         for row in (self.whole, *self.modules):
             cells = [row.label]
             for branch in (getattr(row, name) for name in present):
-                cells += [branch.snr.text(), branch.noise_scale.text(), _share(branch.noise_share)]
+                cells += [branch.snr.text(), branch.noise_scale.text(), share_text(branch.noise_share)]
             rows.append(cells + ([row.cosine.text(), row.disagreement_share.text(percent=True)] if both else []))
         head = ["branch", "signal |g|^2", "noise sigma^2", "SNR", f"batch ({self.unit})", "noise scale"]
         return [(head, overall), (columns, rows)]
 
     def reading(self) -> list[str]:
         """What the numbers mean, a sentence or two each."""
-        return sentences(self)
+        return sentences(Findings(self.whole, self.modules, self.batch, self.unit if self.counted else None))
 
     def __str__(self) -> str:
         text = (textwrap.fill(sentence, 110) for sentence in self.reading())
-        return "\n".join([self.headline(), *(_text_table(*table) for table in self.tables()), *text])
+        return "\n".join([self.headline(), *(text_table(*table) for table in self.tables()), *text])
 
     def __rich__(self):
         from rich.box import SIMPLE_HEAD
@@ -391,127 +289,3 @@ class Report:
         options = dict(content["options"])
         options["half_life"] = math.inf if options["half_life"] is None else options["half_life"]
         return cls([ModuleStatistics.from_record(record) for record in content["history"]], **options)
-
-
-# -- from series to rows --------------------------------------------------------------------------------------------
-
-
-def _counts(history: Sequence[ModuleStatistics]) -> Tensor | None:
-    """``[T, 2]``: contributions of both branches in every step; None where some step does not tell."""
-    if any(s.whole is None for s in history):
-        return None
-    counts = torch.tensor([[float(s.whole.n_s), float(s.whole.n_r)] for s in history], dtype=torch.float64)
-    return counts if bool((counts > 0).any()) else None
-
-
-def _series(
-    history: Sequence[ModuleStatistics], counts: Tensor | None, sizes: Mapping[str, float] | None
-) -> dict[str, Tensor]:
-    """The columns of all steps, each ``[T, 1 + M]`` in float64 on the CPU, the whole model first.
-
-    Beside those of a step: ``spread_b``, ``n_b * sigma_b2`` in the report's unit, and the numbers of the whole model
-    that modules have shares of.
-    """
-    modules = torch.stack([s.values.to("cpu", torch.float64) for s in history])
-    whole = modules.sum(1)
-    for index, statistics in enumerate(history):
-        if statistics.whole is not None:
-            whole[index] = torch.stack([getattr(statistics.whole, name) for name in COLUMNS]).to("cpu", torch.float64)
-    together = torch.cat([whole[:, None], modules], 1)
-    series = dict(zip(COLUMNS, together.unbind(-1), strict=True))
-    for k, (letter, branch) in enumerate(_BRANCHES.items()):
-        n = torch.ones(len(history), dtype=torch.float64) if counts is None else counts[:, k]
-        size = sizes[branch] if sizes and counts is not None else 1.0
-        series[f"spread_{letter}"] = n[:, None] * size * series[f"sigma_{letter}2"]
-    for name in _OF_WHOLE:
-        series[f"whole_{name}"] = series[name][:, :1].expand_as(series[name])
-    return series
-
-
-def _summaries(labels: Sequence[str], series: Mapping[str, Tensor], weights: Tensor) -> list[ModuleSummary]:
-    def over(function: Callable[..., Tensor], *names: str) -> list[Estimate]:
-        value, se = estimate(function, [series[name] for name in names], weights)
-        return [Estimate(v, e) for v, e in zip(value.tolist(), se.tolist(), strict=True)]
-
-    identity, ratio = (lambda x: x), (lambda x, y: x / y)
-    branches = {}
-    for letter, name in _BRANCHES.items():
-        norm, sigma, spread = f"norm_{letter}2", f"sigma_{letter}2", f"spread_{letter}"
-        branches[name] = [
-            _branch(*row)
-            for row in zip(
-                over(identity, norm),
-                over(lambda n, s: n - s, norm, sigma),
-                over(identity, sigma),
-                over(lambda n, s: (n - s) / s, norm, sigma),
-                over(lambda n, s, k: k / (n - s), norm, sigma, spread),
-                over(identity, spread),
-                over(ratio, sigma, f"whole_{sigma}"),
-                strict=True,
-            )
-        ]
-    cosines = over(_cosine, "dot", "norm_s2", "sigma_s2", "norm_r2", "sigma_r2")
-    disagreements = over(identity, "delta_g2")
-    shares = over(ratio, "delta_g2", "whole_delta_g2")
-    rows = []
-    for label, sft, rl, cosine, disagreement, share in zip(
-        labels, branches["sft"], branches["rl"], cosines, disagreements, shares, strict=True
-    ):
-        clear = sft.signal.measurable and rl.signal.measurable
-        cosine = Estimate(min(max(cosine.value, -1.0), 1.0), cosine.se) if clear and cosine.known else Estimate()
-        share = share if disagreements[0].measurable else Estimate()
-        rows.append(ModuleSummary(label, sft, rl, cosine, disagreement, share))
-    return rows
-
-
-def _cosine(dot: Tensor, norm_s: Tensor, sigma_s: Tensor, norm_r: Tensor, sigma_r: Tensor) -> Tensor:
-    return dot / ((norm_s - sigma_s) * (norm_r - sigma_r)).sqrt()
-
-
-def _branch(
-    norm: Estimate, signal: Estimate, noise: Estimate, snr: Estimate, scale: Estimate, spread: Estimate, share: Estimate
-) -> BranchSignal:
-    """Ratios over a signal that may be zero say nothing; what its upper end leaves possible is a bound."""
-    if not signal.measurable:
-        snr, scale = Estimate(), Estimate()
-        if signal.upper > 0 and noise.value > 0:  # False where an error is not known
-            snr = Estimate(signal.upper / noise.value, bound="<")
-            scale = Estimate(spread.value / signal.upper, bound=">")
-    return BranchSignal(norm, signal, noise, snr, scale, share)
-
-
-def _map_column(series: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
-    """The numbers of :meth:`Report.maps` at one time, each ``[1 + M]``."""
-    over = lambda function, *names: estimate(function, [series[name] for name in names], weights)
-    difference, ratio = (lambda x, y: x - y), (lambda x, y: x / y)
-    clear = {}
-    for letter in _BRANCHES:
-        value, se = over(difference, f"norm_{letter}2", f"sigma_{letter}2")
-        clear[letter] = value > MEASURABLE * se.nan_to_num()
-    cosine = over(_cosine, "dot", "norm_s2", "sigma_s2", "norm_r2", "sigma_r2")[0].clamp(-1, 1)
-    delta, error = over(lambda x: x, "delta_g2")
-    share = torch.where(
-        delta[0] > MEASURABLE * error[0].nan_to_num(), over(ratio, "delta_g2", "whole_delta_g2")[0], math.nan
-    )
-    share[0] = over(ratio, "delta_g2", "distance2")[0][0]
-    return {
-        "disagreement": share,
-        "cosine": torch.where(clear["s"] & clear["r"], cosine, math.nan),
-        "noise_sft": over(ratio, "sigma_s2", "norm_s2")[0],
-        "noise_rl": over(ratio, "sigma_r2", "norm_r2")[0],
-    }
-
-
-def _share(share: Estimate) -> str:
-    """Without its error: noise is the number that is known best."""
-    return f"{digits(100 * share.value, 2)}%" if share.known else "-"
-
-
-def _text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns under each other: the first to the left, numbers to the right."""
-    widths = [max(len(row[k]) for row in (columns, *rows)) for k in range(len(columns))]
-    line = lambda row: "  ".join(
-        cell.ljust(width) if k == 0 else cell.rjust(width)
-        for k, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ).rstrip()
-    return "\n".join(["", line(columns), "  ".join("-" * width for width in widths), *map(line, rows), ""])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from gac.report.estimates import digits
-
-if TYPE_CHECKING:
-    from gac.report.report import BranchSignal, Report
+from gac.report.estimates import Estimate, digits
+from gac.report.signals import BranchSignal, ModuleSummary
 
 TITLES = {"sft": "SFT", "rl": "RL"}
 
@@ -19,7 +18,21 @@ _PAYS, _LITTLE = 1.5, 1.1
 """What twice the batch multiplies a step's progress by (at most 2) where it pays, and where it brings little."""
 
 
-def sentences(report: Report) -> list[str]:
+class Findings(NamedTuple):
+    """What sentences are made of.
+
+    Attributes:
+        whole: of the whole model. modules: in model order.
+        batch: of a step, for ``"sft"`` and ``"rl"``. unit: what it counts; None where it is not known.
+    """
+
+    whole: ModuleSummary
+    modules: Sequence[ModuleSummary]
+    batch: Mapping[str, float]
+    unit: str | None
+
+
+def sentences(report: Findings) -> list[str]:
     """What a reader should take away, a sentence or two for each branch and for their disagreement."""
     found = []
     for name, title in TITLES.items():
@@ -42,9 +55,9 @@ def sentences(report: Report) -> list[str]:
     return found
 
 
-def _batch(report: Report, name: str, title: str, branch: BranchSignal) -> str:
+def _batch(report: Findings, name: str, title: str, branch: BranchSignal) -> str:
     """What a larger batch would bring: progress at B is 1/(1 + B_simple/B) of a noiseless step's."""
-    batch = f" of {report.batch[name]:.4g} {report.unit}" if report.counted else ""
+    batch = f" of {report.batch[name]:.4g} {report.unit}" if report.unit is not None else ""
     if branch.noise.value <= 0:
         return f"{title}: no noise was seen; a larger batch would change nothing."
     if not branch.snr.known:
@@ -68,16 +81,19 @@ def _gain(snr: float) -> float:
     return 2 * (1 + snr) / (1 + 2 * snr)
 
 
-def _loudest(report: Report, name: str) -> str:
+def _loudest(report: Findings, name: str) -> str:
     """The module with the most noise, where it has more than twice an even part of it."""
-    rows = [(getattr(row, name).noise_share, row.label) for row in report.modules]
-    share, label = max((row for row in rows if row[0].known), key=lambda row: row[0].value, default=(None, ""))
-    if share is None or share.value * len(rows) < 2:
+    rows: list[tuple[Estimate, str]] = [(getattr(row, name).noise_share, row.label) for row in report.modules]
+    known = [row for row in rows if row[0].known]
+    if not known:
+        return ""
+    share, label = max(known, key=lambda row: row[0].value)
+    if share.value * len(rows) < 2:
         return ""
     return f" The noisiest module is {label}, with {share.text(percent=True)} of the noise."
 
 
-def _disagreement(report: Report) -> list[str]:
+def _disagreement(report: Findings) -> list[str]:
     whole = report.whole
     if not whole.disagreement.known:
         return ["The disagreement of the branches was not measured: it needs the noise of both in the same step."]

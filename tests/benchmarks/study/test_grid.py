@@ -8,9 +8,9 @@ from benchmarks.study import grid
 from benchmarks.study.ablations import registered
 from benchmarks.study.methods import METHODS, PER_PROMPT, STEPS, VARIANTS, WITHOUT_MOMENTUM, arm_of, own_setting
 from benchmarks.study.tuning import TUNING_SEEDS, Tuning
-from gac.cli._config import TrainConfig
 from gac.laws.controller import Controller
 from gac.laws.rules import carried_out
+from gac.runs.config import TrainConfig
 
 
 def record(row: grid.Row, late: float) -> dict:

@@ -7,7 +7,7 @@ import pytest
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
 from benchmarks.study.tasks import (
-    DEMONSTRATIONS,
+    DEMONSTRATION_POOL,
     HELDOUT,
     PROMPTS,
     TASKS,
@@ -39,16 +39,16 @@ def test_every_domain_has_a_task_of_each_role():
 @pytest.mark.parametrize("name", TASKS)
 def test_splits_are_compact_and_share_nothing_that_they_should_not(name):
     data = task_data(name, seed=3)
-    assert [len(getattr(data, split)) for split in SPLITS] == [HELDOUT, DEMONSTRATIONS, PROMPTS]
+    assert [len(getattr(data, split)) for split in SPLITS] == [HELDOUT, DEMONSTRATION_POOL, PROMPTS]
     rows = [*data.heldout, *data.prompts]
     assert len({row["prompt"] for row in rows}) == HELDOUT + PROMPTS
     assert all(row["completion"] == row["answer"] != "" for row in rows)
     assert max(len(row["prompt"]) for row in rows) <= 40
     assert max(len(row["answer"]) for row in rows) <= 16
-    assert [row["demonstrated"] for row in data.prompts] == [True] * DEMONSTRATIONS + [False] * (
-        PROMPTS - DEMONSTRATIONS
+    assert [row["demonstrated"] for row in data.prompts] == [True] * DEMONSTRATION_POOL + [False] * (
+        PROMPTS - DEMONSTRATION_POOL
     )
-    assert [row | {"demonstrated": True} for row in data.demonstrations] == data.prompts[:DEMONSTRATIONS]
+    assert [row | {"demonstrated": True} for row in data.demonstrations] == data.prompts[:DEMONSTRATION_POOL]
     most_frequent = max(map([row["answer"] for row in rows].count, {row["answer"] for row in rows}))
     assert most_frequent < 0.2 * len(rows)
 

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.study import training
 from benchmarks.study.drift import mean_kl
-from benchmarks.study.grid import Row
 from benchmarks.study.models import build
+from benchmarks.study.rows import Row
 
 ROW = Row("tuning", "spell_backward", "small", "gac", "", 3e-4, 7)
 TIMINGS = ("seconds", "seconds_per_step", "gac_share")

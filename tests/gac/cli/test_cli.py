@@ -9,9 +9,9 @@ import pytest
 
 import gac
 from gac.cli import build_parser, command_names, main
-from gac.cli._config import TrainConfig, parse_law, parse_prior
-from gac.cli._rundir import TIMING_KEYS, MetricsFile, read_metrics
 from gac.cli.compare import run_directory, split_laws, warm_start_directory
+from gac.runs.config import TrainConfig, parse_law, parse_prior
+from gac.runs.folder import TIMING_KEYS, MetricsFile, read_metrics
 
 TINY = [
     "--task", "chain_sum:terms=2,digits=1", "--heldout", "20", "--demonstrations", "20", "--prompts", "40",

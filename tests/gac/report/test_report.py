@@ -6,8 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from gac.report import HISTORY, Report, append_record, read_history
+from gac.report import HISTORY, BranchSignal, ModuleSummary, Report, append_record, read_history
 from gac.report.estimates import FEWEST, Estimate, estimate
+from gac.report.sentences import Findings, sentences
 from gac.statistics import ModuleStatistics, Statistics, contribution_statistics, noise_from_contributions
 from tests.gac.statistics.sources import FAMILIES, Source, family
 
@@ -258,6 +259,17 @@ def test_opposed_gradients_are_named():
     assert report.module("a").cosine.value == pytest.approx(1, abs=0.01)
     with pytest.raises(KeyError, match="known: a, b"):
         report.module("c")
+
+
+@pytest.mark.parametrize(("errors", "named"), [(2.9, False), (3.1, True)])
+def test_a_cosine_is_called_negative_from_three_standard_errors_on(errors, named):
+    """Among dozens of modules two standard errors are chance."""
+    value = Estimate(1.0, 0.01)
+    signal = BranchSignal(value, value, value, value, value, value)
+    row = lambda label, cosine: ModuleSummary(label, signal, signal, cosine, value, value)
+    modules = [row("a", Estimate(0.5, 0.1)), row("b", Estimate(-0.1 * errors, 0.1))]
+    text = " ".join(sentences(Findings(row("whole model", value), modules, {"sft": 4.0, "rl": 4.0}, "contributions")))
+    assert ("oppose each other in 1 of 2 modules, most in b" in text) is named
 
 
 @pytest.mark.parametrize("absent", ["sft", "rl"])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gac.cli import main
-from gac.cli._rundir import read_metrics
+from gac.runs.folder import read_metrics
 
 TINY = [
     "--task", "chain_sum:terms=2,digits=1", "--heldout", "8", "--demonstrations", "10", "--prompts", "40",

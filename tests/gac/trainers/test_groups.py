@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl import GRPOTrainer
 
-from gac.cli._config import TrainConfig
+from gac.runs.config import TrainConfig
 from gac.trainers.groups import GroupLayout, take_rows
 
 

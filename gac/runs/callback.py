@@ -8,8 +8,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
-from gac.cli._console import Reporter
-from gac.cli._rundir import MetricsFile
+from gac.runs.console import Reporter
+from gac.runs.folder import MetricsFile
 
 
 class RunCallback(TrainerCallback):

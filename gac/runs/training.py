@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gac.cli import UsageError
-from gac.cli._config import TrainConfig, quiet_libraries, usage_errors
-from gac.cli._console import Reporter
-from gac.cli._rundir import METRICS, SUMMARY, MetricsFile, peak_memory_bytes, read_json, write_json
+from gac.runs.config import TrainConfig
+from gac.runs.console import Reporter
+from gac.runs.errors import UsageError, usage_errors
+from gac.runs.folder import METRICS, SUMMARY, MetricsFile, peak_memory_bytes, read_json, write_json
+from gac.runs.libraries import quiet_libraries
 
 WARM_START = "warm_start"
 _WARM_START_RESULT = "result.json"
@@ -134,7 +135,7 @@ def run_hybrid(
     from transformers import PrinterCallback
     from transformers.utils import logging as transformers_logging
 
-    from gac.cli._callback import RunCallback
+    from gac.runs.callback import RunCallback
     from gac.tasks.models import load_model
     from gac.tasks.problems import exact_match_reward
     from gac.trainers.hybrid_grpo import HybridGRPOConfig, HybridGRPOTrainer, complete_checkpoints

@@ -1,0 +1,1 @@
+"""A run of ``gac train``: its configuration, its folder, its training."""
