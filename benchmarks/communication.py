@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gac
-from gac.bench.shapes import MODELS, LlamaShape
+from gac.plan.shapes import MODELS, LlamaShape
 
 RESULT = Path(__file__).parent / "results" / "communication.json"
 COMMAND = "python -m benchmarks.communication --write"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gac.bench.shapes import MODELS
 from gac.bench.step import ARMS, StepOptions, Trainer
+from gac.plan.shapes import MODELS
 
 
 @pytest.fixture(scope="module")

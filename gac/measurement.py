@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gac.observe.choice import choose_estimator, reads_running_sums
 from gac.observe.observer import Observer
 from gac.observe.optimizer_space import SecondMoments
 from gac.observe.reduction import Reduction, gather_rows, reduce_step
@@ -21,15 +22,6 @@ from gac.statistics.step import NAN, Statistics, noise_from_sums, pair_statistic
 from gac.statistics.sums import StepSums
 from gac.statistics.uncertainty import StandardErrors
 from gac_kernels.arguments import accumulator_dtype
-
-EXACT_BYTES = 32 * 2**20
-"""``auto`` is exact where its fp32 buffers take at most this much ..."""
-
-EXACT_SHARE = 0.05
-"""... or this share of the model's own parameters (LoRA)."""
-
-EXACT_BYTES_REDUCED = 2**20
-"""Where ranks hold replicas the buffers also travel between them: ``auto`` is exact there up to this size."""
 
 MODULE_HISTORY = 512
 """Steps kept of those that were taken apart by module."""
@@ -60,7 +52,7 @@ class Measurement:
         topology: Topology,
         options: Options,
     ) -> None:
-        self.estimator = _choose(options.estimator, model, parameters, topology, in_place=options.hooks)
+        self.estimator = _estimator(options, model, parameters, topology)
         self.used = self.estimator
         """What the last step was measured with, for the metrics."""
         self.device = parameters[0][1].device
@@ -75,7 +67,7 @@ class Measurement:
         self.observer = Observer(
             parameters if watched else [],
             lossless=exact,
-            running=_reads_running_sums(exact, topology, in_place=options.hooks),
+            running=_running(exact, topology, options),
             seed=0,
             copies=topology.copies if watched else None,
             hooks=options.hooks,
@@ -245,22 +237,16 @@ def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.to("cpu", copy=True) for name, value in state.items()}
 
 
-def _reads_running_sums(exact: bool, topology: Topology, *, in_place: bool) -> bool:
-    """Whether contributions are differences of what was accumulated.
+def _estimator(options: Options, model: nn.Module, parameters: Sequence[tuple[str, nn.Parameter]], t: Topology) -> str:
+    return choose_estimator(
+        options.estimator,
+        elements=sum(local_numel(p) for _, p in parameters),
+        model_bytes=sum(local_numel(p) * p.element_size() for p in model.parameters()),
+        ranks=t.ranks,
+        sharded=t.sharded,
+        running=_running(True, t, options),
+    )
 
-    Not where the engine reduces the gradient in place before the next pass (replicas on several ranks) or takes it
-    away, and not for the exact estimator where the gradient itself is at hand: that saves two of its buffers.
-    """
-    return topology.sharded or not in_place or (topology.ranks == 1 and not exact and not topology.managed)
 
-
-def _choose(estimator: str, model: nn.Module, parameters, topology: Topology, *, in_place: bool) -> str:
-    """What ``auto`` stands for."""
-    if estimator != "auto":
-        return estimator
-    vectors = 4 if _reads_running_sums(True, topology, in_place=in_place) else 2
-    buffers = 4 * vectors * sum(local_numel(p) for _, p in parameters)
-    if topology.ranks > 1 and not topology.sharded:
-        return "exact" if buffers <= EXACT_BYTES_REDUCED else "sketch"
-    whole = sum(local_numel(p) * p.element_size() for p in model.parameters())
-    return "exact" if buffers <= max(EXACT_BYTES, EXACT_SHARE * whole) else "sketch"
+def _running(exact: bool, t: Topology, options: Options) -> bool:
+    return reads_running_sums(exact=exact, ranks=t.ranks, sharded=t.sharded, managed=t.managed, in_place=options.hooks)

@@ -54,6 +54,7 @@ class Mixer:
         if topology.managed:
             deepspeed.check(model, optimizer=options.optimizer, in_optimizer_space=options.in_optimizer_space)
         self.controller = Controller(options.law, **options.law_options)
+        options.check_law(self.controller.law)
         self._measurement = Measurement(model, parameters, topology=topology, options=options)
         self.estimator = self._measurement.estimator
         self.interval = options.interval

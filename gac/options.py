@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gac.laws.base import Law
 from gac.statistics.coefficient import CoefficientOptions
 
 ESTIMATORS = ("auto", "sketch", "exact", "coefficient")
@@ -37,6 +38,7 @@ class Options:
     coefficient: CoefficientOptions
     scaler: torch.amp.GradScaler | None
     hooks: bool
+    carries_out_rules: bool
 
     def __post_init__(self) -> None:
         _require_name("estimator", self.estimator, ESTIMATORS)
@@ -55,6 +57,14 @@ class Options:
     def in_optimizer_space(self) -> bool:
         """Whether gradients are measured as the optimizer scales them."""
         return self.metric == "optimizer"
+
+    def check_law(self, law: Law) -> None:
+        """Raises ValueError for a law that a trainer has to carry out where none does."""
+        if law.needs_trainer and not self.carries_out_rules:
+            raise ValueError(
+                f"law {law.name!r} acts per prompt or token: it needs gac.trainers.HybridGRPOTrainer (or gac train), "
+                "which sees prompts, rollouts and demonstrations. With gac.patch alone, choose a law that sets mu"
+            )
 
 
 def _require_name(option: str, value: object, known: tuple[str, ...]) -> None:

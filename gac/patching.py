@@ -27,6 +27,7 @@ def patch(
     coefficient: Mapping[str, Any] | None = None,
     scaler: torch.amp.GradScaler | None = None,
     hooks: bool = True,
+    carries_out_rules: bool = False,
     **law_options: Any,
 ) -> Mixer:
     """Watches the gradients of ``model`` and sets the weight ``mu`` of its SFT branch from them.
@@ -62,6 +63,8 @@ def patch(
         scaler: whose ``scale`` multiplies the losses (AMP in float16): contributions are divided by it.
         hooks: False for trainers that keep gradients in buffers of their own: hand them over with
             :meth:`Mixer.observe` after each backward pass.
+        carries_out_rules: for trainers that carry out, per prompt or token, what the laws of docs/rules.md ask for;
+            nobody else can use these laws.
         **law_options: options of the law.
 
     Returns:
@@ -83,5 +86,6 @@ def patch(
         coefficient=CoefficientOptions(**(coefficient or {})),
         scaler=scaler,
         hooks=hooks,
+        carries_out_rules=carries_out_rules,
     )
     return Mixer(model, options)

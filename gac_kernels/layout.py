@@ -20,6 +20,12 @@ from functools import cached_property
 LANES = 1024
 """Elements of one row. A region never has fewer buckets than ``min(numel, LANES)``."""
 
+SKETCH_CHUNK_ROWS = (64, 256)
+"""Fewest and most rows that one program of ``sketch`` adds up, unless the slab is shorter."""
+
+SKETCH_CHUNKS = 4096
+"""Programs that a sketch is cut into before its chunks grow beyond the fewest rows."""
+
 SIGN_BITS = 32
 """Signs that one hash serves."""
 
@@ -147,3 +153,12 @@ class SketchLayout:
     @cached_property
     def _hash(self) -> int:
         return hash((self.numels, self.rows_per_slab, self.seed, self.lanes))
+
+
+def sketch_chunk_rows(rows: int, lanes: int) -> int:
+    """Rows of one chunk for a list of ``rows`` rows: a power of two that depends on nothing but the sizes."""
+    fewest, most = SKETCH_CHUNK_ROWS
+    chunk = fewest
+    while chunk * 2 <= most and rows // (chunk * 2) >= SKETCH_CHUNKS:
+        chunk *= 2
+    return max(1, min(chunk, (1 << 28) // lanes))

@@ -13,8 +13,8 @@ import gac_kernels
 from gac.bench import gates, limits, peers
 from gac.bench.gates import Gate
 from gac.bench.inputs import Pools
-from gac.bench.shapes import LlamaShape
 from gac.observe.ledger import ELEMENTS_PER_BUCKET, SMALLEST_SKETCH
+from gac.plan.shapes import LlamaShape
 from gac_kernels import SketchLayout
 from gac_kernels.layout import LANES, sign_key
 

@@ -21,8 +21,8 @@ from gac.bench.cases import (
     size_label,
 )
 from gac.bench.inputs import Pools, free_bytes
-from gac.bench.shapes import MODELS
 from gac.bench.timing import Samples, quantile, ratio, ratio_interval, timer_for
+from gac.plan.shapes import MODELS
 
 SIZES = tuple(1 << k for k in range(10, 27, 2))
 """1K to 64M elements."""

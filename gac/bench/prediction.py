@@ -13,9 +13,9 @@ import json
 import math
 import sys
 
-from gac.bench.shapes import MODELS
 from gac.observe.ledger import ELEMENTS_PER_BUCKET, SMALLEST_SKETCH
 from gac.plan import DEVICES, Parameters, Setup, make_plan, workspace_bytes
+from gac.plan.shapes import MODELS
 from gac_kernels import SketchLayout
 
 READ = 3.0e12

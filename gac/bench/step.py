@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import gac
 from gac.bench.inputs import free_bytes
-from gac.bench.shapes import LlamaShape
 from gac.bench.timing import quantile
+from gac.plan.shapes import LlamaShape
 
 ARMS = ("plain", "unmeasured", "measured")
 INTERVALS = (1, 10)

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gac.cli.options import add_training_options, config_from, positive
+from gac.cli._options import add_training_options, config_from, positive
 from gac.runs.config import TrainConfig, check
 from gac.runs.errors import UsageError, usage_errors
 
@@ -155,10 +155,10 @@ def compact_json(value: Any, indent: str = "") -> str:
 def _law(config: TrainConfig) -> tuple[str, dict, float]:
     """Name, options and constant alpha of the law in charge."""
     from gac.laws.controller import Controller
-    from gac.laws.rules import RuleLaw, carried_out
+    from gac.laws.rules import RuleLaw
 
     name, options = config.law_and_options()
-    with usage_errors(), carried_out():
+    with usage_errors():
         law = Controller(name, **options).law
     if isinstance(law, RuleLaw):
         raise UsageError(f"--law {config.law} acts per prompt or token, not through one mu: there is none to audit")

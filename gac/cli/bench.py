@@ -195,7 +195,7 @@ def _run_steps(args: argparse.Namespace, device, results: dict, save, start: flo
     from gac.bench import host, step
     from gac.bench.cases import dtype_of
     from gac.bench.report import step_row
-    from gac.bench.shapes import MODELS
+    from gac.plan.shapes import MODELS
 
     gpu = device.type == "cuda"
     names = args.model if args.model is not None else ("0.1B", "1B") if gpu else ("10M",)

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from gac.cli.options import add_training_options, config_from, natural, positive
+from gac.cli._options import add_training_options, config_from, natural, positive
 from gac.runs.config import TrainConfig, check
 from gac.runs.errors import UsageError
 

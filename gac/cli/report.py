@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gac.cli.options import positive
+from gac.cli._options import positive
 from gac.runs.errors import UsageError
 
 HELP = "what a run's gradients say, module by module"

@@ -8,7 +8,7 @@ import argparse
 import time
 from pathlib import Path
 
-from gac.cli.options import add_training_options, config_from
+from gac.cli._options import add_training_options, config_from
 from gac.runs.config import RESUME_MAY_CHANGE, TrainConfig, check
 from gac.runs.errors import UsageError
 

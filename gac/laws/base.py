@@ -51,6 +51,8 @@ class Law(ABC):
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
     """Fields of :class:`Step` that every update must bring, such as ``"kl"``."""
+    needs_trainer: ClassVar[bool] = False
+    """Whether a trainer has to carry out a part of the law that acts per prompt or token."""
 
     def __init__(self, start: float) -> None:
         self.start = unit_interval("start", start)

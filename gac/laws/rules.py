@@ -7,27 +7,12 @@ rollouts and demonstrations is in the module of the same name in ``gac/trainers/
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import ClassVar
 
 from torch import Tensor
 
 from gac.laws.base import Law, Step, number, register, unit_interval
 from gac.statistics import Statistics
-
-_carried_out: ContextVar[bool] = ContextVar("gac_rules_carried_out", default=False)
-
-
-@contextmanager
-def carried_out() -> Iterator[None]:
-    """Laws made inside belong to a trainer that carries out the per-prompt side of a rule, or are only checked."""
-    token = _carried_out.set(True)
-    try:
-        yield
-    finally:
-        _carried_out.reset(token)
 
 
 class RuleLaw(Law):
@@ -40,12 +25,9 @@ class RuleLaw(Law):
     prompt_demonstrations: ClassVar[bool] = True
     """Demonstrations belong to prompts (the column ``demonstration`` of `train_dataset`), not to a set of their own."""
 
+    needs_trainer = True
+
     def __init__(self, start: float, scale: float = 1.0) -> None:
-        if not _carried_out.get():
-            raise ValueError(
-                f"law {self.name!r} acts per prompt or token: it needs gac.trainers.HybridGRPOTrainer (or gac train), "
-                "which sees prompts, rollouts and demonstrations. With gac.patch alone, choose a law that sets mu"
-            )
         super().__init__(start)
         self.scale = scale
 

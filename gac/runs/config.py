@@ -75,7 +75,6 @@ RESUME_MAY_CHANGE = ("steps", "device", "threads")
 def check(config: TrainConfig) -> None:
     """Raises `UsageError` for anything that would fail later; knows tasks, laws and estimators by name."""
     from gac.laws.controller import Controller
-    from gac.laws.rules import carried_out
     from gac.options import ESTIMATORS
     from gac.tasks.problems import parse_task
     from gac.trainers.rules import rule_of
@@ -84,8 +83,7 @@ def check(config: TrainConfig) -> None:
         for task in config.task:
             parse_task(task)
         name, options = config.law_and_options()
-        with carried_out():
-            law = Controller(name, **options).law
+        law = Controller(name, **options).law
         rule_of(law).check(config.generations)
     if "kl" in law.needs and not config.beta:
         raise UsageError(

@@ -35,7 +35,6 @@ from trl import GRPOConfig
 
 import gac
 from gac.laws.controller import Controller
-from gac.laws.rules import carried_out
 from gac.losses import count_label_tokens
 from gac.observe.topology import fsdp2_modules
 from gac.options import ESTIMATORS, METRICS
@@ -143,8 +142,7 @@ class HybridGRPOConfig(GRPOConfig):
         """A fresh controller of the law; raises ValueError for what the law does not know."""
         law, options = self.law_and_options()
         try:
-            with carried_out():
-                return Controller(law, **options)
+            return Controller(law, **options)
         except TypeError as error:
             raise ValueError(str(error)) from error
 
@@ -397,17 +395,17 @@ class HybridGRPOTrainer(GroupedGRPOTrainer):
         self._sharded = fsdp2_modules(self.model_wrapped)
         # the wrapped model, so that data parallelism is seen; hooks live only while training runs
         law, options = self.args.law_and_options()
-        with carried_out():
-            self.mixer = gac.patch(
-                self.model_wrapped,
-                law=law,
-                estimator=self.args.estimator,
-                interval=self.args.gac_interval,
-                metric=self.args.gac_metric,
-                report_interval=self.args.gac_report_interval,
-                scaler=self.accelerator.scaler,  # of fp16=True, else None
-                **options,
-            )
+        self.mixer = gac.patch(
+            self.model_wrapped,
+            law=law,
+            estimator=self.args.estimator,
+            interval=self.args.gac_interval,
+            metric=self.args.gac_metric,
+            report_interval=self.args.gac_report_interval,
+            scaler=self.accelerator.scaler,  # of fp16=True, else None
+            carries_out_rules=True,
+            **options,
+        )
         self.mixer.follow(self.optimizer)  # the trainer ends the mixer's steps itself
         self._rule.attach(self.mixer.controller.law)
         if self._mixer_state is not None:

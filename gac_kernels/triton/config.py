@@ -17,12 +17,6 @@ import torch
 CHUNK = 65_536
 """Elements that one program of ``moments``, ``pair_moments`` and ``mix_`` reads (of each list)."""
 
-SKETCH_CHUNK_ROWS = (64, 256)
-"""Fewest and most rows that one program of ``sketch`` adds up, unless the slab is shorter."""
-
-SKETCH_CHUNKS = 4096
-"""Programs that a sketch is cut into before its chunks grow beyond the fewest rows."""
-
 COLUMN_BLOCK = 1024
 """Lanes of one ``sketch`` program; wider rows are split."""
 
@@ -51,12 +45,3 @@ _INTERPRETER = LaunchConfig(warps=4, unroll=2, pair_unroll=2, finish_width=1024)
 def for_device(device: torch.device) -> LaunchConfig:
     """The configuration for tensors on ``device``: a GPU, or the CPU under the interpreter."""
     return _GPU if device.type == "cuda" else _INTERPRETER
-
-
-def sketch_chunk_rows(rows: int, lanes: int) -> int:
-    """Rows of one chunk for a list of ``rows`` rows: a power of two that depends on nothing but the sizes."""
-    fewest, most = SKETCH_CHUNK_ROWS
-    chunk = fewest
-    while chunk * 2 <= most and rows // (chunk * 2) >= SKETCH_CHUNKS:
-        chunk *= 2
-    return max(1, min(chunk, (1 << 28) // lanes))

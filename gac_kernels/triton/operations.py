@@ -21,7 +21,7 @@ from gac_kernels.arguments import (
     check_token_inputs,
     tensor_list,
 )
-from gac_kernels.layout import LANES, SketchLayout
+from gac_kernels.layout import LANES, SketchLayout, sketch_chunk_rows
 from gac_kernels.triton import config, kernels
 from gac_kernels.triton.launch import WIDTH, check_device, interpreted, launch, scalar_arguments, split
 from gac_kernels.triton.tables import Chunks, addresses, device_tables, flat_chunks, sketch_chunks
@@ -230,7 +230,7 @@ def sketch(
         layout,
         tuple(_reordered(regions, order)),
         tuple(_reordered(starts, order)),
-        config.sketch_chunk_rows(_rows(numels, layout.lanes), layout.lanes),
+        sketch_chunk_rows(_rows(numels, layout.lanes), layout.lanes),
         accumulate,
         out.numel() - layout.size if flat and not accumulate else 0,
     )

@@ -279,7 +279,7 @@ def test_auto_chooses_by_size(monkeypatch):
     model = tiny_model()
     with gac.patch(model) as mixer:
         assert mixer.estimator == "exact"
-    monkeypatch.setattr("gac.measurement.EXACT_BYTES", 1000)
+    monkeypatch.setattr("gac.observe.choice.EXACT_BYTES", 1000)
     with gac.patch(model) as mixer:
         assert mixer.estimator == "sketch"
     for p in model.parameters():

@@ -10,8 +10,8 @@ from gac.bench import kernels, peers
 from gac.bench.cases import OPERATIONS, Case, applies, drop_failing, dtype_of, model_case, prepare, size_label
 from gac.bench.inputs import Pools, fill
 from gac.bench.kernels import Options
-from gac.bench.shapes import LlamaShape
 from gac.bench.timing import CpuTimer, Samples, cache_bytes, quantile, ratio
+from gac.plan.shapes import LlamaShape
 
 CPU = torch.device("cpu")
 TINY = LlamaShape("tiny", 300, 32, 48, 3, 2, 1, 16, tied=True)

@@ -2,9 +2,7 @@
 
 import pytest
 
-from gac import plan
 from gac.bench import prediction
-from gac_kernels.triton import config
 
 
 def test_byte_counts():
@@ -20,8 +18,3 @@ def test_step_share_is_bytes_over_operations():
     assert found["share_interval_1"] == pytest.approx(plain, rel=0.4)
     assert found["share_interval_1"] > plain
     assert found["sketch_bytes_share"] < 0.005
-
-
-@pytest.mark.parametrize("rows", [1, 5000, 600_000, 1_200_000, 8_000_000])
-def test_chunks_are_those_of_the_kernels(rows):
-    assert plan.sketch_chunk_rows(rows) == config.sketch_chunk_rows(rows, 1024)

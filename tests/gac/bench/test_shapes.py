@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gac.bench.shapes import MODELS
+from gac.plan.shapes import MODELS
 
 
 @pytest.mark.parametrize(

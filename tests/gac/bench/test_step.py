@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gac.bench import host, step
-from gac.bench.shapes import LlamaShape
+from gac.plan.shapes import LlamaShape
 
 CPU = torch.device("cpu")
 TINY = LlamaShape("tiny", 300, 32, 48, 2, 2, 1, 16, tied=True)

@@ -18,13 +18,13 @@ import gac
 import gac.observe.ledger
 import gac_kernels
 from gac import plan
-from gac.bench.shapes import MODELS
 from gac.observe.ledger import Ledger
 from gac.observe.observer import Observer
 from gac.observe.optimizer_space import WARM_UP
 from gac.plan import DEVICES, Noise, Parameters, Setup, make_plan, mu_error
+from gac.plan.shapes import MODELS
 from gac.statistics import Branch
-from gac_kernels.layout import LANES, SketchLayout
+from gac_kernels.layout import LANES, SketchLayout, sketch_chunk_rows
 from tests.gac.models import sft_loss, tiny_model, tokens
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -205,13 +205,13 @@ def test_launches_are_those_of_the_triton_kernels(estimator, monkeypatch):
 @pytest.mark.parametrize("numels", [[5000], [4096 * LANES * 3 + 17, 1, 70_000], [30_000_000, 2_000_000]])
 def test_workspace_is_that_of_the_chunk_tables(numels):
     pytest.importorskip("triton")
-    from gac_kernels.triton import config, tables
+    from gac_kernels.triton import tables
 
     layout = SketchLayout.per_tensor(numels, size=100_000)
     rows = sum(-(-n // LANES) for n in numels)
     count = len(numels)
     chunks = tables.sketch_chunks(
-        tuple(numels), (count,), layout, tuple(range(count)), (0,) * count, config.sketch_chunk_rows(rows, LANES),
+        tuple(numels), (count,), layout, tuple(range(count)), (0,) * count, sketch_chunk_rows(rows, LANES),
         False, 0,
     )  # fmt: skip
     assert plan.workspace_bytes(numels, layout) == 2 * 4 * LANES * chunks.count
@@ -489,3 +489,16 @@ def test_mistakes_are_named(change, message):
         Noise(rank=0.5)
     with pytest.raises(ValueError, match="ratio must be positive"):
         Noise(ratio=0.0)
+
+
+def test_the_plan_follows_the_mixers_own_rules(monkeypatch):
+    """Which estimator and how it reads is decided in one place; the plan asks there."""
+    model = Listed([(300, 70), (500,)], torch.float32)
+    setup = Setup(parameters_of(model), H100, dtype="fp32")
+    chosen = []
+    for limit in (32 * 2**20, 0):
+        monkeypatch.setattr("gac.observe.choice.EXACT_BYTES", limit)
+        monkeypatch.setattr("gac.observe.choice.EXACT_SHARE", 0.0)
+        with gac.patch(model) as mixer:
+            chosen.append((mixer.estimator, setup.chosen_estimator(), make_plan(setup).estimator))
+    assert chosen == [("exact",) * 3, ("sketch",) * 3]

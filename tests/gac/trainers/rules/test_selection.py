@@ -7,7 +7,6 @@ import torch
 
 import gac
 from gac.laws.controller import Controller
-from gac.laws.rules import carried_out
 from gac.trainers.groups import GroupLayout
 from gac.trainers.rules import Rule, ScoredBatch, rule_of
 
@@ -15,8 +14,7 @@ NAN = float("nan")
 
 
 def rule(name, **options):
-    with carried_out():
-        return rule_of(Controller(name, **options).law)
+    return rule_of(Controller(name, **options).law)
 
 
 def scored(rewards, *, size=4, rank=0, ranks=1, demonstrated=None, joined=False):
@@ -121,8 +119,7 @@ def test_relift_queues_prompts_without_a_correct_rollout_until_the_queue_is_full
     again = rule("relift", queue=2)
     again.load_state_dict(other.state_dict())
     assert again.supervises
-    with carried_out():
-        law = Controller("relift", queue=2).law
+    law = Controller("relift", queue=2).law
     again.attach(law)  # a second training goes on where the first was
     assert law.supervise_next
 

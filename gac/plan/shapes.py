@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class LlamaShape:
         layers = (elements - rest) // sum(math.prod(shape) for shape in self._layer())
         return replace(self, layers=layers) if layers >= 1 else None
 
-    def model(self, *, dtype, device, max_length: int):
+    def model(self, *, dtype: torch.dtype, device: torch.device | str, max_length: int) -> nn.Module:
         """A transformers model of this shape with random weights."""
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
