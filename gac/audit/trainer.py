@@ -109,12 +109,12 @@ class AuditTrainer(HybridGRPOTrainer):
                 self._measure_truth(model, num_items_in_batch)
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def _on_optimizer_step(self) -> None:
+    def end_optimizer_step(self) -> None:
         statistics = self._panel.advance(self._panel.read())
         self._record.after_step(statistics)
         self._shadows.update(statistics, {name: self._mean_of_step(name) for name in self._signals})
         self._panel.clear()
-        super()._on_optimizer_step()
+        super().end_optimizer_step()
 
     # -- the truth ------------------------------------------------------------------------------------------------
 

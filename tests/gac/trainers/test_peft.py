@@ -28,8 +28,8 @@ def test_only_adapters_are_measured(trainer, lora):
         gradients.append({name: p.grad for name, p in run.model.named_parameters() if p.grad is not None})
 
     sizes, before = [], {name: p.clone() for name, p in run.model.named_parameters()}
-    step = run._on_optimizer_step
-    run._on_optimizer_step = lambda: (remember(), step(), sizes.append(run.mixer.nbytes))
+    step = run.end_optimizer_step
+    run.end_optimizer_step = lambda: (remember(), step(), sizes.append(run.mixer.nbytes))
     run.train()
     adapters = {name: p.numel() for name, p in run.model.named_parameters() if "lora_" in name}
     assert all(gradient.keys() == adapters.keys() for gradient in gradients)

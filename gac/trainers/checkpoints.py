@@ -1,0 +1,186 @@
+"""Checkpoints of the hybrid trainer: what they hold beside TRL's, and how a run goes on from one."""
+
+import dataclasses
+import logging
+import math
+import os
+from collections import deque
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+
+import gac
+from gac.trainers.demonstrations import DemonstrationBatch, EpochSampler
+from gac.trainers.grouped_grpo import GroupedGRPOTrainer
+from gac.trainers.resume import IMAGES, Batching, Position, redistribute
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "gac_state.pt"
+"""The last file written into a checkpoint: a checkpoint without it is incomplete."""
+ROLLOUT_FILE = "gac_rollouts_{rank}.pt"
+
+
+class CheckpointedGRPOTrainer(GroupedGRPOTrainer):
+    """`GroupedGRPOTrainer` whose checkpoints continue exactly, on other ranks and batch sizes too.
+
+    `HybridGRPOTrainer` says what they hold. It keeps the mixer and the demonstrations; here is where they are saved.
+    """
+
+    mixer: gac.Mixer | None
+    _sampler: EpochSampler | None
+    _sft_window: deque[list[DemonstrationBatch]]
+    _sft_position: int
+    _micro_steps_left: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._rl_sampler: Any = None
+        self._checkpoint: dict[str, Any] | None = None  # what training continues from
+        self._position = Position(0, 0, 0)
+        self._taken = 0  # micro-steps from the data loader, over all epochs
+        self._epoch_length = 0
+
+    def _get_train_sampler(self, dataset=None):
+        self._rl_sampler = super()._get_train_sampler(dataset)
+        return self._rl_sampler
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        if self._step % (self.args.steps_per_generation * self.num_iterations):
+            save_whole(self._buffered_inputs, os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index)))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            epoch, taken = divmod(self._taken, self._epoch_length)
+            state = {
+                "mixer": self.mixer.state_dict(),
+                "sft_position": self._sft_position,
+                "sft_size": self._sampler.size if self._sampler else 0,
+                "global_step": self.state.global_step,
+                "position": dataclasses.asdict(Position(epoch, taken, self._step)),
+                "batching": dataclasses.asdict(self._batching()),
+                "rule": self._rule.state_dict(),
+            }
+            save_whole(state, os.path.join(folder, STATE_FILE))
+
+    def _batching(self) -> Batching:
+        return Batching(
+            ranks=self.accelerator.num_processes,
+            rows=self.args.per_device_train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            steps_per_generation=self.args.steps_per_generation,
+            iterations=self.num_iterations,
+            group=self.num_generations,
+        )
+
+    def _read_checkpoint(self, checkpoint: str) -> dict[str, Any]:
+        """The state to continue from, once it is clear that it can be, and where."""
+        path = os.path.join(checkpoint, STATE_FILE)
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"{checkpoint} has no {STATE_FILE}: it was cut short or another trainer wrote it; resume from one of "
+                "gac.trainers.hybrid_grpo.complete_checkpoints(output_dir)"
+            )
+        state = torch.load(path, weights_only=True)
+        size = self._sampler.size if self._sampler else 0
+        if state["sft_size"] != size:
+            raise ValueError(
+                f"{checkpoint} was written with {state['sft_size']} demonstrations, sft_dataset has {size}; resume "
+                "with the same set"
+            )
+        old, new = Batching(**state["batching"]), self._batching()
+        self._position = Position(**state["position"])
+        if old == new:
+            return state
+        if self.args.ignore_data_skip:
+            self._position = dataclasses.replace(self._position, trained=0)
+            logger.warning(
+                "resuming with other batch sizes and ignore_data_skip=True: prompts begin anew, and rollouts that "
+                "%s may hold are dropped",
+                checkpoint,
+            )
+            return state
+        try:
+            countable = self.args.max_steps > 0 and hasattr(self.train_dataset, "__len__")
+            if old.step_rows != new.step_rows and not countable:
+                raise ValueError("without a length of train_dataset and max_steps, what is left to do is not known")
+            self._position = self._position.moved(old, new)
+        except ValueError as error:
+            raise ValueError(
+                f"{checkpoint} cannot be continued with these batch sizes: {error}. Choose gradient_accumulation_steps "
+                f"such that an optimizer step has {old.step_rows} rollouts over all ranks, as before "
+                f"(per_device_train_batch_size * gradient_accumulation_steps = {old.step_rows} / {new.ranks} ranks), "
+                f"and generation_batch_size={old.generation_rows}; or set ignore_data_skip=True to begin the prompts "
+                "anew, without buffered rollouts"
+            ) from error
+        return state
+
+    def set_initial_training_values(self, args, dataloader) -> tuple:
+        """As the base class counts them, with enough epochs for a run that goes on with other batch sizes."""
+        epochs, updates, examples, samples, batch, self._epoch_length, max_steps = super().set_initial_training_values(
+            args, dataloader
+        )
+        if self._checkpoint is not None and args.max_steps > 0:
+            ahead = self._position.taken // args.gradient_accumulation_steps + max_steps
+            ahead -= self._checkpoint["global_step"]
+            epochs = max(epochs, self._position.epoch + math.ceil(ahead / updates))
+        return epochs, updates, examples, samples, batch, self._epoch_length, max_steps
+
+    def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
+        epoch, taken = super()._init_training_state(*args, **kwargs)
+        if self._checkpoint is not None and not self.args.ignore_data_skip:
+            # by what was taken, where the base class goes by optimizer steps of today's size
+            epoch, taken = self._position.epoch, self._position.taken
+        self._taken = epoch * self._epoch_length + taken
+        return divmod(self._taken, self._epoch_length)  # larger generations may have no more of the epoch to take
+
+    def _load_gac_state(self, checkpoint: str) -> None:
+        state = self._checkpoint
+        self.mixer.load_state_dict(state["mixer"])
+        self._rule.load_state_dict(state["rule"])
+        self._sft_position = state["sft_position"]
+        self._sft_window.clear()
+        self._micro_steps_left = 0
+        self._step = self._position.trained
+        if self._step % (self.args.steps_per_generation * self.num_iterations):
+            self._buffered_inputs = self._load_rollouts(checkpoint, Batching(**state["batching"]))
+        # TRL's sampler draws one permutation per epoch from its own generator, which a checkpoint does not hold
+        if getattr(self._rl_sampler, "shuffle", False):
+            for _ in range(self._taken // self._epoch_length):
+                torch.randperm(self._rl_sampler.num_samples, generator=self._rl_sampler.generator)
+
+    def _load_rollouts(self, checkpoint: str, old: Batching) -> list[dict[str, Any]] | None:
+        """What is left to train on of the generation under way; None, on all ranks, where it has to be generated."""
+        new, rank = self._batching(), self.args.process_index
+        ranks = [rank] if new == old else range(old.ranks)
+        paths = [os.path.join(checkpoint, ROLLOUT_FILE.format(rank=rank)) for rank in ranks]
+        saved = [torch.load(path, weights_only=True, map_location="cpu") for path in paths if os.path.isfile(path)]
+        usable = len(saved) == len(paths) and (new == old or not IMAGES & set(saved[0][0]))
+        unusable = torch.tensor(float(not usable), device=self.accelerator.device)
+        if self.accelerator.reduce(unusable, reduction="sum") > 0:
+            logger.warning(
+                "the rollouts of the generation under way cannot be read from %s by every rank (files of some ranks "
+                "are missing there, or they hold images): the prompts of this generation get new ones",
+                checkpoint,
+            )
+            return None
+        own = saved[0] if new == old else redistribute(saved, new, rank, self._tokenizer.pad_token_id)
+        return [send_to_device(part, self.accelerator.device) for part in own]
+
+
+def complete_checkpoints(output_dir: str) -> list[str]:
+    """Folders of finished checkpoints in `output_dir`, oldest step first; a kill during saving leaves none behind."""
+    steps = []
+    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else ():
+        prefix, _, step = name.rpartition("-")
+        if prefix == "checkpoint" and step.isdigit() and os.path.isfile(os.path.join(output_dir, name, STATE_FILE)):
+            steps.append((int(step), os.path.join(output_dir, name)))
+    return [path for _, path in sorted(steps)]
+
+
+def save_whole(value: Any, path: str) -> None:
+    """`torch.save` that leaves either the whole file or none."""
+    torch.save(value, path + ".part")
+    os.replace(path + ".part", path)

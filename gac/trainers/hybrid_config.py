@@ -1,0 +1,101 @@
+"""Options of the hybrid trainer: TRL's, and those of the supervised branch and of the mix."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+from gac.laws.controller import Controller
+from gac.options import ESTIMATORS, METRICS
+
+SFT_LOSSES = ("nll", "phi")
+
+
+@dataclass
+class HybridGRPOConfig(GRPOConfig):
+    """TRL's `GRPOConfig` with the options of the supervised branch and of the mix.
+
+    Raises:
+        ValueError: unknown law, law option, estimator or loss, or a number out of range; at construction.
+    """
+
+    law: str = field(default="gac", metadata={"help": "How mu follows from the statistics; see gac.laws.available()."})
+    mu: float | None = field(
+        default=None, metadata={"help": "A constant SFT weight in [0, 1]; short for law='fixed' with this mu."}
+    )
+    law_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of the law, such as {'half_life': 20.0, 'cap': 0.02}."}
+    )
+    estimator: str = field(
+        default="auto", metadata={"help": "'auto', 'sketch', 'exact' or 'coefficient'; see gac.patch."}
+    )
+    observe_tokens: bool = field(
+        default=False,
+        metadata={"help": "Feed the coefficient estimator too; estimator='coefficient' does so by itself."},
+    )
+    gac_interval: int = field(default=1, metadata={"help": "Measure in every so many optimizer steps."})
+    gac_metric: str = field(
+        default="gradient",
+        metadata={"help": "'gradient', or 'optimizer' to measure in the space of Adam's steps; see gac.patch."},
+    )
+    gac_report_interval: int | None = field(
+        default=10,
+        metadata={"help": "Take every so many measured steps apart by module, for `gac report`; None: never."},
+    )
+    gac_report_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the statistics by module; default: output_dir."}
+    )
+    sft_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Demonstrations per device and micro-step; default: per_device_train_batch_size."},
+    )
+    sft_loss: str = field(
+        default="nll", metadata={"help": "'nll', or 'phi' to weight each token with its detached p * (1 - p)."}
+    )
+    sft_max_length: int | None = field(
+        default=None, metadata={"help": "Demonstrations keep their first so many tokens; default: no limit."}
+    )
+    sft_completion_only: bool = field(
+        default=True, metadata={"help": "Loss on completion tokens only; otherwise on the prompt too."}
+    )
+    sft_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the order of the demonstrations; default: seed."}
+    )
+
+    # TrainingArguments parses dict options given as JSON text for the fields named here; no annotation, or it would
+    # become a field
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "law_options"]  # noqa: RUF012
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sft_loss not in SFT_LOSSES:
+            raise ValueError(f"unknown sft_loss {self.sft_loss!r}; known: {', '.join(SFT_LOSSES)}")
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"unknown estimator {self.estimator!r}; known: {', '.join(ESTIMATORS)}")
+        if self.gac_metric not in METRICS:
+            raise ValueError(f"unknown gac_metric {self.gac_metric!r}; known: {', '.join(METRICS)}")
+        for name in ("sft_batch_size", "gac_interval", "gac_report_interval"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.build_controller()
+
+    def law_and_options(self) -> tuple[str, dict[str, Any]]:
+        """Name and options of the law, with `mu` folded in."""
+        options = dict(self.law_options or {})
+        if self.mu is None:
+            return self.law, options
+        if self.law not in ("fixed", "gac") or options:
+            raise ValueError(
+                f"mu={self.mu} is a constant weight and cannot be combined with law={self.law!r} and "
+                f"law_options={options}; leave one of them out"
+            )
+        return "fixed", {"mu": self.mu}
+
+    def build_controller(self) -> Controller:
+        """A fresh controller of the law; raises ValueError for what the law does not know."""
+        law, options = self.law_and_options()
+        try:
+            return Controller(law, **options)
+        except TypeError as error:
+            raise ValueError(str(error)) from error

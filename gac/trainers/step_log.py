@@ -1,0 +1,65 @@
+"""What the hybrid trainer logs: the mixer's numbers of each step, and the history of module statistics."""
+
+from typing import Any
+
+import torch
+
+import gac
+from gac.report import append_record
+from gac.statistics import ModuleStatistics
+from gac.trainers.checkpoints import CheckpointedGRPOTrainer
+
+_COUNTERS = ("step", "skipped")
+"""Metrics that count: logged with their newest value, where the others are averaged over the logging window."""
+
+
+class LoggedGRPOTrainer(CheckpointedGRPOTrainer):
+    """`CheckpointedGRPOTrainer` that ends the mixer's steps and logs what was measured, under ``gac/``."""
+
+    mixer: gac.Mixer | None
+    _sft_window_loss: torch.Tensor | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._last_metrics: dict[str, float] = {}
+        self._recorded: ModuleStatistics | None = None
+
+    def end_optimizer_step(self) -> None:
+        self._rule.end_step()
+        self._record_modules()
+        self.mixer.step(**{name: self._mean_of_step(name) for name in self.mixer.controller.law.needs})
+        metrics = self.mixer.metrics()
+        self._last_metrics = {f"gac/{name}": metrics[name] for name in _COUNTERS if name in metrics}
+        series = self._metrics["train"]
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)) and name not in _COUNTERS:
+                series[f"gac/{name}"].append(float(value))
+        if self._sft_window_loss is not None:
+            # a device scalar until it is logged: TRL's own metrics wait for the device, ours need not
+            series["gac/sft_loss"].append(self._sft_window_loss)
+
+    def _record_modules(self) -> None:
+        """Writes the newest statistics by module. Called a step later, when they wait for nothing any more."""
+        modules = self.mixer.modules
+        if modules is not None and modules is not self._recorded and self.args.should_save:
+            append_record(self.args.gac_report_dir or self.args.output_dir, modules)
+        self._recorded = modules
+
+    def _mean_of_step(self, name: str) -> float:
+        """Mean over the step's micro-batches of a number that TRL has brought to the host: ``kl`` or ``entropy``."""
+        values = self._metrics["train"][name][-self.current_gradient_accumulation_steps :]
+        return sum(values) / len(values)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's logging, with the metrics of the mix under ``gac/``."""
+        if self.model.training and "loss" in logs:
+            losses = self._metrics["train"].get("gac/sft_loss")
+            if losses:
+                mean = torch.stack([loss.float() for loss in losses]).mean()
+                self._metrics["train"]["gac/sft_loss"] = [self.accelerator.gather(mean).mean().item()]
+            # what was not measured (NaN) is left out rather than logged as a number
+            for name in [key for key, values in self._metrics["train"].items() if key.startswith("gac/")]:
+                if all(value != value for value in self._metrics["train"][name]):
+                    del self._metrics["train"][name]
+            logs.update(self._last_metrics)
+        super().log(logs, start_time)
