@@ -46,7 +46,7 @@ def draw_run(records: Sequence[Record], summary: Mapping[str, Any], path: str | 
         raise ValueError("draw_run: no records to draw")
     plt = _pyplot()
     with plt.rc_context(SETTINGS):
-        figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained", sharex=True)
+        figure, axes = plt.subplots(2, 2, figsize=(10, 7.0), layout="constrained", sharex=True)
         _accuracy_panel(axes[0, 0], records, summary["warm_start_accuracy"])
         _mu_panel(axes[0, 1], records)
         _statistics_panel(axes[1, 0], records)
@@ -206,6 +206,32 @@ def _smooth(points: Sequence[tuple[int, float]], weight: float = 0.9) -> list[tu
     return out
 
 
+def _smooth_with_band(
+    values: Sequence[tuple[int, float]], errors: Mapping[int, float], weight: float = 0.9
+) -> list[tuple[int, float, float]]:
+    """Steps, moving averages as :func:`_smooth` has them, and their standard errors (of independent steps)."""
+    out, mean, variance, mass = [], 0.0, 0.0, 0.0
+    for step, value in values:
+        mean, mass = weight * mean + (1 - weight) * value, weight * mass + (1 - weight)
+        error = errors.get(step)
+        known = variance if error is None else error**2  # before the second measurement: as the average so far
+        variance = weight**2 * variance + (1 - weight) ** 2 * known
+        out.append((step, mean / mass, variance**0.5 / mass))
+    return out
+
+
+def _below(axis, handles: Sequence[Any] | None = None, labels: Sequence[str] | None = None) -> None:
+    """The legend under a panel, where no curve runs."""
+    if handles is None or labels is None:
+        handles, labels = axis.get_legend_handles_labels()
+    if handles:
+        where = {
+            "loc": "upper left",
+            "bbox_to_anchor": (-0.02, -0.19 if axis.get_subplotspec().is_last_row() else -0.04),
+        }
+        axis.legend(handles, labels, ncols=4, handlelength=2.4, columnspacing=1.2, borderaxespad=0.0, **where)
+
+
 def _line(axis, points: Sequence[tuple[int, float]], label: str | None, **style: Any) -> None:
     if points:
         axis.plot(*zip(*points, strict=True), label=label, **style)
@@ -223,37 +249,47 @@ def _accuracy_panel(axis, records: Sequence[Record], warm: float) -> None:
     _noisy_line(axis, _points(records, "reward"), "reward of rollouts", color=COLOURS[1], linestyle="--")
     _line(axis, [(0, warm), *_points(records, "accuracy")], "accuracy", color=COLOURS[0], marker="o", markersize=3)
     axis.set_ylim(-0.02, 1.02)
-    axis.legend(loc="lower right")
+    _below(axis)
 
 
 def _mu_panel(axis, records: Sequence[Record]) -> None:
     axis.set_title("mu, weight of the SFT branch")
-    _line(axis, _points(records, "gac/mu_raw"), "raw estimate", color=COLOURS[5], linewidth=1.0)
+    raw, error = _points(records, "gac/mu_raw"), dict(_points(records, "gac/mu_se"))
+    _line(axis, raw, "estimate, with its standard error", color=COLOURS[5], linewidth=1.0)
+    low = [max(value - error.get(step, 0.0), 0.0) for step, value in raw]
+    high = [min(value + error.get(step, 0.0), 1.0) for step, value in raw]
+    axis.fill_between([step for step, _ in raw], low, high, color=COLOURS[5], alpha=0.2, linewidth=0)
     _line(axis, _points(records, "gac/prior"), "prior", color=COLOURS[4], linestyle="--")
     _line(axis, _points(records, "gac/mu"), "mu", color=COLOURS[0], linewidth=2.0)
     axis.set_ylim(-0.02, 1.02)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(loc="best")
+    _below(axis)
 
 
 def _statistics_panel(axis, records: Sequence[Record]) -> None:
-    axis.set_title("Gradient statistics (moving average)")
+    axis.set_title("Gradient statistics, averaged, with standard errors")
     panels = (
         ("gac/sigma_s2", "SFT noise", COLOURS[0], "-"),
         ("gac/sigma_r2", "RL noise", COLOURS[1], "--"),
         ("gac/delta_g2", "disagreement", COLOURS[2], "-."),
     )
-    positive: list[float] = []
+    widths: list[float] = []
     for key, label, colour, style in panels:
-        points = _smooth(_points(records, key))
-        positive += [value for _, value in points if value > 0]
-        _line(axis, points, label, color=colour, linestyle=style)
-    if positive:
-        # the disagreement is unbiased and may fall below zero: a scale that is linear around zero shows it
-        axis.set_yscale("symlog", linthresh=max(min(positive), max(positive) * 1e-3))
+        points = _smooth_with_band(_points(records, key), dict(_points(records, f"{key}_se")))
+        if points:
+            steps, means, errors = zip(*points, strict=True)
+            axis.plot(steps, means, label=label, color=colour, linestyle=style)
+            low = [m - e for m, e in zip(means, errors, strict=True)]
+            high = [m + e for m, e in zip(means, errors, strict=True)]
+            axis.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+            sizes = sorted(abs(m) for m in means) if key != "gac/delta_g2" else sorted(errors)
+            widths.append(sizes[len(sizes) // 2])
+    if widths and widths[-1] > 0:
+        # Noise spans decades, and the disagreement is unbiased and may fall below zero: asinh is a logarithm far out
+        # and a straight line through zero, here as far as the disagreement's own error (else the smallest noise).
+        axis.set_yscale("asinh", linear_width=widths[-1])
+        axis.axhline(0, color="#999999", linewidth=0.6)
     axis.set_ylabel("squared gradient norm")
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(loc="best")
+    _below(axis)
 
 
 def _norms_panel(axis, records: Sequence[Record]) -> None:
@@ -274,7 +310,7 @@ def _norms_panel(axis, records: Sequence[Record]) -> None:
     twin.set_ylim(-1.05, 1.05)
     twin.set_ylabel("cosine", color=COLOURS[3])
     handles = [axis.get_legend_handles_labels(), twin.get_legend_handles_labels()]
-    axis.legend(handles[0][0] + handles[1][0], handles[0][1] + handles[1][1], loc="upper right")
+    _below(axis, handles[0][0] + handles[1][0], handles[0][1] + handles[1][1])
 
 
 def _band(axis, curves: Sequence[Sequence[tuple[int, float]]], label: str, style: Mapping[str, Any]) -> None:

@@ -56,6 +56,26 @@ def main_table(study: Study, brief: bool = False) -> str:
     return table(header, rows)
 
 
+SHORT = (REFERENCE, "fixed:carried", RL_ALONE, "paper")
+"""What the README shows: the default law, the constant that a user can have, RL alone, the paper's controller."""
+
+
+def short_table(study: Study) -> str:
+    """The arms of :data:`SHORT` on both halves, without tests."""
+    halves = study.halves()
+    if not halves:
+        return NOT_RUN
+    header = ["arm", *(cell for half, _ in halves for cell in (f"{half}, %", "`gac` minus it"))]
+    shown = [
+        name
+        for name in ordered(study)
+        if name in SHORT or (name.partition(":")[0] == "paper" and kind(name) == "Rules, tuned")
+    ]
+    return table(
+        header, [[label(name), *(cell for _, family in halves for cell in _late(family, name))] for name in shown]
+    )
+
+
 def every_arm(study: Study) -> str:
     """All arms, single constants and splits included: late accuracy, final accuracy and area under the curve."""
     halves = study.halves()
