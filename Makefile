@@ -5,7 +5,7 @@ OUT    ?= runs/default
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install train test lint format wheel bench compare study audit clean
+.PHONY: help install train test quick lint types format docs wheel bench compare study audit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -23,16 +23,27 @@ install: $(BIN)/.installed  ## make the virtual environment
 train: install  ## post-train a small model with the measured mix; results in runs/default
 	$(BIN)/gac train --out $(OUT)
 
+# One thread a worker: two workers with two threads each would wait for one another on two cores.
 test: install  ## run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+quick: install  ## run the tests that answer within a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
 
 lint: install  ## check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: install  ## check the types
+	$(BIN)/mypy
+
 format: install  ## apply the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: install  ## build the pages as a site with a search, in build/site
+	$(PIP) --no-build-isolation --editable ".[docs]"
+	$(BIN)/mkdocs build --strict
 
 wheel: install  ## build dist/gac_kernels-*.whl
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

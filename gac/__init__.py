@@ -5,11 +5,22 @@ losses and the command line are modules of their own.
 """
 
 from gac import laws, schedules
+from gac._version import __version__
 from gac.laws import Controller
 from gac.mixer import Mixer
 from gac.patching import patch
-from gac.statistics import Statistics, coefficient_statistics
+from gac.report import Report
+from gac.statistics import ModuleStatistics, Statistics, coefficient_statistics
 
-__version__ = "0.1.0"
-
-__all__ = ["Controller", "Mixer", "Statistics", "coefficient_statistics", "laws", "patch", "schedules"]
+__all__ = [
+    "Controller",
+    "Mixer",
+    "ModuleStatistics",
+    "Report",
+    "Statistics",
+    "__version__",
+    "coefficient_statistics",
+    "laws",
+    "patch",
+    "schedules",
+]

@@ -1,5 +1,7 @@
 """Token losses of the supervised branch, chunked so that no full fp32 copy of the logits is ever made."""
 
+from typing import Any
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -23,7 +25,7 @@ class _TokenLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor, phi: bool) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, phi: bool) -> torch.Tensor:
         tokens, vocabulary = logits.shape
         dtype = torch.promote_types(logits.dtype, torch.float32)
         chunk = max(1, _CHUNK_BYTES // (4 * max(1, vocabulary)))
@@ -48,7 +50,7 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_total: torch.Tensor):
+    def backward(ctx: Any, grad_total: torch.Tensor) -> Any:
         logits, index, kept, normalizer, weight = ctx.saved_tensors
         grad = torch.empty_like(logits)
         for begin in range(0, logits.shape[0], ctx.chunk):

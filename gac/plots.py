@@ -140,7 +140,9 @@ def _any_number(rows: Sequence[Sequence[float]]) -> bool:
     return any(math.isfinite(value) for row in rows for value in row)
 
 
-def _whole_panel(axis, steps: Sequence[float], values: Sequence[float], heading: str, what: str, limits) -> None:
+def _whole_panel(
+    axis: Any, steps: Sequence[float], values: Sequence[float], heading: str, what: str, limits: Any
+) -> None:
     axis.set_title(heading)
     axis.plot(steps, values, color="#333333", linewidth=1.2, marker="." if len(steps) < 3 else None)
     known = [value for value in values if math.isfinite(value)]
@@ -152,7 +154,7 @@ def _whole_panel(axis, steps: Sequence[float], values: Sequence[float], heading:
 
 
 def _heat_panel(
-    plt, figure, axis, steps: Sequence[float], grid: Sequence[Sequence[float]], colours: str, limits
+    plt: Any, figure: Any, axis: Any, steps: Sequence[float], grid: Sequence[Sequence[float]], colours: str, limits: Any
 ) -> None:
     """Grey where nothing is known. Each column reaches half-way to its neighbours."""
     low, high = limits
@@ -176,14 +178,14 @@ def _heat_panel(
     bar.outline.set_visible(False)
 
 
-def _module_ticks(axis, labels: Sequence[str], height: float) -> None:
+def _module_ticks(axis: Any, labels: Sequence[str], height: float) -> None:
     """All labels where they have room, else every second, third, ..."""
     room = max(1, math.ceil(len(labels) * 0.13 / height))
     shown = range(0, len(labels), room)
     axis.set_yticks([index + 0.5 for index in shown], [labels[index] for index in shown], fontsize=7)
 
 
-def _pyplot():
+def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")  # no display is needed
@@ -220,7 +222,7 @@ def _smooth_with_band(
     return out
 
 
-def _below(axis, handles: Sequence[Any] | None = None, labels: Sequence[str] | None = None) -> None:
+def _below(axis: Any, handles: Sequence[Any] | None = None, labels: Sequence[str] | None = None) -> None:
     """The legend under a panel, where no curve runs."""
     if handles is None or labels is None:
         handles, labels = axis.get_legend_handles_labels()
@@ -232,18 +234,18 @@ def _below(axis, handles: Sequence[Any] | None = None, labels: Sequence[str] | N
         axis.legend(handles, labels, ncols=4, handlelength=2.4, columnspacing=1.2, borderaxespad=0.0, **where)
 
 
-def _line(axis, points: Sequence[tuple[int, float]], label: str | None, **style: Any) -> None:
+def _line(axis: Any, points: Sequence[tuple[int, float]], label: str | None, **style: Any) -> None:
     if points:
         axis.plot(*zip(*points, strict=True), label=label, **style)
 
 
-def _noisy_line(axis, points: Sequence[tuple[int, float]], label: str, **style: Any) -> None:
+def _noisy_line(axis: Any, points: Sequence[tuple[int, float]], label: str, **style: Any) -> None:
     """The raw values, faint, under their moving average."""
     _line(axis, points, None, color=style["color"], alpha=0.22, linewidth=0.7)
     _line(axis, _smooth(points), label, **style)
 
 
-def _accuracy_panel(axis, records: Sequence[Record], warm: float) -> None:
+def _accuracy_panel(axis: Any, records: Sequence[Record], warm: float) -> None:
     axis.set_title("Held-out accuracy and training reward")
     axis.axhline(warm, color=COLOURS[6], linestyle=":", linewidth=1.2, label="accuracy after the warm start")
     _noisy_line(axis, _points(records, "reward"), "reward of rollouts", color=COLOURS[1], linestyle="--")
@@ -252,7 +254,7 @@ def _accuracy_panel(axis, records: Sequence[Record], warm: float) -> None:
     _below(axis)
 
 
-def _mu_panel(axis, records: Sequence[Record]) -> None:
+def _mu_panel(axis: Any, records: Sequence[Record]) -> None:
     axis.set_title("mu, weight of the SFT branch")
     raw, error = _points(records, "gac/mu_raw"), dict(_points(records, "gac/mu_se"))
     _line(axis, raw, "estimate, with its standard error", color=COLOURS[5], linewidth=1.0)
@@ -265,7 +267,7 @@ def _mu_panel(axis, records: Sequence[Record]) -> None:
     _below(axis)
 
 
-def _statistics_panel(axis, records: Sequence[Record]) -> None:
+def _statistics_panel(axis: Any, records: Sequence[Record]) -> None:
     axis.set_title("Gradient statistics, averaged, with standard errors")
     panels = (
         ("gac/sigma_s2", "SFT noise", COLOURS[0], "-"),
@@ -292,7 +294,7 @@ def _statistics_panel(axis, records: Sequence[Record]) -> None:
     _below(axis)
 
 
-def _norms_panel(axis, records: Sequence[Record]) -> None:
+def _norms_panel(axis: Any, records: Sequence[Record]) -> None:
     axis.set_title("Branch gradient norms and their cosine")
     for key, label, colour, style in (
         ("gac/norm_s2", "|SFT gradient|", COLOURS[0], "-"),
@@ -313,7 +315,7 @@ def _norms_panel(axis, records: Sequence[Record]) -> None:
     _below(axis, handles[0][0] + handles[1][0], handles[0][1] + handles[1][1])
 
 
-def _band(axis, curves: Sequence[Sequence[tuple[int, float]]], label: str, style: Mapping[str, Any]) -> None:
+def _band(axis: Any, curves: Sequence[Sequence[tuple[int, float]]], label: str, style: Mapping[str, Any]) -> None:
     """Mean over the runs at the steps that all have, between their lowest and highest."""
     tables = [dict(curve) for curve in curves]
     steps = sorted(set.intersection(*(set(table) for table in tables)))
@@ -324,7 +326,7 @@ def _band(axis, curves: Sequence[Sequence[tuple[int, float]]], label: str, style
     axis.fill_between(steps, [min(r) for r in rows], [max(r) for r in rows], color=style["color"], alpha=0.13, lw=0)
 
 
-def _final_panel(axis, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def _final_panel(axis: Any, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     axis.set_title("Mean of the last four evaluations")
     for index, (_, seeds) in enumerate(runs.items()):
         values = [seed["summary"]["last_four_accuracy"] for seed in seeds]

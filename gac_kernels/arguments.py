@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def accumulator_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def tensor_list(tensors, name: str) -> list[Tensor]:
+def tensor_list(tensors: Any, name: str) -> list[Tensor]:
     """``tensors`` as a list of floating-point tensors on one device; a single tensor is a list of one."""
     if isinstance(tensors, Tensor):
         tensors = [tensors]
@@ -53,7 +54,7 @@ def tensor_list(tensors, name: str) -> list[Tensor]:
     return list(tensors)
 
 
-def check_scalar(value, name: str, device: torch.device) -> Tensor | float:
+def check_scalar(value: Any, name: str, device: torch.device) -> Tensor | float:
     """A number, or a 0-dim floating tensor on ``device`` (or on the host, where reading it costs no transfer back)."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
@@ -68,7 +69,7 @@ def check_scalar(value, name: str, device: torch.device) -> Tensor | float:
     raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
 
 
-def check_pair(a, b, *, writes_a: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+def check_pair(a: Any, b: Any, *, writes_a: bool = False) -> tuple[list[Tensor], list[Tensor]]:
     """Two lists of floating tensors, pairwise of equal shape, on one device."""
     a, b = tensor_list(a, "a"), tensor_list(b, "b")
     if len(a) != len(b):
@@ -111,7 +112,7 @@ def check_into(into: Tensor, shape: tuple[int, ...], device: torch.device) -> Te
 
 
 def check_sketch(
-    tensors, out: Tensor, layout: SketchLayout | None, regions, starts, seed: int
+    tensors: Any, out: Tensor, layout: SketchLayout | None, regions: Any, starts: Any, seed: int
 ) -> tuple[list[Tensor], SketchLayout, tuple[int, ...], tuple[int, ...]]:
     """The arguments of ``sketch`` in their full form: a layout, and a region and a start for each tensor."""
     tensors = tensor_list(tensors, "tensors")
@@ -154,7 +155,7 @@ def _check_places(
             )
 
 
-def check_second_moments(second_moments, tensors: list[Tensor], eps: float) -> list[Tensor]:
+def check_second_moments(second_moments: Any, tensors: list[Tensor], eps: float) -> list[Tensor]:
     """``second_moments`` as a list of tensors that pair up with ``tensors``, element by element."""
     second_moments = tensor_list(second_moments, "second_moments")
     if len(second_moments) != len(tensors):
@@ -203,7 +204,7 @@ def check_token_inputs(
     return logprobs.detach(), advantages.detach().expand(rows, length), mask, is_expert.bool()
 
 
-def check_absorb(current: Tensor, previous: Tensor | None, total: Tensor, scale) -> Tensor | float:
+def check_absorb(current: Tensor, previous: Tensor | None, total: Tensor, scale: Any) -> Tensor | float:
     """``absorb_``'s arguments; returns the scale as :func:`check_scalar` does."""
     named = {"current": current, "total": total} | ({} if previous is None else {"previous": previous})
     for name, value in named.items():

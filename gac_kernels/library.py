@@ -7,6 +7,7 @@ travels as its numbers. Gradients do not flow through any of them.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,10 @@ from gac_kernels.layout import SketchLayout
 _library = torch.library.Library("gac_kernels", "DEF")
 
 
-def _operator(schema: str, fake):
+def _operator(schema: str, fake: Any) -> Any:
     """Registers the decorated implementation and its fake under ``schema``."""
 
-    def register(implementation):
+    def register(implementation: Any) -> Any:
         name = schema.split("(", 1)[0]
         _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
         _library.impl(name, implementation, "CompositeExplicitAutograd")
@@ -29,7 +30,7 @@ def _operator(schema: str, fake):
         operator = getattr(torch.ops.gac_kernels, name).default
 
         @functools.wraps(implementation)
-        def without_gradient(*args):
+        def without_gradient(*args: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 return operator(*args)
 
@@ -46,7 +47,7 @@ def _sums(tensors: list[Tensor], columns: int, per_tensor: bool) -> Tensor:
     return torch.empty(shape, dtype=accumulator_dtype(device), device=device)
 
 
-def _function(name: str, tensor: Tensor | None):
+def _function(name: str, tensor: Tensor | None) -> Any:
     return ops._implementation(name, "cpu" if tensor is None else tensor.device.type)
 
 
@@ -55,11 +56,11 @@ def _first(tensors: list[Tensor]) -> Tensor | None:
 
 
 @_operator("moments(Tensor[] tensors, bool per_tensor) -> Tensor", lambda tensors, per: _sums(tensors, 2, per))
-def _moments(tensors, per_tensor):
+def _moments(tensors: Any, per_tensor: bool) -> Any:
     return _function("moments", _first(tensors))(tensors, per_tensor=per_tensor)
 
 
-def _fake_sketch(tensors, out, *arguments):
+def _fake_sketch(tensors: Any, out: Tensor, *arguments: Any) -> Any:
     *_, per_tensor, _second_moments, _eps = arguments
     shape = (len(tensors), 2) if per_tensor else (2,)
     return torch.empty(shape, dtype=accumulator_dtype(out.device), device=out.device)
@@ -72,22 +73,22 @@ def _fake_sketch(tensors, out, *arguments):
     _fake_sketch,
 )
 def _sketch(
-    tensors,
-    out,
-    numels,
-    rows_per_slab,
-    lanes,
-    regions,
-    starts,
-    seed,
-    scale,
-    factor,
-    accumulate,
-    per_tensor,
-    second_moments,
-    eps,
-    into=None,
-):
+    tensors: Any,
+    out: Tensor,
+    numels: Any,
+    rows_per_slab: Any,
+    lanes: Any,
+    regions: Any,
+    starts: Any,
+    seed: int,
+    scale: Any,
+    factor: Any,
+    accumulate: bool,
+    per_tensor: bool,
+    second_moments: Any,
+    eps: float,
+    into: Any = None,
+) -> Any:
     layout = None if numels is None else SketchLayout(tuple(numels), rows_per_slab, seed, lanes)
     return _function("sketch", out)(
         tensors,
@@ -111,19 +112,19 @@ def _sketch(
     "Tensor[]? second_moments, float eps) -> ()",
     lambda *arguments: None,
 )
-def _sketch_into_(tensors, out, into, *arguments):
+def _sketch_into_(tensors: Any, out: Tensor, into: Any, *arguments: Any) -> None:
     _sketch(tensors, out, *arguments, into=into)
 
 
 @_operator(
     "pair_moments(Tensor[] a, Tensor[] b, bool per_tensor) -> Tensor", lambda a, b, per_tensor: _sums(a, 3, per_tensor)
 )
-def _pair_moments(a, b, per_tensor):
+def _pair_moments(a: Any, b: Any, per_tensor: bool) -> Any:
     return _function("pair_moments", _first(a))(a, b, per_tensor=per_tensor)
 
 
 @_operator("mix_(Tensor(a!)[] a, Tensor[] b, Tensor? mu, float weight) -> ()", lambda a, b, mu, weight: None)
-def _mix_(a, b, mu, weight):
+def _mix_(a: Any, b: Any, mu: Any, weight: Any) -> None:
     _function("mix_", _first(a))(a, b, weight if mu is None else mu)
 
 
@@ -131,7 +132,7 @@ def _mix_(a, b, mu, weight):
     "mix_moments_(Tensor(a!)[] a, Tensor[] b, Tensor? mu, float weight) -> Tensor",
     lambda a, b, mu, weight: _sums(a, 3, False),
 )
-def _mix_moments_(a, b, mu, weight):
+def _mix_moments_(a: Any, b: Any, mu: Any, weight: Any) -> Any:
     return _function("mix_", _first(a))(a, b, weight if mu is None else mu, moments=True)
 
 
@@ -139,7 +140,7 @@ def _mix_moments_(a, b, mu, weight):
     "token_moments(Tensor logprobs, Tensor advantages, Tensor mask, Tensor is_expert) -> Tensor",
     lambda logprobs, advantages, mask, is_expert: _sums([logprobs], 7, False).new_empty(logprobs.shape[0], 7),
 )
-def _token_moments(logprobs, advantages, mask, is_expert):
+def _token_moments(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor) -> Any:
     return _function("token_moments", logprobs)(logprobs, advantages, mask, is_expert)
 
 
@@ -147,7 +148,7 @@ def _token_moments(logprobs, advantages, mask, is_expert):
     "absorb_(Tensor current, Tensor(a!)? previous, Tensor(b!) total, Tensor? scale, float factor) -> Tensor",
     lambda current, previous, total, scale, factor: _sums([current], 1, False).new_empty(-(-current.numel() // 1024)),
 )
-def _absorb_(current, previous, total, scale, factor):
+def _absorb_(current: Tensor, previous: Any, total: Tensor, scale: Any, factor: Any) -> Any:
     return _function("absorb_", current)(current, previous, total, factor if scale is None else scale)
 
 
@@ -156,5 +157,5 @@ def _absorb_(current, previous, total, scale, factor):
     "float factor) -> ()",
     lambda *arguments: None,
 )
-def _absorb_into_(current, previous, total, into, scale, factor):
+def _absorb_into_(current: Tensor, previous: Any, total: Tensor, into: Any, scale: Any, factor: Any) -> None:
     _function("absorb_", current)(current, previous, total, factor if scale is None else scale, into=into)

@@ -15,6 +15,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,31 +103,31 @@ def _traced() -> bool:
     return _is_compiling() or _active_modes() > 0
 
 
-def _readable(tensors):
+def _readable(tensors: Any) -> Any:
     """``tensors`` as something that can be read twice; what is no list at all is left for the checks to name."""
     if isinstance(tensors, (Tensor, list)):
         return tensors
     return list(tensors) if hasattr(tensors, "__iter__") else tensors
 
 
-def _listed(tensors):
+def _listed(tensors: Any) -> Any:
     """The same in the form of a schema: a single tensor as a list of one."""
     return [tensors] if isinstance(tensors, Tensor) else _readable(tensors)
 
 
-def _device_type(tensors) -> str:
+def _device_type(tensors: Any) -> str:
     first = tensors[0] if isinstance(tensors, list) and tensors else tensors
     if not isinstance(first, Tensor) or first.is_cpu:
         return "cpu"
     return first.device.type
 
 
-def _scalar_parts(value) -> tuple[Tensor | None, float]:
+def _scalar_parts(value: Any) -> tuple[Tensor | None, float]:
     """A scalar argument in the form of a schema: a tensor, or a number."""
     return (value, 1.0) if isinstance(value, Tensor) else (None, 1.0 if value is None else float(value))
 
 
-def moments(tensors, *, per_tensor: bool = False) -> Tensor:
+def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
     """Sum of squares and number of non-finite elements; see :func:`gac_kernels.reference.moments`."""
     if _traced():
         return torch.ops.gac_kernels.moments(_listed(tensors), per_tensor)
@@ -137,18 +138,18 @@ def moments(tensors, *, per_tensor: bool = False) -> Tensor:
 
 
 def sketch(
-    tensors,
+    tensors: Any,
     out: Tensor,
     *,
     layout: SketchLayout | None = None,
-    regions=None,
-    starts=None,
+    regions: Any = None,
+    starts: Any = None,
     seed: int = 0,
     scale: Tensor | float | None = None,
     accumulate: bool = False,
     per_tensor: bool = False,
     into: Tensor | None = None,
-    second_moments=None,
+    second_moments: Any = None,
     eps: float = 1e-8,
 ) -> Tensor:
     """A random projection into ``out``, and the moments of the same read; see :func:`gac_kernels.reference.sketch`."""
@@ -182,7 +183,7 @@ def sketch(
     )
 
 
-def pair_moments(a, b, *, per_tensor: bool = False) -> Tensor:
+def pair_moments(a: Any, b: Any, *, per_tensor: bool = False) -> Tensor:
     """``|a|^2``, ``|b|^2`` and ``<a, b>``; see :func:`gac_kernels.reference.pair_moments`."""
     if _traced():
         return torch.ops.gac_kernels.pair_moments(_listed(a), _listed(b), per_tensor)
@@ -192,7 +193,7 @@ def pair_moments(a, b, *, per_tensor: bool = False) -> Tensor:
     return _implementation("pair_moments", _device_type(a))(a, b, per_tensor=per_tensor)
 
 
-def mix_(a, b, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
+def mix_(a: Any, b: Any, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
     """``a <- mu * a + (1 - mu) * b`` in place; see :func:`gac_kernels.reference.mix_`."""
     if _is_compiling() or _active_modes():  # `_traced`, less a call
         operator = torch.ops.gac_kernels.mix_moments_ if moments else torch.ops.gac_kernels.mix_

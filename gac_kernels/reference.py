@@ -8,6 +8,7 @@ and it makes float64 copies of its input.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def _moments(tensors: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=dtype, device=device)
 
 
-def moments(tensors, *, per_tensor: bool = False) -> Tensor:
+def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
     """Sum of squares and number of non-finite elements.
 
     Args:
@@ -81,18 +82,18 @@ def signs(layout: SketchLayout, region: int, start: int, numel: int, device: tor
 
 
 def sketch(
-    tensors,
+    tensors: Any,
     out: Tensor,
     *,
     layout: SketchLayout | None = None,
-    regions=None,
-    starts=None,
+    regions: Any = None,
+    starts: Any = None,
     seed: int = 0,
     scale: Tensor | float | None = None,
     accumulate: bool = False,
     per_tensor: bool = False,
     into: Tensor | None = None,
-    second_moments=None,
+    second_moments: Any = None,
     eps: float = 1e-8,
 ) -> Tensor:
     """A random projection of the tensors into ``out``, and their moments from the same read.
@@ -157,7 +158,7 @@ def sketch(
     return into
 
 
-def pair_moments(a, b, *, per_tensor: bool = False) -> Tensor:
+def pair_moments(a: Any, b: Any, *, per_tensor: bool = False) -> Tensor:
     """``|a|^2``, ``|b|^2`` and ``<a, b>`` of two lists of equal shapes.
 
     Args:
@@ -180,7 +181,7 @@ def pair_moments(a, b, *, per_tensor: bool = False) -> Tensor:
     return table if per_tensor else table.sum(0)
 
 
-def mix_(a, b, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
+def mix_(a: Any, b: Any, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
     """``a <- mu * a + (1 - mu) * b`` in place, rounded once to ``a``'s dtype.
 
     Args:

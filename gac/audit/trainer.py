@@ -87,7 +87,7 @@ class AuditTrainer(HybridGRPOTrainer):
         record.left_out = self._shadows.left_out
         self._panel: Panel | None = None
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any):
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
         self._shadows.follow(self.optimizer)
         # a law that knows nothing of momentum is judged by what the optimizer makes of its mu all the same

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,7 +144,7 @@ def drop_failing(prepared: Prepared) -> None:
             prepared.omitted[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
 
 
-def _read(case: Case, pools: Pools, operands: Sequence[str], wide: Sequence[str] = ()):
+def _read(case: Case, pools: Pools, operands: Sequence[str], wide: Sequence[str] = ()) -> Any:
     """Input sets of the operands (``wide`` ones float32), with the readers of their memory and the bytes these read."""
     dtypes = {name: torch.float32 if name in wide else dtype_of(case.dtype) for name in operands}
     numel = sum(math.prod(shape) for shape in case.shapes)

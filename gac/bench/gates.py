@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def sample(numels: Sequence[int]) -> list[int]:
     return chosen
 
 
-def _pieces(tensor: Tensor):
+def _pieces(tensor: Tensor) -> Any:
     flat = tensor.reshape(-1)
     return [(start, flat[start : start + _PIECE]) for start in range(0, max(1, flat.numel()), _PIECE)]
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import nn
@@ -106,8 +107,8 @@ class _LedgerClock:
             for name in ("begin", "read", "end"):
                 setattr(ledger, name, self._timed(getattr(ledger, name)))
 
-    def _timed(self, function):
-        def call(*args):
+    def _timed(self, function: Any) -> Any:
+        def call(*args: Any) -> None:
             start = perf_counter()
             function(*args)
             self.seconds += perf_counter() - start

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import monotonic
+from typing import Any
 
 import torch
 
@@ -116,7 +117,7 @@ def _is_slower(row: dict) -> bool:
     return any(high < 1 for _, high in row.get("speedup_interval", {}).values())
 
 
-def _attempt(case: Case, pools: Pools, timer, options: Options, looks: list[dict[str, Samples]]) -> dict:
+def _attempt(case: Case, pools: Pools, timer: Any, options: Options, looks: list[dict[str, Samples]]) -> dict:
     """The row of a case, or why memory did not allow it."""
     try:
         return run_case(case, pools, timer, options, looks)
@@ -142,7 +143,9 @@ def _head(case: Case) -> dict:
     }
 
 
-def run_case(case: Case, pools: Pools, timer, options: Options, looks: list[dict[str, Samples]] | None = None) -> dict:
+def run_case(
+    case: Case, pools: Pools, timer: Any, options: Options, looks: list[dict[str, Samples]] | None = None
+) -> dict:
     """The row of one case; with a red gate it has neither ratios nor percentages.
 
     `looks` holds earlier measurements of the case, which count, too, and gets this one.

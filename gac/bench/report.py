@@ -134,7 +134,7 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> st
     return "\n".join(head + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def show(results: dict, console=None) -> None:
+def show(results: dict, console: Any = None) -> None:
     """Prints all tables."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from gac.plots import COLOURS, SETTINGS
 
@@ -56,7 +57,7 @@ def draw(results: dict, path: str | Path) -> None:
         plt.close(figure)
 
 
-def _panel(axis, rows: list[dict], dtype: str, nominal: float | None) -> None:
+def _panel(axis: Any, rows: list[dict], dtype: str, nominal: float | None) -> None:
     axis.set_title(dtype)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")

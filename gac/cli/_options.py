@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from typing import Any
 
 from gac.runs.config import TrainConfig
 
@@ -10,7 +11,7 @@ def add_training_options(parser: argparse.ArgumentParser, *, leave_out: tuple[st
     """Adds the options of `TrainConfig` to a parser, in groups. Unset options are absent from the namespace."""
     defaults = TrainConfig()
 
-    def add(group, flag: str, text: str, **kwargs) -> None:
+    def add(group: Any, flag: str, text: str, **kwargs: Any) -> None:
         name = flag.lstrip("-").replace("-", "_")
         if name in leave_out:
             return

@@ -8,6 +8,9 @@ import importlib.util
 import sys
 from pathlib import Path
 from time import monotonic
+from typing import Any
+
+import torch
 
 from gac.runs.errors import UsageError
 
@@ -27,7 +30,7 @@ _STEP_MODELS = ("10M", *_MODELS)
 _DTYPES = ("bf16", "fp16", "fp32")
 
 
-def _names(known: tuple[str, ...]):
+def _names(known: tuple[str, ...]) -> Any:
     """A type for comma-separated names."""
 
     def parse(text: str) -> tuple[str, ...]:
@@ -132,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     return _finish(results, prefix)
 
 
-def _device(name: str | None):
+def _device(name: str | None) -> Any:
     import torch
 
     if name is None:
@@ -152,7 +155,7 @@ def _with_suffix(prefix: Path, suffix: str) -> Path:
     return prefix.with_name(prefix.name + suffix)
 
 
-def _run_kernels(args: argparse.Namespace, device, results: dict, save) -> None:
+def _run_kernels(args: argparse.Namespace, device: torch.device, results: dict, save: Any) -> None:
     from gac.bench import kernels
 
     chosen = {
@@ -189,7 +192,7 @@ def _line(row: dict) -> str:
     return f"{describe(row)}: {seconds(row['variants']['gac']['p50'])}, {verdict}"
 
 
-def _run_steps(args: argparse.Namespace, device, results: dict, save, start: float) -> None:
+def _run_steps(args: argparse.Namespace, device: torch.device, results: dict, save: Any, start: float) -> None:
     import torch
 
     from gac.bench import host, step

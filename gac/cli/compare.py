@@ -107,7 +107,7 @@ def _check_stored(out: Path, wanted: TrainConfig) -> None:
         raise UsageError(f"{out} holds a run made with other options ({flags}); choose another --out")
 
 
-def _run_all(args, config: TrainConfig, laws: Sequence[str], seeds: Sequence[int], reporter) -> list[str]:
+def _run_all(args: Any, config: TrainConfig, laws: Sequence[str], seeds: Sequence[int], reporter: Any) -> list[str]:
     """Starting models first, then all runs, `args.jobs` at a time; returns what failed."""
     from gac.runs.folder import CONFIG, SUMMARY
 
@@ -176,7 +176,7 @@ def _train(options: Sequence[Any], log: Path, threads: int) -> int:
         return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False).returncode
 
 
-def _collect(args, config: TrainConfig, laws: Sequence[str], seeds: Sequence[int], reporter) -> None:
+def _collect(args: Any, config: TrainConfig, laws: Sequence[str], seeds: Sequence[int], reporter: Any) -> None:
     """Reads all runs; writes the JSON, the table and the picture."""
     from gac.plots import draw_comparison
     from gac.runs.console import markdown_table

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from gac.runs.errors import UsageError
 
@@ -146,13 +147,13 @@ def _setups(args: argparse.Namespace) -> Iterator:
             yield Setup(parameters, device, ranks=ranks, half_life=args.half_life, noise=noise, **options)
 
 
-def _record(setup, plan) -> dict:
+def _record(setup: Any, plan: Any) -> dict:
     """Everything that was asked and assumed, and the plan."""
     asked = dataclasses.asdict(setup) | {"parameters": setup.parameters.name}
     return {"setup": asked, "plan": dataclasses.asdict(plan)}
 
 
-def _print_one(setup, plan, *, markdown: bool) -> None:
+def _print_one(setup: Any, plan: Any, *, markdown: bool) -> None:
     from gac.runs.console import Reporter, markdown_table
 
     title = (
@@ -171,7 +172,7 @@ def _print_one(setup, plan, *, markdown: bool) -> None:
         reporter.say(f"note: {note}")
 
 
-def _lines(setup, plan) -> list[tuple[str, str]]:
+def _lines(setup: Any, plan: Any) -> list[tuple[str, str]]:
     every = "" if setup.interval == 1 else f", measuring every {setup.interval} steps"
     return [
         ("trainable parameters", f"{plan.trainable:,} in {plan.tensors:,} tensors"),
@@ -201,7 +202,7 @@ def _lines(setup, plan) -> list[tuple[str, str]]:
     ]
 
 
-def _print_many(setups, plans, *, markdown: bool) -> None:
+def _print_many(setups: Any, plans: Any, *, markdown: bool) -> None:
     from gac.runs.console import Reporter, markdown_table
 
     columns = (

@@ -7,6 +7,7 @@ Writes config.json, metrics.jsonl, TensorBoard events, checkpoints, summary.json
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 from gac.cli._options import add_training_options, config_from
 from gac.runs.config import RESUME_MAY_CHANGE, TrainConfig, check
@@ -111,7 +112,7 @@ def resolve(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
     return config, out
 
 
-def show(reporter, summary: dict, out: Path) -> None:
+def show(reporter: Any, summary: dict, out: Path) -> None:
     """The table at the end of a run."""
     from gac.runs.console import duration, size
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -123,7 +123,7 @@ def available() -> tuple[str, ...]:
     return tuple(sorted(_LAWS))
 
 
-def create(name: str, **options) -> Law:
+def create(name: str, **options: Any) -> Law:
     """Builds a law.
 
     Raises ValueError for an unknown name or a value out of range, TypeError for an option that the law lacks; both

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ class Controller:
         ValueError: unknown law, or a value out of range. TypeError: an option that the law lacks.
     """
 
-    def __init__(self, law: str = "gac", **options) -> None:
+    def __init__(self, law: str = "gac", **options: Any) -> None:
         self.law = create(law, **options)
         self.steps = 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ class _Feedback(Law):
         super().__init__(start)
         self.mu_min, self.mu_max = bounds(mu_min, mu_max, start=start)
 
-    def _move(self, signal: float | Tensor, change) -> Tensor:
+    def _move(self, signal: float | Tensor, change: Any) -> Tensor:
         mu = self.mu
         value = self.beside(signal)
         moved = change(mu, value).clamp(self.mu_min, self.mu_max)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,7 +165,9 @@ class Ledger:
             into = self._module_rows[-1][module]
             self._read(branch, [indices[j] for j in at], [gradients[j] for j in at], scale, moments, eps, into)
 
-    def _read(self, branch, indices, gradients, scale, second_moments, eps, into) -> None:
+    def _read(
+        self, branch: Any, indices: Any, gradients: Any, scale: Any, second_moments: Any, eps: float, into: Any
+    ) -> None:
         if self.direct:
             self._sketch(
                 indices, gradients, into, second_moments, eps, out=self.totals[branch], scale=scale, accumulate=True
@@ -183,7 +186,17 @@ class Ledger:
         if not self.running:
             self._filled.update(indices)
 
-    def _sketch(self, indices, gradients, into, second_moments=None, eps=0.0, *, out=None, **options) -> None:
+    def _sketch(
+        self,
+        indices: Any,
+        gradients: Any,
+        into: Any,
+        second_moments: Any = None,
+        eps: float = 0.0,
+        *,
+        out: Any = None,
+        **options: Any,
+    ) -> None:
         if second_moments is not None:
             options |= {"second_moments": second_moments, "eps": eps}
         sketch(

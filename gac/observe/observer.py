@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -203,7 +204,7 @@ class Observer:
         pending, now, limit = self._pending.gradients, self._pending.now, self._pending.limit
         size = self._pending.size_of(index)
 
-        def on_accumulated(parameter: nn.Parameter, clock=perf_counter, task=_graph_task_id) -> None:
+        def on_accumulated(parameter: nn.Parameter, clock: Any = perf_counter, task: Any = _graph_task_id) -> None:
             start = clock()
             if task() == now.task:  # not the first of its pass: nothing to check
                 pending[index] = None

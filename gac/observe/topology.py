@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -99,12 +100,12 @@ def topology_of(
     return Topology(mesh.size(), groups, True, tuple(_copies(p, mesh) for _, p in parameters))
 
 
-def _is_part(mesh, whole) -> bool:
+def _is_part(mesh: Any, whole: Any) -> bool:
     """Whether a mesh is some of the dimensions of another, or all."""
     return mesh == whole or set(mesh.mesh_dim_names or ("",)) < set(whole.mesh_dim_names or ())
 
 
-def _copies(parameter: nn.Parameter, mesh) -> int:
+def _copies(parameter: nn.Parameter, mesh: Any) -> int:
     """Ranks of ``mesh`` that hold the same piece: tensor parallelism leaves norms and the like whole on every rank."""
     if not is_dtensor(parameter):
         return mesh.size()

@@ -224,7 +224,7 @@ class Report:
         text = (textwrap.fill(sentence, 110) for sentence in self.reading())
         return "\n".join([self.headline(), *(text_table(*table) for table in self.tables()), *text])
 
-    def __rich__(self):
+    def __rich__(self) -> Any:
         from rich.box import SIMPLE_HEAD
         from rich.console import Group
         from rich.table import Table

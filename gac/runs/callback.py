@@ -42,17 +42,17 @@ class RunCallback(TrainerCallback):
         self._begin = 0.0
         self._extra: dict[str, float] = {}
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begin = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         end = time.perf_counter()
         self._extra = {"seconds": end - self._begin}
         if state.global_step % self._eval_every == 0 or state.global_step == state.max_steps:
             self._accuracy = self._extra["accuracy"] = self._evaluate()
             self._extra["eval_seconds"] = time.perf_counter() - end
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:  # the summary that transformers logs at the end
             return
         record = {"step": state.global_step, "estimator": self._trainer.mixer.estimator, **logs, **self._extra}

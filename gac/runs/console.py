@@ -12,7 +12,7 @@ class Reporter:
     called with ``milestone=True``.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         from rich.console import Console
 
         self.console = Console(highlight=False)

@@ -2,11 +2,12 @@
 
 import string
 from collections.abc import Iterable
+from typing import Any
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 
-def build_character_tokenizer(texts: Iterable[str] = (), *, max_length: int = 512):
+def build_character_tokenizer(texts: Iterable[str] = (), *, max_length: int = 512) -> Any:
     """A `transformers.PreTrainedTokenizerFast` over printable ASCII plus every character found in `texts`.
 
     Pads on the left, as generation needs; ids are the same whatever the order of `texts`. Decoding joins characters

@@ -8,7 +8,7 @@ from gac.tasks.problems import exact_match
 
 
 @contextlib.contextmanager
-def inference_mode_of(model: Any):
+def inference_mode_of(model: Any) -> Any:
     """The model in eval mode with its cache on, without gradients; restores both afterwards."""
     import torch
 

@@ -6,7 +6,7 @@ from typing import Any
 
 def build_small_model(
     tokenizer: Any, *, hidden_size: int = 96, layers: int = 3, heads: int = 4, max_length: int = 512, seed: int = 0
-):
+) -> Any:
     """A Qwen2-architecture causal LM in fp32 on the CPU, about 0.3 M parameters by default, initialised from `seed`.
 
     The caller's random state is left as it was.
@@ -33,7 +33,7 @@ def build_small_model(
     return model
 
 
-def load_model(name_or_path: str):
+def load_model(name_or_path: str) -> Any:
     """``(model, tokenizer)`` of a causal LM checkpoint: a local folder or a hub name, in fp32.
 
     Raises:
@@ -55,7 +55,7 @@ def load_model(name_or_path: str):
     return model, tokenizer
 
 
-def build_model_and_tokenizer(name_or_path: str | None, texts: Iterable[str], *, seed: int, **sizes: int):
+def build_model_and_tokenizer(name_or_path: str | None, texts: Iterable[str], *, seed: int, **sizes: int) -> Any:
     """`load_model` for a name, else a character tokenizer over `texts` and `build_small_model` of `sizes`."""
     if name_or_path:
         return load_model(name_or_path)

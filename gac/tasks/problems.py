@@ -171,7 +171,7 @@ def _distinct_items(task: Task, count: int, seed: int) -> list[dict[str, str]]:
     return [{"question": question, "answer": answer} for question, answer in items.items()]
 
 
-def _compact_renderer(questions: Sequence[str]):
+def _compact_renderer(questions: Sequence[str]) -> Any:
     """A function that strips what all questions share at both ends and blanks around signs, and ends them with '='.
 
     "State the final answer to the following arithmetic problem: 45 + 27 =" becomes "45+27=".

@@ -101,7 +101,9 @@ class GacCallback(TrainerCallback):
 
     # -- events -------------------------------------------------------------------------------------------------------
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         if args.fp16 and self._estimator != "coefficient":
             raise ValueError(
                 "fp16=True scales the loss by a factor that changes during training, which the statistics would see; "
@@ -122,7 +124,7 @@ class GacCallback(TrainerCallback):
         elif self._state is not None:
             self._mixer.load_state_dict(self._state)
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         missing = [name for name in self._needs if not self._observed[name]]
         if missing:
             raise RuntimeError(
@@ -136,7 +138,7 @@ class GacCallback(TrainerCallback):
             if isinstance(value, (int, float)):
                 self._window.setdefault(name, []).append(float(value))
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:  # of evaluation, or the summary at the end
             return
         metrics = {}
@@ -149,7 +151,7 @@ class GacCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(metrics)
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not args.should_save:
             return
         path = os.path.join(args.output_dir, f"checkpoint-{state.global_step}", STATE_FILE)
@@ -157,11 +159,11 @@ class GacCallback(TrainerCallback):
         torch.save(saved, path + ".part")
         os.replace(path + ".part", path)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._state = self.mixer.state_dict()
         self.mixer.unpatch()
 
-    def _read(self, args, state) -> dict:
+    def _read(self, args: Any, state: Any) -> dict:
         """The mixer's state of the checkpoint that this run resumes."""
         places = [self.resume_from, args.resume_from_checkpoint]
         places = [place for place in places if isinstance(place, str) and os.path.isdir(place)]
@@ -182,6 +184,6 @@ class GacCallback(TrainerCallback):
         return saved["mixer"]
 
 
-def _fingerprint(state) -> str:
+def _fingerprint(state: Any) -> str:
     """The newest log entry: what tells two runs apart that were saved at the same step."""
     return json.dumps(state.log_history[-1:], sort_keys=True)

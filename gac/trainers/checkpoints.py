@@ -42,11 +42,11 @@ class CheckpointedGRPOTrainer(GroupedGRPOTrainer):
         self._taken = 0  # micro-steps from the data loader, over all epochs
         self._epoch_length = 0
 
-    def _get_train_sampler(self, dataset=None):
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
         self._rl_sampler = super()._get_train_sampler(dataset)
         return self._rl_sampler
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         if self._step % (self.args.steps_per_generation * self.num_iterations):
@@ -117,7 +117,7 @@ class CheckpointedGRPOTrainer(GroupedGRPOTrainer):
             ) from error
         return state
 
-    def set_initial_training_values(self, args, dataloader) -> tuple:
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
         """As the base class counts them, with enough epochs for a run that goes on with other batch sizes."""
         epochs, updates, examples, samples, batch, self._epoch_length, max_steps = super().set_initial_training_values(
             args, dataloader
@@ -128,7 +128,7 @@ class CheckpointedGRPOTrainer(GroupedGRPOTrainer):
             epochs = max(epochs, self._position.epoch + math.ceil(ahead / updates))
         return epochs, updates, examples, samples, batch, self._epoch_length, max_steps
 
-    def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         epoch, taken = super()._init_training_state(*args, **kwargs)
         if self._checkpoint is not None and not self.args.ignore_data_skip:
             # by what was taken, where the base class goes by optimizer steps of today's size

@@ -144,7 +144,7 @@ class HybridGRPOTrainer(LoggedGRPOTrainer):
 
     # -- the two branches ---------------------------------------------------------------------------------------------
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """The step's branches, one after the other; returns the weighted sum of their losses."""
         if not self._micro_steps_left:
             self._begin_window()
@@ -173,7 +173,7 @@ class HybridGRPOTrainer(LoggedGRPOTrainer):
         elif not self._rule.from_prompts:
             self._draw_from_set()
 
-    def _generate_rollouts(self, model, inputs) -> dict[str, Any]:
+    def _generate_rollouts(self, model: Any, inputs: Any) -> dict[str, Any]:
         # As TRL's training_step is about to do; here, the branch can be told how many tokens its loss adds up.
         begin = time.perf_counter()
         model.train()
@@ -183,7 +183,7 @@ class HybridGRPOTrainer(LoggedGRPOTrainer):
         self._current_train_step_time += time.perf_counter() - begin
         return rollouts
 
-    def _rl_step(self, model, inputs, num_items_in_batch, rollouts) -> torch.Tensor:
+    def _rl_step(self, model: Any, inputs: Any, num_items_in_batch: Any, rollouts: Any) -> torch.Tensor:
         tokens = loss_mask(rollouts).sum() if self.loss_type in TOKEN_SUM_LOSSES else None
         # A supervised backward that follows is the one that may synchronise. Both contexts nest inside the trainer's.
         with self.mixer.rl(tokens=tokens), self._no_sync(model, last=not self._rule.supervises):
@@ -196,11 +196,11 @@ class HybridGRPOTrainer(LoggedGRPOTrainer):
             )
         return loss
 
-    def _no_sync(self, model, *, last: bool):
+    def _no_sync(self, model: Any, *, last: bool) -> Any:
         """For a backward pass that need not synchronise: under DDP, all but the last of a micro-step."""
         return contextlib.nullcontext() if last or self._sharded else self.accelerator.no_sync(model=model)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None) -> Any:
         """TRL's loss, with the rule's terms and weighted with ``1 - mu`` in training, as it is in evaluation."""
         if not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -210,7 +210,7 @@ class HybridGRPOTrainer(LoggedGRPOTrainer):
         self._rl_weighted = True
         return loss * (self._rule.scale * self.mixer.weight).to(loss.dtype)
 
-    def _sft_step(self, model, rollouts) -> torch.Tensor:
+    def _sft_step(self, model: Any, rollouts: Any) -> torch.Tensor:
         tokens = self._sft_window_tokens
         if self._rule.from_prompts and not self._rule.queues:
             batches = [demonstrations_of(rollouts, self._tokenizer.pad_token_id)]
@@ -225,7 +225,7 @@ class HybridGRPOTrainer(LoggedGRPOTrainer):
                 total = total + self._supervise(model, batch.to(self.accelerator.device), tokens)
         return total
 
-    def _supervise(self, model, batch: DemonstrationBatch, tokens: torch.Tensor | float) -> torch.Tensor:
+    def _supervise(self, model: Any, batch: DemonstrationBatch, tokens: torch.Tensor | float) -> torch.Tensor:
         with self.compute_loss_context_manager():
             outputs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             loss = self._rule.sft_loss(outputs.logits, batch.labels, tokens)
@@ -281,7 +281,7 @@ class HybridGRPOTrainer(LoggedGRPOTrainer):
 
     # -- mixer --------------------------------------------------------------------------------------------------------
 
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+    def _prepare_for_training(self, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._sharded = fsdp2_modules(self.model_wrapped)
         # the wrapped model, so that data parallelism is seen; hooks live only while training runs
@@ -305,7 +305,7 @@ class HybridGRPOTrainer(LoggedGRPOTrainer):
             self._load_gac_state(resume_from_checkpoint)
         return prepared
 
-    def _inner_training_loop(self, *args, resume_from_checkpoint=None, **kwargs):
+    def _inner_training_loop(self, *args: Any, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         self._checkpoint = None if resume_from_checkpoint is None else self._read_checkpoint(resume_from_checkpoint)
         try:
             return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -329,5 +329,5 @@ class _MixerStep(TrainerCallback):
     def __init__(self, trainer: HybridGRPOTrainer):
         self._trainer = trainer
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.end_optimizer_step()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -71,7 +71,7 @@ def count_step(
     return StepCounts(*total)
 
 
-def coefficient_mixer(device: torch.device | str, **options) -> gac.Mixer:
+def coefficient_mixer(device: torch.device | str, **options: Any) -> gac.Mixer:
     """A mixer with ``estimator="coefficient"`` that needs no model: it reads no gradients.
 
     Args:
@@ -110,7 +110,7 @@ class MixedBatch:
         interval: int = 1,
         coefficient: Mapping | None = None,
         follow_optimizer: bool = True,
-        **law_options,
+        **law_options: Any,
     ) -> None:
         controller = Controller(law, **law_options)
         if controller.law.needs:

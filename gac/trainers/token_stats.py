@@ -1,5 +1,7 @@
 """Log-probabilities and entropies from logits that a loss has computed already, without a second copy of them."""
 
+from typing import Any
+
 import torch
 
 from gac.losses import IGNORE_INDEX, shift_labels
@@ -55,6 +57,6 @@ def masked_row_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(kept, values, 0.0).sum(1) / kept.sum(1).clamp(min=1)
 
 
-def _chunks(flat: torch.Tensor):
+def _chunks(flat: torch.Tensor) -> Any:
     size = max(1, _CHUNK_BYTES // (4 * max(1, flat.shape[1])))
     return (slice(begin, begin + size) for begin in range(0, flat.shape[0], size))

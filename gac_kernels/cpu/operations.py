@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 from operator import le, ne
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def _sums(count: int, width: int, per_tensor: bool) -> Tensor:
     return _empty_like(_TWO if width == 2 else _THREE)
 
 
-def _packed(tensor) -> int:
+def _packed(tensor: Tensor) -> int:
     """``numel << 16 | dtype code`` of one contiguous CPU tensor of a plain type; 0 sends anything else the careful way.
 
     So goes a tensor of one element: a lazily negated view of that size counts as contiguous.
@@ -80,12 +81,12 @@ def _packed(tensor) -> int:
     return 0
 
 
-def _single(tensors: list):
+def _single(tensors: list) -> Any:
     """The only tensor of a list of one, else the list."""
     return tensors[0] if len(tensors) == 1 else tensors
 
 
-def _packed_pair(a, b) -> int:
+def _packed_pair(a: Any, b: Any) -> int:
     """The same of two tensors that agree in it and in shape."""
     try:
         if type(a) in PLAIN and type(b) in PLAIN and a.is_contiguous() and b.is_contiguous() and a.is_cpu and b.is_cpu:
@@ -106,7 +107,7 @@ def _with_threads(packed: int) -> int:
     return packed | torch.get_num_threads() << 4
 
 
-def moments(tensors, *, per_tensor: bool = False) -> Tensor:
+def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
     """Sum of squares and number of non-finite elements; see :func:`gac_kernels.reference.moments`."""
     library = require()
     if not per_tensor:
@@ -133,7 +134,7 @@ def moments(tensors, *, per_tensor: bool = False) -> Tensor:
     return out
 
 
-def _pair_tables(a, b) -> tuple[Table, Table] | None:
+def _pair_tables(a: Any, b: Any) -> tuple[Table, Table] | None:
     """Quick tables of two lists; None when they need the careful way."""
     if not isinstance(a, list) or not isinstance(b, list) or len(a) != len(b):
         return None
@@ -164,7 +165,7 @@ def _flattened(a: list[Tensor], b: list[Tensor]) -> tuple[list[Tensor], list[Ten
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 
-def pair_moments(a, b, *, per_tensor: bool = False) -> Tensor:
+def pair_moments(a: Any, b: Any, *, per_tensor: bool = False) -> Tensor:
     """``|a|^2``, ``|b|^2`` and ``<a, b>``; see :func:`gac_kernels.reference.pair_moments`."""
     library = require()
     if not per_tensor:
@@ -195,7 +196,7 @@ def pair_moments(a, b, *, per_tensor: bool = False) -> Tensor:
     return out
 
 
-def _number(value, name: str) -> float:
+def _number(value: Any, name: str) -> float:
     """A scale or weight as a float. Reading a CPU tensor waits for nothing."""
     if type(value) is float:
         return value
@@ -206,7 +207,7 @@ def _number(value, name: str) -> float:
     return float(check_scalar(value, name, _CPU))
 
 
-def mix_(a, b, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
+def mix_(a: Any, b: Any, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
     """``a <- mu * a + (1 - mu) * b`` in place; see :func:`gac_kernels.reference.mix_`.
 
     For float32 and float64 a fused multiply-add in that precision: beside the last rounding, ``(1 - mu) * b`` is
@@ -267,7 +268,7 @@ class _Pieces:
 
 
 @lru_cache(maxsize=256)
-def _pieces(layout: SketchLayout, count: int, regions: tuple[int, ...] | None, starts: tuple[int, ...] | None):
+def _pieces(layout: SketchLayout, count: int, regions: tuple[int, ...] | None, starts: tuple[int, ...] | None) -> Any:
     """The pieces of ``count`` tensors, None standing for the defaults. Raises IndexError for numbers that are wrong."""
     regions = range(count) if regions is None else regions
     starts = (0,) * count if starts is None else starts
@@ -276,7 +277,7 @@ def _pieces(layout: SketchLayout, count: int, regions: tuple[int, ...] | None, s
     return _Pieces(layout, regions, starts)
 
 
-def _known_pieces(layout: SketchLayout, numels: list[int], out: Tensor, regions, starts) -> _Pieces | None:
+def _known_pieces(layout: SketchLayout, numels: list[int], out: Tensor, regions: Any, starts: Any) -> _Pieces | None:
     """The pieces of a call whose arguments are surely right; None sends it to the full checks."""
     if type(out) not in PLAIN or out.dtype not in (torch.float32, _FLOAT64) or not out.is_cpu:
         return None
@@ -291,7 +292,7 @@ def _known_pieces(layout: SketchLayout, numels: list[int], out: Tensor, regions,
     return pieces if all(map(le, numels, pieces.room)) else None
 
 
-def _second_table(second_moments, tensors, table: Table, eps: float) -> Table:
+def _second_table(second_moments: Any, tensors: Any, table: Table, eps: float) -> Table:
     """The table of second moments, checked against the tensors and their table."""
     if isinstance(second_moments, Tensor):
         second_moments = [second_moments]
@@ -311,18 +312,18 @@ cores share a cache a second thread gains from 256 K elements on (measured cold:
 
 
 def sketch(
-    tensors,
+    tensors: Any,
     out: Tensor,
     *,
     layout: SketchLayout | None = None,
-    regions=None,
-    starts=None,
+    regions: Any = None,
+    starts: Any = None,
     seed: int = 0,
     scale: Tensor | float | None = None,
     accumulate: bool = False,
     per_tensor: bool = False,
     into: Tensor | None = None,
-    second_moments=None,
+    second_moments: Any = None,
     eps: float = 1e-8,
 ) -> Tensor:
     """A random projection into ``out``, and moments of the same read; see :func:`gac_kernels.reference.sketch`."""
@@ -410,7 +411,7 @@ def token_moments(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert:
     return out
 
 
-def _is_vector(tensor, numel: int) -> bool:
+def _is_vector(tensor: Tensor, numel: int) -> bool:
     """True for a vector of ``numel`` > 1 elements that surely is as ``absorb_`` needs it."""
     return (
         type(tensor) in PLAIN

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **constants) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **constants: Any) -> None:
     """Starts ``kernel`` on the current stream of ``device``; a grid without programs starts nothing.
 
     Contraction to fused multiply-add is asked for by name, because its default differs between Triton versions.

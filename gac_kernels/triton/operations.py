@@ -6,6 +6,7 @@ import operator
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import repeat
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -110,7 +111,9 @@ def _by_dtype(kinds: list) -> tuple[Sequence[int], list[tuple[object, int]]]:
     return order, [(kind, len(members)) for kind, members in groups.items()]
 
 
-def _ranges(plan: Chunks, order: Sequence[int], columns: int, per_tensor: bool, device) -> tuple[Tensor, int]:
+def _ranges(
+    plan: Chunks, order: Sequence[int], columns: int, per_tensor: bool, device: torch.device
+) -> tuple[Tensor, int]:
     """The chunk range of each row of the result: a row for each tensor, or one for all."""
     if not per_tensor:
         whole = lambda: torch.tensor([[0, plan.count * columns]])
@@ -139,7 +142,7 @@ def _reduce(plan: Chunks, order: Sequence[int], partials: Tensor, per_tensor: bo
     return out if per_tensor else out[0]
 
 
-def _accumulator(*dtypes: torch.dtype):
+def _accumulator(*dtypes: torch.dtype) -> Any:
     return tl.float64 if torch.float64 in dtypes else tl.float32
 
 
@@ -149,7 +152,7 @@ def _ends(plan: Chunks) -> list[tuple[int, int]]:
     return [(a, b - a) for a, b in zip(starts, plan.group_ends, strict=False)]
 
 
-def moments(tensors, *, per_tensor: bool = False) -> Tensor:
+def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
     """See :func:`gac_kernels.reference.moments`. Squares are added in float32 within a chunk.
 
     A sum of squares beyond float32's range is found and taken again in float64; squares below 2**-149 count as 0, so
@@ -188,18 +191,18 @@ def moments(tensors, *, per_tensor: bool = False) -> Tensor:
 
 
 def sketch(
-    tensors,
+    tensors: Any,
     out: Tensor,
     *,
     layout: SketchLayout | None = None,
-    regions=None,
-    starts=None,
+    regions: Any = None,
+    starts: Any = None,
     seed: int = 0,
     scale: Tensor | float | None = None,
     accumulate: bool = False,
     per_tensor: bool = False,
     into: Tensor | None = None,
-    second_moments=None,
+    second_moments: Any = None,
     eps: float = 1e-8,
 ) -> Tensor:
     """See :func:`gac_kernels.reference.sketch`. Buckets and squares are added in float32 within a chunk.
@@ -292,7 +295,7 @@ def sketch(
     return result if per_tensor else result[0]
 
 
-def _pair(a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool, want: bool, per_tensor: bool):
+def _pair(a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool, want: bool, per_tensor: bool) -> Any:
     """``pair_moments`` and ``mix_`` on pairs of contiguous tensors of supported dtypes."""
     device = _indexed(a[0].device)
     check_device(device)
@@ -326,7 +329,7 @@ def _pair(a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool
     return _reduce(plan, order, partials, per_tensor) if want else None
 
 
-def pair_moments(a, b, *, per_tensor: bool = False) -> Tensor:
+def pair_moments(a: Any, b: Any, *, per_tensor: bool = False) -> Tensor:
     """See :func:`gac_kernels.reference.pair_moments`. The value range is that of :func:`moments`."""
     a, b = check_pair(a, b)
     if not any(t.numel() for t in a):
@@ -353,7 +356,7 @@ def _readable_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return (x.contiguous(), y.contiguous()) if dense is None else dense
 
 
-def mix_(a, b, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
+def mix_(a: Any, b: Any, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
     """See :func:`gac_kernels.reference.mix_`.
 
     The products are rounded to float32 (float64 when either tensor is float64) before ``a``'s dtype. The moments of

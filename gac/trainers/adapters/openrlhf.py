@@ -19,7 +19,7 @@ EXPERT = "is_expert"
 """Key of ``experience.info`` that holds ``[B]``, true for demonstrations."""
 
 
-def expert_rows(experience) -> Tensor:
+def expert_rows(experience: Any) -> Tensor:
     """``[B]`` bool from ``experience.info["is_expert"]``, for a batch or a single sample of the replay buffer.
 
     Raises KeyError where it is absent: OpenRLHF joins only batches with the same keys, so every sample needs it.
@@ -32,7 +32,7 @@ def expert_rows(experience) -> Tensor:
     return torch.as_tensor(rows).reshape(-1).bool()
 
 
-def attach(trainer, *, is_expert: Callable[[Any], Tensor] = expert_rows, **options) -> MixedBatch:
+def attach(trainer: Any, *, is_expert: Callable[[Any], Tensor] = expert_rows, **options: Any) -> MixedBatch:
     """Makes an ``ActorPPOTrainer`` mix both losses, before its first ``ppo_train``.
 
     Args:
@@ -60,7 +60,7 @@ def attach(trainer, *, is_expert: Callable[[Any], Tensor] = expert_rows, **optio
         loss_fn.counts = count_step(masks, [is_expert(item) for item in items], group, device=device)
         return ppo_train(kl_ctl)
 
-    def labelled_training_step(experience, *args, **kwargs) -> dict:
+    def labelled_training_step(experience: Any, *args: Any, **kwargs: Any) -> dict:
         loss_fn.is_expert = is_expert(experience)
         try:
             status = training_step(experience, *args, **kwargs)
@@ -117,7 +117,7 @@ class MixedPolicyLoss(nn.Module):
         is_expert = self.is_expert.to(log_probs.device)
         others: tuple = ()
 
-        def policy_loss(*, logprobs, old_logprobs, advantages, mask) -> Tensor:
+        def policy_loss(*, logprobs: Any, old_logprobs: Any, advantages: Any, mask: Any) -> Tensor:
             nonlocal others
             rollout = None if rollout_log_probs is None else torch.where(mask != 0, rollout_log_probs, 0.0)
             loss, *rest = self.policy_loss(
@@ -160,7 +160,7 @@ class MixedPolicyLoss(nn.Module):
         )
 
 
-def _data_parallel_group(strategy) -> dist.ProcessGroup | None:
+def _data_parallel_group(strategy: Any) -> dist.ProcessGroup | None:
     if not dist.is_available() or not dist.is_initialized():
         return None
     mesh = getattr(strategy, "ds_device_mesh", None)

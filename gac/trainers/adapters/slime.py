@@ -41,7 +41,7 @@ class _Run:
     counts: StepCounts | None = None
 
 
-def mixed_batch(args) -> MixedBatch:
+def mixed_batch(args: Any) -> MixedBatch:
     """What follows mu in this process; made from ``args.gac`` at the first call.
 
     Raises ValueError for options of slime that do not go with a mixed loss.
@@ -56,7 +56,7 @@ def mixed_batch(args) -> MixedBatch:
     return _Run.mixed
 
 
-def advantages(args, rollout_data: dict[str, Any]) -> None:
+def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
     """Group-relative advantages as slime's own ``grpo``; 0 for demonstrations, whose returns are 1 and others' 0.
 
     Counts the tokens and samples of both branches over the data-parallel ranks: one small all-reduce per rollout.
@@ -82,7 +82,7 @@ def advantages(args, rollout_data: dict[str, Any]) -> None:
     _Run.counts = count_step(masks, expert[:, None].unbind(), _group(mpu), device=device)
 
 
-def loss(args, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean) -> tuple[Tensor, dict[str, Tensor]]:
+def loss(args: Any, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """slime's custom loss: ``(args, batch, logits, sum_of_sample_mean) -> (loss, metrics)``.
 
     slime divides by the samples (or tokens) of a whole step without telling the branches apart. Each branch is divided
@@ -132,5 +132,5 @@ def _share(counts: StepCounts, *, by_tokens: bool) -> Tensor:
     return (sft / (sft + rl).clamp(min=1)).clamp(min=1e-6)
 
 
-def _group(mpu):
+def _group(mpu: Any) -> Any:
     return mpu.get_data_parallel_group() if dist.is_available() and dist.is_initialized() else None

@@ -21,7 +21,7 @@ CLASS_NAME = "GacGRPOTrainer"
 """What :func:`install` adds to this module, for ms-swift's factory to find."""
 
 
-def install(**options) -> type:
+def install(**options: Any) -> type:
     """Makes ``swift rlhf --rlhf_type grpo`` use a trainer with a measured mu. Idempotent; returns the class.
 
     Args:
@@ -45,7 +45,7 @@ class MixedGRPOMixin:
 
     gac_options: Mapping[str, Any] = {}
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if getattr(self, "use_liger_loss", False):
             raise ValueError("use_liger_kernel fuses the loss, so its log-probabilities cannot be read; switch it off")
@@ -56,13 +56,13 @@ class MixedGRPOMixin:
         self.gac = GacCallback(estimator="coefficient", **self.gac_options).attach(self)
         self._policy_logprobs: Tensor | None = None
 
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if torch.is_grad_enabled():
             self._policy_logprobs = result[0].detach()
         return result
 
-    def _compute_loss_and_metrics(self, model, model_inputs, grpo_batch):
+    def _compute_loss_and_metrics(self, model: Any, model_inputs: Any, grpo_batch: Any) -> Any:
         demonstrations, self.chord_sft_iterator = self.chord_sft_iterator, None  # or it adds its own weighted sum
         try:
             rl_loss, metrics = super()._compute_loss_and_metrics(model, model_inputs, grpo_batch)
@@ -77,7 +77,7 @@ class MixedGRPOMixin:
         mixer.observe_tokens(logprobs, grpo_batch.advantages, mask, rollouts)
         return mixer.mixed_loss(sft_loss=self._sft_loss(next(demonstrations)), rl_loss=rl_loss), metrics
 
-    def _sft_loss(self, rows) -> Tensor:
+    def _sft_loss(self, rows: Any) -> Tensor:
         """NLL of a micro-batch of demonstrations, as ms-swift encodes them; feeds the estimator."""
         inputs = self._prepare_input(self.template.data_collator(rows))
         labels = inputs.pop("labels")

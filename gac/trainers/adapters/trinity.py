@@ -10,6 +10,8 @@ registry resolves without a plugin::
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from trinity.algorithm.policy_loss_fn.mix_policy_loss import MIXPolicyLossFn
 
@@ -34,7 +36,7 @@ class GacMixPolicyLossFn(MIXPolicyLossFn):
         law: str = "gac",
         law_options: dict | None = None,
         phi_coefficient: bool = True,
-        **options,
+        **options: Any,
     ) -> None:
         if "mu" in options:
             raise ValueError("mu is set by the law: leave it out, or use law: fixed and law_options: {mu: ...}")
@@ -48,7 +50,7 @@ class GacMixPolicyLossFn(MIXPolicyLossFn):
         action_mask: torch.Tensor,
         advantages: torch.Tensor,
         expert_mask: torch.Tensor,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, dict]:
         self.mixed.open(logprob.device)
         self.mu = self.mixed.mu

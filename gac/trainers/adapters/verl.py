@@ -23,7 +23,7 @@ _COUNTS = {name: f"gac_{name}" for name in StepCounts._fields}
 STATE_FILE = "gac_state_rank_{rank}.pt"
 
 
-def install(**options) -> None:
+def install(**options: Any) -> None:
     """Makes verl's actor workers mix both losses: call it in a module named in ``VERL_USE_EXTERNAL_MODULES``.
 
     verl imports such modules in every process. Idempotent.
@@ -37,7 +37,7 @@ def install(**options) -> None:
     ActorRolloutRefWorker.actor_worker_cls = training_worker(getattr(base, "_gac_base", base), **options)
 
 
-def training_worker(base: type | None = None, **options) -> type:
+def training_worker(base: type | None = None, **options: Any) -> type:
     """A subclass of verl's ``TrainingWorker`` whose loss functions are mixed with demonstrations.
 
     Args:
@@ -56,7 +56,7 @@ def training_worker(base: type | None = None, **options) -> type:
                 self._mixed = MixedBatch(**options)
             super().set_loss_fn(MixedPpoLoss(loss_fn, self._mixed))
 
-        def train_batch(self, data):
+        def train_batch(self, data: Any) -> Any:
             from verl.utils import tensordict_utils as tu
             from verl.utils.device import get_device_id
 
@@ -66,13 +66,13 @@ def training_worker(base: type | None = None, **options) -> type:
             tu.assign_non_tensor(data, **dict(zip(_COUNTS.values(), torch.stack(counts).tolist(), strict=True)))
             return super().train_batch(data)
 
-        def save_checkpoint(self, local_path, *args, **kwargs):
+        def save_checkpoint(self, local_path: Any, *args: Any, **kwargs: Any) -> Any:
             result = super().save_checkpoint(local_path, *args, **kwargs)
             os.makedirs(local_path, exist_ok=True)
             torch.save(self._mixed.state_dict(), os.path.join(local_path, STATE_FILE.format(rank=_rank())))
             return result
 
-        def load_checkpoint(self, local_path, *args, **kwargs):
+        def load_checkpoint(self, local_path: Any, *args: Any, **kwargs: Any) -> Any:
             result = super().load_checkpoint(local_path, *args, **kwargs)
             paths = [os.path.join(local_path or "", STATE_FILE.format(rank=rank)) for rank in (_rank(), 0)]
             found = next((path for path in paths if os.path.isfile(path)), None)
@@ -100,7 +100,7 @@ class MixedPpoLoss:
         self.policy_loss = policy_loss
         self.mixed = mixed
 
-    def __call__(self, model_output, data, dp_group=None) -> tuple[Tensor, dict[str, Any]]:
+    def __call__(self, model_output: Any, data: Any, dp_group: Any = None) -> tuple[Tensor, dict[str, Any]]:
         if not torch.is_grad_enabled():
             return self.policy_loss(model_output=model_output, data=data, dp_group=dp_group)
         from verl.utils import tensordict_utils as tu
@@ -114,7 +114,7 @@ class MixedPpoLoss:
             )
         metrics: dict[str, Any] = {}
 
-        def policy_loss(*, old_logprobs, advantages, mask, **_) -> Tensor:
+        def policy_loss(*, old_logprobs: Any, advantages: Any, mask: Any, **_: Any) -> Tensor:
             rollouts = data.copy()
             rollouts["old_log_probs"], rollouts["advantages"] = old_logprobs, advantages
             rollouts["response_mask"] = mask
@@ -140,7 +140,7 @@ class MixedPpoLoss:
         return result.loss, metrics | self.mixed.metrics()
 
 
-def expert_rows(data) -> Tensor:
+def expert_rows(data: Any) -> Tensor:
     """``[B]`` bool on the host, from the field ``is_expert`` or from each row's ``extra_fields``.
 
     Raises KeyError where the batch has neither.
@@ -160,12 +160,12 @@ def expert_rows(data) -> Tensor:
     return torch.tensor([bool(value) for value in _listed(values)])
 
 
-def _listed(values) -> list:
+def _listed(values: Any) -> list:
     """Non-tensor fields come as lists, object arrays or tensordict stacks."""
     return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
-def _padded(data, key: str) -> Tensor:
+def _padded(data: Any, key: str) -> Tensor:
     return data.select(key).to_padded_tensor()[key]
 
 
