@@ -5,7 +5,7 @@ losses and the command line are modules of their own.
 """
 
 from gac import laws, schedules
-from gac._version import __version__
+from gac.version import __version__
 from gac.laws import Controller
 from gac.mixer import Mixer
 from gac.patching import patch

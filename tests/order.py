@@ -7,7 +7,7 @@ specific one counts. ``tests/test_order.py`` holds the code against it.
 FLOORS = (
     ("gac_kernels",),
     ("gac.statistics",),
-    ("gac.schedules",),
+    ("gac.schedules", "gac.version"),
     ("gac.observe", "gac.laws"),
     ("gac.options", "gac.weights", "gac.metrics"),
     ("gac.measurement",),
