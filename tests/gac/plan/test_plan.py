@@ -27,7 +27,7 @@ from gac.statistics import Branch
 from gac_kernels.layout import LANES, SketchLayout, sketch_chunk_rows
 from tests.gac.models import sft_loss, tiny_model, tokens
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 H100 = DEVICES["h100"]
 
 
