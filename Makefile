@@ -25,10 +25,10 @@ train: install  ## post-train a small model with the measured mix; results in ru
 
 # One thread a worker: two workers with two threads each would wait for one another on two cores.
 test: install  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 quick: install  ## run the tests that answer within a minute
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow"
 
 lint: install  ## check the style
 	$(BIN)/ruff check .
@@ -43,7 +43,7 @@ format: install  ## apply the style
 
 docs: install  ## build the pages as a site with a search, in build/site
 	$(PIP) --no-build-isolation --editable ".[docs]"
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 wheel: install  ## build dist/gac_kernels-*.whl
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

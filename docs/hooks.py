@@ -1,31 +1,39 @@
-"""Builds the site's first page from the README, and makes links to files of the repository lead to it."""
+"""Hooks of mkdocs: the README is the first page, files outside the pages are named instead of linked."""
 
 import re
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-REPOSITORY = "https://github.com/gac-kernels/gac/blob/main/"
+
+_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)#\s]+)(#[^)]*)?\)")
+_ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):<code>~?")
 
 
 def on_files(files: Any, config: Any) -> Any:
     """Adds the README as ``index.md``."""
     from mkdocs.structure.files import File
 
-    text = (ROOT / "README.md").read_text()
-    files.append(File.generated(config, "index.md", content=re.sub(r"\]\(docs/", "](", text)))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    files.append(File.generated(config, "index.md", content=text.replace("](docs/", "](")))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Links that leave ``docs/`` go to the repository, where those files are read."""
-    source = Path("docs") / page.file.src_uri if page.file.src_uri != "index.md" else Path("README.md")
+    """Links to files of the repository become their names: a site on its own does not have them."""
+    home = page.file.src_uri == "index.md"
+    folder = ROOT if home else (ROOT / "docs" / page.file.src_uri).parent
 
-    def outside(match: re.Match[str]) -> str:
-        target, anchor = match.group(1), match.group(2) or ""
-        path = (ROOT / source.parent / target).resolve()
-        if not path.is_relative_to(ROOT) or path.is_relative_to(ROOT / "docs") or not path.exists():
+    def named(match: re.Match[str]) -> str:
+        text, target = match.group(1), match.group(2)
+        path = (folder / target).resolve()
+        if (home and (ROOT / "docs" / target).exists()) or path.is_relative_to(ROOT / "docs") or not path.exists():
             return match.group(0)
-        return f"]({REPOSITORY}{path.relative_to(ROOT).as_posix()}{anchor})"
+        return f"{text} (`{path.relative_to(ROOT).as_posix()}`)"
 
-    return re.sub(r"\]\((?!https?:|#)([^)#\s]+)(#[^)]*)?\)", outside, markdown)
+    return _LINK.sub(named, markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Docstrings name what they refer to by roles (``:class:``), which Markdown would show."""
+    return _ROLE.sub("<code>", html)

@@ -7,6 +7,7 @@ import pytest
 TESTS = Path(__file__).parent
 
 SLOW = (
+    # other processes, ranks, compilers, training
     "benchmarks",
     "gac/audit",
     "gac/bench",
@@ -24,20 +25,42 @@ SLOW = (
     "gac_kernels/test_cpu_library.py",
     "gac_kernels/test_interpreter.py",
     "test_readme.py",
+    # simulations of many steps
+    "gac/laws/test_choice.py",
+    "gac/laws/test_half_life.py",
+    "gac/laws/test_momentum.py",
+    "gac/laws/test_prior_weight.py",
+    "gac/laws/test_standard_error.py",
+    "gac/plan/test_plan.py",
+    "gac/statistics/test_correlated.py",
+    "gac/statistics/test_of_models.py",
+    "gac/statistics/test_sketch_error.py",
+    "gac/statistics/test_smoothing.py",
+    "gac/statistics/test_standard_errors.py",
+    "gac/statistics/test_unbiased.py",
+    # a thousand cases
+    "gac_kernels/test_cpu_library.py",
 )
-"""Folders and modules that take long, next to what they say about a small change: `make test` runs them too."""
+"""Folders and modules that take long for what they say about a small change; `make test` runs them too."""
 
 
 def is_slow(module: Path) -> bool:
-    """Whether a test module is one of :data:`SLOW`, or lies in one of its folders."""
+    """Whether a test module (or a folder) is one of :data:`SLOW`, or lies in one of its folders."""
     place = module.relative_to(TESTS)
     return any(place.is_relative_to(entry) for entry in SLOW)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Without slow tests their modules are not read either: importing trainers takes longer than many a test."""
+    return True if config.getoption("markexpr") == "not slow" and is_slow(collection_path) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if is_slow(item.path):
             item.add_marker("slow")
         # What a module's fixtures make is made once; on a GPU most of a test's time is the compiler's, so they spread.
         if not any(item.get_closest_marker(name) for name in ("xdist_group", "gpu")):
             item.add_marker(pytest.mark.xdist_group(item.path.relative_to(TESTS).as_posix()))
+    if hasattr(config, "workerinput"):  # of pytest-xdist: long modules first, so that no worker ends with one
+        items.sort(key=lambda item: not is_slow(item.path))

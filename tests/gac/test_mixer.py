@@ -233,6 +233,7 @@ def test_autograd_grad_is_no_contribution(estimator):
     assert norm2 == pytest.approx(sum(float(p.grad.square().sum()) for p in fresh.parameters()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_models():
     model = tiny_model()
     compiled = torch.compile(model, backend="aot_eager")

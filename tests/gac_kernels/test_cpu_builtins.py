@@ -201,6 +201,7 @@ def test_results_are_tensors_like_others(made):
         assert made["moments"](values(5)).is_inference()
 
 
+@pytest.mark.slow
 def test_references_and_memory_come_back(made):
     a, b, mu, lists = values(10).clone(), values(10, seed=1), torch.tensor(0.5), [values(40_000), values(40_000)]
     everything = [a, b, mu, lists, *lists, made["mix_"]]

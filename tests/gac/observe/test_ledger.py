@@ -165,6 +165,7 @@ for lossless, running in ((True, False), (False, True), (False, False)):
 """
 
 
+@pytest.mark.slow
 def test_launches_of_a_backward_pass():
     """At most two for each bucket and one more: with 128 MiB buckets ceil(bytes / 64 MiB) + 2."""
     pytest.importorskip("triton")
