@@ -1,4 +1,4 @@
-# `make train` and `make test` need Python >= 3.10 and nothing else: they work in a virtual environment of their own.
+# `make train` and `make test` need Python >= 3.11 and nothing else: they work in a virtual environment of their own.
 PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= runs/default
