@@ -5,12 +5,12 @@ losses and the command line are modules of their own.
 """
 
 from gac import laws, schedules
-from gac.version import __version__
 from gac.laws import Controller
 from gac.mixer import Mixer
 from gac.patching import patch
 from gac.report import Report
 from gac.statistics import ModuleStatistics, Statistics, coefficient_statistics
+from gac.version import __version__
 
 __all__ = [
     "Controller",

@@ -103,13 +103,6 @@ def sft_token_loss(
     return total / max(num_tokens, 1)
 
 
-def phi_token_loss(
-    logits: torch.Tensor, labels: torch.Tensor, *, num_tokens: int | torch.Tensor | None = None
-) -> torch.Tensor:
-    """`sft_token_loss` with ``phi=True``."""
-    return sft_token_loss(logits, labels, num_tokens=num_tokens, phi=True)
-
-
 def count_label_tokens(labels: torch.Tensor) -> torch.Tensor:
     """Number of tokens that `sft_token_loss` sums over: labels that are not -100, first position excluded."""
     return (labels[..., 1:] != IGNORE_INDEX).sum()

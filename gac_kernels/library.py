@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gac_kernels import ops
 from gac_kernels.arguments import accumulator_dtype
-from gac_kernels.layout import SketchLayout
+from gac_kernels.layout import LANES, SketchLayout
 
 _library = torch.library.Library("gac_kernels", "DEF")
 
@@ -146,7 +146,7 @@ def _token_moments(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert
 
 @_operator(
     "absorb_(Tensor current, Tensor(a!)? previous, Tensor(b!) total, Tensor? scale, float factor) -> Tensor",
-    lambda current, previous, total, scale, factor: _sums([current], 1, False).new_empty(-(-current.numel() // 1024)),
+    lambda current, previous, total, scale, factor: _sums([current], 1, False).new_empty(-(-current.numel() // LANES)),
 )
 def _absorb_(current: Tensor, previous: Any, total: Tensor, scale: Any, factor: Any) -> Any:
     return _function("absorb_", current)(current, previous, total, factor if scale is None else scale)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gac_kernels import SketchLayout, reference
+from gac_kernels.layout import LANES
 
 UNIT = 2.0**-24
 _UNIT_OF = {torch.float64: 2.0**-53, torch.float32: UNIT, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -181,7 +182,7 @@ def check_absorb(function: Callable, current: Tensor, previous: Tensor, total: T
     cells = function(current, other, sums, scale)
     delta = float(scale) * (current.double() - previous.double())
     whole = total.double() + delta
-    exact = delta.square().view(-1, 1024).sum(1)
+    exact = delta.square().view(-1, LANES).sum(1)
     magnitude = total.double().abs() + 2 * float(scale) * (current.double().abs() + previous.double().abs())
     errors = [(sums.double() - whole).abs(), (other.double() - current.double()).abs(), (cells - exact).abs()]
     bounds = [4 * UNIT * magnitude, torch.zeros_like(magnitude), 2 * SUM_DEPTH * UNIT * exact + 1e-37]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gac_kernels.layout import SIGN_BITS
+from gac_kernels.layout import LANES, SIGN_BITS
 
 
 def compiler_missing(device: torch.device) -> str | None:
@@ -65,7 +65,7 @@ def absorb_expression(current: Tensor, previous: Tensor, total: Tensor, scale: T
     delta = scale * (current - previous)
     total.add_(delta)
     previous.copy_(current)
-    return delta.square().view(-1, 1024).sum(1)
+    return delta.square().view(-1, LANES).sum(1)
 
 
 def token_expression(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor) -> Tensor:

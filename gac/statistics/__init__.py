@@ -6,8 +6,6 @@ from gac.statistics.coefficient import coefficient_statistics
 from gac.statistics.step import (
     NAN,
     Statistics,
-    contribution_statistics,
-    noise_from_contributions,
     noise_from_weighted,
     pair_statistics,
 )
@@ -21,8 +19,6 @@ __all__ = [
     "Statistics",
     "SuccessiveDifferences",
     "coefficient_statistics",
-    "contribution_statistics",
-    "noise_from_contributions",
     "noise_from_weighted",
     "pair_statistics",
 ]

@@ -82,25 +82,14 @@ class Statistics:
         return torch.stack([getattr(self, name) for name in self.names()])
 
 
-def noise_from_contributions(power: Tensor, norm2: Tensor, n: Tensor) -> Tensor:
-    """Noise of a sum of ``n`` independent contributions: ``n/(n-1) * (sum_k |x_k|^2 - |G|^2 / n)``.
-
-    Unbiased for ``E|G - E G|^2`` when the contributions are independent and equally distributed (equal weights:
-    every micro-batch counts alike, whatever constant the user divided the loss by).
-
-    Args:
-        power: ``sum_k |x_k|^2``. norm2: ``|sum_k x_k|^2``. n: number of contributions; below 2 the result is NaN.
-    """
-    return noise_from_weighted(power * n, norm2, n)
-
-
 def noise_from_weighted(weighted_power: Tensor, norm2: Tensor, n: Tensor) -> Tensor:
     """Noise of a sum of ``n`` independent contributions of known weights: ``(sum_k |x_k|^2/w_k - |G|^2) / (n-1)``.
 
     Contribution ``k`` has the mean ``w_k g`` and the covariance ``w_k Sigma``, ``sum w_k = 1``: what a loss gives that
     is summed over a micro-batch's ``t_k`` tokens and divided by all tokens of the step, ``w_k = t_k / sum t``. Then
     ``E sum |x_k|^2/w_k = |g|^2 + n tr Sigma`` and ``E|G|^2 = |g|^2 + tr Sigma``, so the estimate of ``tr Sigma`` has
-    no bias. With equal weights it is :func:`noise_from_contributions`.
+    no bias. With equal weights ``1/n`` it is ``n/(n-1) * (sum_k |x_k|^2 - |G|^2 / n)``, whatever constant the user
+    divided the loss by.
 
     Args:
         weighted_power: ``sum_k |x_k|^2 / w_k``. norm2: ``|G|^2``. n: contributions of positive weight; below 2 the
@@ -135,23 +124,6 @@ def pair_statistics(*, noise: Tensor, norms: Tensor, n: Tensor, nonfinite: Tenso
         n_r=n_r,
         nonfinite=nonfinite,
     )
-
-
-def contribution_statistics(
-    *,
-    sigma_s2: Tensor,
-    sigma_r2: Tensor,
-    norm_s2: Tensor,
-    norm_r2: Tensor,
-    dot: Tensor,
-    n_s: Tensor,
-    n_r: Tensor,
-    nonfinite: Tensor,
-) -> Statistics:
-    """:func:`pair_statistics` from separate 0-dim numbers."""
-    norms = torch.stack([norm_s2, norm_r2, dot])
-    noise, n = torch.stack([sigma_s2, sigma_r2]), torch.stack([n_s, n_r])
-    return pair_statistics(noise=noise, norms=norms, n=n, nonfinite=nonfinite)
 
 
 def noise_from_sums(sums: StepSums, n: Tensor) -> Tensor:

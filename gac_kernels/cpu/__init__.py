@@ -8,7 +8,8 @@ from functools import cache
 
 from gac_kernels.cpu.builtins import NAMES, builtins_for
 from gac_kernels.cpu.library import Library, failure, load
-from gac_kernels.cpu.operations import absorb_, mix_, moments, pair_moments, sketch, token_moments
+from gac_kernels.cpu.operations import absorb_, mix_, moments, pair_moments, sketch
+from gac_kernels.cpu.tokens import token_moments
 
 __all__ = ["absorb_", "available", "mix_", "moments", "pair_moments", "sketch", "status", "token_moments"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import graph
 from torch.nn import Parameter
 
-from gac_kernels.cpu.operations import QUICK
+from gac_kernels.cpu.quick import QUICK
 
 NAMES = ("moments", "pair_moments", "mix_")
 """The operations that have a builtin, by the numbers they have in C."""

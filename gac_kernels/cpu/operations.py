@@ -27,10 +27,10 @@ from gac_kernels.arguments import (
     check_scalar,
     check_second_moments,
     check_sketch,
-    check_token_inputs,
     tensor_list,
 )
 from gac_kernels.cpu.library import check, require
+from gac_kernels.cpu.quick import ONE_THREAD, QUICK, QUICK_PACKED, pack, pack_pair, single, with_threads
 from gac_kernels.cpu.tables import (
     DTYPE_CODES,
     PLAIN,
@@ -44,13 +44,10 @@ from gac_kernels.cpu.tables import (
 )
 from gac_kernels.layout import LANES, SketchLayout
 
-__all__ = ["absorb_", "mix_", "moments", "pair_moments", "sketch", "token_moments"]
+__all__ = ["absorb_", "mix_", "moments", "pair_moments", "sketch"]
 
 _CPU = torch.device("cpu")
 _FLOAT64 = torch.float64
-QUICK = 49_152
-"""Elements up to which a call runs on the caller's thread, with the interpreter lock held: a second thread would save
-less than waking it takes (1 to 3 us where it waits actively)."""
 _TWO, _THREE = torch.empty(2, dtype=_FLOAT64), torch.empty(3, dtype=_FLOAT64)  # empty_like costs less than empty
 _empty_like = torch.empty_like
 _shape = Tensor.shape.__get__
@@ -66,59 +63,18 @@ def _sums(count: int, width: int, per_tensor: bool) -> Tensor:
     return _empty_like(_TWO if width == 2 else _THREE)
 
 
-def _packed(tensor: Tensor) -> int:
-    """``numel << 16 | dtype code`` of one contiguous CPU tensor of a plain type; 0 sends anything else the careful way.
-
-    So goes a tensor of one element: a lazily negated view of that size counts as contiguous.
-    """
-    try:
-        if type(tensor) in PLAIN and tensor.is_contiguous() and tensor.is_cpu:
-            numel = tensor.numel()
-            if numel > 1:
-                return numel << 16 | DTYPE_CODES[tensor.dtype]
-    except (KeyError, RuntimeError):  # an unusual dtype; sparse layouts cannot be contiguous
-        pass
-    return 0
-
-
-def _single(tensors: list) -> Any:
-    """The only tensor of a list of one, else the list."""
-    return tensors[0] if len(tensors) == 1 else tensors
-
-
-def _packed_pair(a: Any, b: Any) -> int:
-    """The same of two tensors that agree in it and in shape."""
-    try:
-        if type(a) in PLAIN and type(b) in PLAIN and a.is_contiguous() and b.is_contiguous() and a.is_cpu and b.is_cpu:
-            dtype, numel = a.dtype, a.numel()
-            alike = a.dim() == 1 == b.dim() or a.shape == b.shape  # comparing shapes costs more
-            if numel > 1 and b.dtype is dtype and b.numel() == numel and alike:
-                return numel << 16 | DTYPE_CODES[dtype]
-    except (KeyError, RuntimeError):
-        pass
-    return 0
-
-
-_QUICK_PACKED = (QUICK + 1) << 16  # packed numbers below stand for quick sizes
-_ONE_THREAD = 1 << 4
-
-
-def _with_threads(packed: int) -> int:
-    return packed | torch.get_num_threads() << 4
-
-
 def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
     """Sum of squares and number of non-finite elements; see :func:`gac_kernels.reference.moments`."""
     library = require()
     if not per_tensor:
-        tensor = _single(tensors) if type(tensors) is list else tensors
-        packed = _packed(tensor)
+        tensor = single(tensors) if type(tensors) is list else tensors
+        packed = pack(tensor)
         if packed:
             out = _empty_like(_TWO)
-            if packed < _QUICK_PACKED:
-                failed = library.quick.gac_moments_one(tensor.data_ptr(), packed | _ONE_THREAD, out.data_ptr())
+            if packed < QUICK_PACKED:
+                failed = library.quick.gac_moments_one(tensor.data_ptr(), packed | ONE_THREAD, out.data_ptr())
             else:
-                failed = library.call.gac_moments_one(tensor.data_ptr(), _with_threads(packed), out.data_ptr())
+                failed = library.call.gac_moments_one(tensor.data_ptr(), with_threads(packed), out.data_ptr())
             if failed:
                 check(failed)
             return out
@@ -169,14 +125,14 @@ def pair_moments(a: Any, b: Any, *, per_tensor: bool = False) -> Tensor:
     """``|a|^2``, ``|b|^2`` and ``<a, b>``; see :func:`gac_kernels.reference.pair_moments`."""
     library = require()
     if not per_tensor:
-        x, y = (_single(a), _single(b)) if type(a) is list is type(b) else (a, b)
-        packed = _packed_pair(x, y)
+        x, y = (single(a), single(b)) if type(a) is list is type(b) else (a, b)
+        packed = pack_pair(x, y)
         if packed:
             out = _empty_like(_THREE)
-            if packed < _QUICK_PACKED:
-                call, packed = library.quick.gac_pair_moments_one, packed | _ONE_THREAD
+            if packed < QUICK_PACKED:
+                call, packed = library.quick.gac_pair_moments_one, packed | ONE_THREAD
             else:
-                call, packed = library.call.gac_pair_moments_one, _with_threads(packed)
+                call, packed = library.call.gac_pair_moments_one, with_threads(packed)
             failed = call(x.data_ptr(), y.data_ptr(), packed, out.data_ptr())
             if failed:
                 check(failed)
@@ -214,16 +170,16 @@ def mix_(a: Any, b: Any, mu: Tensor | float, *, moments: bool = False) -> Tensor
     rounded too (to float32, or float64). Results of 16 bits see one rounding only.
     """
     library = require()
-    x, y = (_single(a), _single(b)) if type(a) is list is type(b) else (a, b)
-    packed = _packed_pair(x, y)
+    x, y = (single(a), single(b)) if type(a) is list is type(b) else (a, b)
+    packed = pack_pair(x, y)
     if packed:
         weight = mu if type(mu) is float else _number(mu, "mu")
         out = _empty_like(_THREE) if moments else None
         sums = None if out is None else out.data_ptr()
-        if packed < _QUICK_PACKED:
-            call, packed = library.quick.gac_mix_one, packed | _ONE_THREAD
+        if packed < QUICK_PACKED:
+            call, packed = library.quick.gac_mix_one, packed | ONE_THREAD
         else:
-            call, packed = library.call.gac_mix_one, _with_threads(packed)
+            call, packed = library.call.gac_mix_one, with_threads(packed)
         failed = call(x.data_ptr(), y.data_ptr(), packed, weight, sums)
         if failed:
             check(failed)
@@ -373,42 +329,6 @@ def sketch(
         return result
     increment_version((out, into))
     return into
-
-
-_TOKENS = struct.Struct("@qqPqqPqqPqqPqiiii")
-_TOKENS_PER_TASK = 4096  # tokens that are worth a second thread
-
-
-def token_moments(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor) -> Tensor:
-    """Per-sequence sums of the coefficient estimator; see :func:`gac_kernels.reference.token_moments`."""
-    library = require()
-    logprobs, advantages, mask, is_expert = check_token_inputs(logprobs, advantages, mask, is_expert)
-    require_cpu([logprobs], "logprobs, advantages, mask and is_expert")
-    logprobs, advantages, is_expert = readable(logprobs), readable(advantages), is_expert.detach()
-    if mask.is_complex():
-        mask = mask != 0
-    mask = mask.detach().resolve_neg()
-    rows, length = logprobs.shape
-    packed = _TOKENS.pack(
-        rows,
-        length,
-        logprobs.data_ptr(),
-        *logprobs.stride(),
-        advantages.data_ptr(),
-        *advantages.stride(),
-        mask.data_ptr(),
-        *mask.stride(),
-        is_expert.data_ptr(),
-        is_expert.stride(0),
-        DTYPE_CODES[logprobs.dtype],
-        DTYPE_CODES[advantages.dtype],
-        mask.element_size(),
-        mask.is_floating_point(),
-    )
-    out = torch.empty(rows, 7, dtype=_FLOAT64)
-    threads = torch.get_num_threads() if rows * length > _TOKENS_PER_TASK else 1
-    check(library.call.gac_token_moments(packed, out.data_ptr(), threads))
-    return out
 
 
 def _is_vector(tensor: Tensor, numel: int) -> bool:

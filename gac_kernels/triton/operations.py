@@ -25,14 +25,9 @@ from gac_kernels.arguments import (
 from gac_kernels.layout import LANES, SketchLayout, sketch_chunk_rows
 from gac_kernels.triton import config, kernels
 from gac_kernels.triton.launch import WIDTH, check_device, interpreted, launch, scalar_arguments, split
+from gac_kernels.triton.readable import ELEMENTS, all_plain, any_order, in_order, readable_pairs, supported
 from gac_kernels.triton.tables import Chunks, addresses, device_tables, flat_chunks, sketch_chunks
 
-_ELEMENTS = {
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
 _dtype = operator.attrgetter("dtype")
 _FINISH_SLOTS = 8
 _REDUCE_BLOCK = 2048
@@ -43,50 +38,6 @@ def _indexed(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
-
-
-def _supported(tensor: Tensor) -> Tensor:
-    """``tensor`` in a dtype that the kernels read (8-bit floats are widened)."""
-    return tensor.detach() if tensor.dtype in _ELEMENTS else tensor.detach().float()
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """True when kernels can read the tensor as it is."""
-    return tensor.is_contiguous() and tensor.dtype in _ELEMENTS
-
-
-def _all_plain(tensors: list[Tensor]) -> bool:
-    """The same of all; host time counts here, lists have hundreds of tensors (see :mod:`gac_kernels.arguments`)."""
-    return all(map(Tensor.is_contiguous, tensors)) and _ELEMENTS.keys() >= set(map(_dtype, tensors))
-
-
-def _in_order(tensors: list[Tensor]) -> list[Tensor]:
-    """Contiguous memory with the same elements in the same order, copied only if it has to be."""
-    if _all_plain(tensors):
-        return tensors
-    return [t if _is_plain(t) else _supported(t).contiguous() for t in tensors]
-
-
-def _in_storage_order(*tensors: Tensor) -> tuple[Tensor, ...] | None:
-    """The tensors as 1-D views in memory order, when all fill one stretch of memory in the same order; else None."""
-    shape, strides = tensors[0].shape, tensors[0].stride()
-    if any(t.stride() != strides for t in tensors[1:]):
-        return None
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n != 1):
-        if stride != expected:
-            return None
-        expected *= size
-    return tuple(t.as_strided((t.numel(),), (1,)) for t in tensors)
-
-
-def _any_order(tensor: Tensor) -> Tensor:
-    """Contiguous memory with the same elements, in whatever order costs nothing."""
-    if _is_plain(tensor):
-        return tensor
-    tensor = _supported(tensor)
-    dense = _in_storage_order(tensor)
-    return tensor.contiguous() if dense is None else dense[0]
 
 
 def _reordered(items: Sequence, order: Sequence[int]) -> Sequence:
@@ -164,8 +115,8 @@ def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
     if not any(t.numel() for t in tensors):
         return torch.zeros(shape, dtype=torch.float64, device=device)
     check_device(device)
-    if not _all_plain(tensors):
-        tensors = [_any_order(t) for t in tensors]
+    if not all_plain(tensors):
+        tensors = [any_order(t) for t in tensors]
     order, groups = _by_dtype(list(map(_dtype, tensors)))
     tensors = _reordered(tensors, order)
     plan = flat_chunks(tuple(map(Tensor.numel, tensors)), tuple(n for _, n in groups), config.CHUNK)
@@ -181,7 +132,7 @@ def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
             first,
             partials,
             plan.count,
-            ELEMENT=_ELEMENTS[dtype],
+            ELEMENT=ELEMENTS[dtype],
             ACC=_accumulator(dtype),
             WIDTH=WIDTH,
             UNROLL=config.for_device(device).unroll,
@@ -218,11 +169,11 @@ def sketch(
     seconds = None if second_moments is None else check_second_moments(second_moments, tensors, eps)
     device = _indexed(out.device)
     check_device(device)
-    tensors = _in_order(tensors)
+    tensors = in_order(tensors)
     if seconds is None:
         order, groups = _by_dtype(list(zip(map(_dtype, tensors), repeat(None))))
     else:
-        seconds = _in_order(seconds)
+        seconds = in_order(seconds)
         order, groups = _by_dtype(list(zip(map(_dtype, tensors), map(_dtype, seconds), strict=True)))
         seconds = _reordered(seconds, order)
     tensors = _reordered(tensors, order)
@@ -260,8 +211,8 @@ def sketch(
                 partials,
                 plan.count * blocks,
                 *((None, None) if seconds is None else split(eps)),
-                ELEMENT=_ELEMENTS[dtypes[0]],
-                SECOND=None if seconds is None else _ELEMENTS[dtypes[1]],
+                ELEMENT=ELEMENTS[dtypes[0]],
+                SECOND=None if seconds is None else ELEMENTS[dtypes[1]],
                 ACC=_accumulator(*dtypes),
                 LANES=lanes,
                 WORDS=words,
@@ -317,8 +268,8 @@ def _pair(a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool
             partials,
             plan.count,
             *scalar_arguments(weight),
-            A=_ELEMENTS[dtypes[0]],
-            B=_ELEMENTS[dtypes[1]],
+            A=ELEMENTS[dtypes[0]],
+            B=ELEMENTS[dtypes[1]],
             ACC=_accumulator(*dtypes),
             WIDTH=WIDTH,
             UNROLL=config.for_device(device).pair_unroll,
@@ -335,25 +286,8 @@ def pair_moments(a: Any, b: Any, *, per_tensor: bool = False) -> Tensor:
     if not any(t.numel() for t in a):
         shape = (len(a), 3) if per_tensor else (3,)
         return torch.zeros(shape, dtype=torch.float64, device=a[0].device if a else None)
-    a, b = _readable_pairs(a, b)
+    a, b = readable_pairs(a, b)
     return _pair(a, b, 1.0, mix=False, want=True, per_tensor=per_tensor)
-
-
-def _readable_pairs(a: list[Tensor], b: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Each pair in one order; the lists themselves where nothing has to be copied."""
-    if _all_plain(a) and _all_plain(b):
-        return a, b
-    pairs = [_readable_pair(x, y) for x, y in zip(a, b, strict=True)]
-    return [x for x, _ in pairs], [y for _, y in pairs]
-
-
-def _readable_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both tensors in one order, copied only if they have to be."""
-    if _is_plain(x) and _is_plain(y):
-        return x, y
-    x, y = _supported(x), _supported(y)
-    dense = _in_storage_order(x, y)
-    return (x.contiguous(), y.contiguous()) if dense is None else dense
 
 
 def mix_(a: Any, b: Any, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
@@ -367,7 +301,7 @@ def mix_(a: Any, b: Any, mu: Tensor | float, *, moments: bool = False) -> Tensor
     if not any(t.numel() for t in a):
         return torch.zeros(3, dtype=torch.float64, device=a[0].device if a else None) if moments else None
     weight = check_scalar(mu, "mu", a[0].device)
-    written, read = _readable_pairs(a, b)
+    written, read = readable_pairs(a, b)
     result = _pair(written, read, weight, mix=True, want=moments, per_tensor=False)
     for target, mixed in zip(a, written, strict=True) if written is not a else ():
         if mixed.data_ptr() != target.data_ptr() or mixed.dtype != target.dtype:
@@ -384,7 +318,7 @@ def token_moments(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert:
     out = torch.empty(rows, 7, dtype=torch.float64, device=device)
     if mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
-    logprobs, advantages = _supported(logprobs), _supported(advantages)
+    logprobs, advantages = supported(logprobs), supported(advantages)
     launch(
         kernels.token_kernel,
         (rows,),

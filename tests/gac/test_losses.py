@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from gac import losses
-from gac.losses import count_label_tokens, phi_token_loss, sft_token_loss
+from gac.losses import count_label_tokens, sft_token_loss
 
 
 def batch(dtype=torch.float64, seed=0, shape=(3, 7), vocabulary=11):
@@ -72,7 +72,7 @@ def test_micro_batches_with_a_window_count_add_up_to_the_token_mean():
 @pytest.mark.parametrize("num_tokens", [None, 0, torch.tensor(0)])
 def test_no_label_tokens_give_zero_with_a_graph(num_tokens):
     logits, labels = batch()
-    loss = phi_token_loss(logits, torch.full_like(labels, -100), num_tokens=num_tokens)
+    loss = sft_token_loss(logits, torch.full_like(labels, -100), num_tokens=num_tokens, phi=True)
     loss.backward()
     assert loss == 0
     assert torch.equal(logits.grad, torch.zeros_like(logits))

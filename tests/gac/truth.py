@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from gac.statistics import Statistics, noise_from_weighted, pair_statistics
 
 
 def noise(contributions: list[torch.Tensor]) -> float:
@@ -31,3 +34,25 @@ def statistics(sft: list[torch.Tensor], rl: list[torch.Tensor]) -> dict[str, flo
         "n_r": float(len(rl)),
         "nonfinite": 0.0,
     }
+
+
+def noise_from_contributions(power: Tensor, norm2: Tensor, n: Tensor) -> Tensor:
+    """Noise of a sum of ``n`` equal contributions: ``n/(n-1) * (sum_k |x_k|^2 - |G|^2 / n)``; the package's formula."""
+    return noise_from_weighted(power * n, norm2, n)
+
+
+def contribution_statistics(
+    *,
+    sigma_s2: Tensor,
+    sigma_r2: Tensor,
+    norm_s2: Tensor,
+    norm_r2: Tensor,
+    dot: Tensor,
+    n_s: Tensor,
+    n_r: Tensor,
+    nonfinite: Tensor,
+) -> Statistics:
+    """:func:`pair_statistics` from separate 0-dim numbers."""
+    norms = torch.stack([norm_s2, norm_r2, dot])
+    noise, n = torch.stack([sigma_s2, sigma_r2]), torch.stack([n_s, n_r])
+    return pair_statistics(noise=noise, norms=norms, n=n, nonfinite=nonfinite)

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from gac_kernels import cpu, reference
 from gac_kernels.arguments import overlaps_itself
 from gac_kernels.layout import SketchLayout
-from gac_kernels.triton import config, kernels, launch, operations, tables
+from gac_kernels.triton import config, kernels, launch, operations, readable, tables
 from tests.gac_kernels.cases import (
     DTYPES,
     SMALLEST,
@@ -316,7 +316,7 @@ def test_sketch_of_any_lanes(lanes, rows, numel):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64) if INTERPRETED else DTYPES, ids=str)
 def test_sketch_edges_of_rows_steps_chunks_and_slabs(dtype, monkeypatch):
-    monkeypatch.setattr(config, "SKETCH_CHUNK_ROWS", (8, 8))
+    monkeypatch.setattr("gac_kernels.layout.SKETCH_CHUNK_ROWS", (8, 8))
     step = 8 * 1024  # a chunk; in the interpreter four steps
     numel = 3 * step + 1
     layout = SketchLayout((numel, 1024), 17, seed=4)  # a slab of two chunks and a row
@@ -675,5 +675,5 @@ def test_cauchy_schwarz_and_mix_against_pair_moments(numel, seed, dtype, mu):
 def test_strided_tensors_need_no_copy_where_memory_is_dense():
     kinds = strided_tensors(DEVICE)
     for dense in (kinds["permuted"], kinds["channels_last"], kinds["columns"].contiguous().t()):
-        assert operations._any_order(dense).data_ptr() == dense.data_ptr()
-    assert operations._any_order(kinds["columns"]).is_contiguous()
+        assert readable.any_order(dense).data_ptr() == dense.data_ptr()
+    assert readable.any_order(kinds["columns"]).is_contiguous()

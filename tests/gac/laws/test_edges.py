@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gac
-from gac.statistics import contribution_statistics, noise_from_contributions
+from tests.gac.truth import contribution_statistics, noise_from_contributions
 
 S = gac.Statistics
 NAN, INF = math.nan, math.inf

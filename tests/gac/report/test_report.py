@@ -9,8 +9,9 @@ import torch
 from gac.report import HISTORY, BranchSignal, ModuleSummary, Report, append_record, read_history
 from gac.report.estimates import FEWEST, Estimate, estimate
 from gac.report.sentences import Findings, sentences
-from gac.statistics import ModuleStatistics, Statistics, contribution_statistics, noise_from_contributions
+from gac.statistics import ModuleStatistics, Statistics
 from tests.gac.statistics.sources import FAMILIES, Source, family
+from tests.gac.truth import contribution_statistics, noise_from_contributions
 
 NAN = math.nan
 

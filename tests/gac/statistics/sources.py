@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gac.observe.ledger import Ledger
-from gac.statistics import Branch, Statistics, contribution_statistics, noise_from_contributions
+from gac.statistics import Branch, Statistics
+from tests.gac.truth import contribution_statistics, noise_from_contributions
 
 DRAWS = 2000
 ESTIMATES = ("sigma_s2", "sigma_r2", "delta_g2", "distance2")

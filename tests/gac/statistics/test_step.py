@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gac
-from gac.statistics import noise_from_contributions
+from tests.gac.truth import noise_from_contributions
 
 
 def number(value) -> torch.Tensor:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import gac
-from gac.statistics import noise_from_contributions, noise_from_weighted
+from gac.statistics import noise_from_weighted
 from tests.gac.statistics.sources import DRAWS, assert_mean, error_of_variance, family, noise
+from tests.gac.truth import noise_from_contributions
 
 TOKENS = torch.tensor([100.0, 300.0, 50.0, 550.0], dtype=torch.float64)
 N = len(TOKENS)

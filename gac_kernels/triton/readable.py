@@ -1,0 +1,78 @@
+"""Tensors as kernels can read them: contiguous, of a known dtype, copied only where they have to be."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+ELEMENTS = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+_dtype = operator.attrgetter("dtype")
+
+
+def supported(tensor: Tensor) -> Tensor:
+    """``tensor`` in a dtype that the kernels read (8-bit floats are widened)."""
+    return tensor.detach() if tensor.dtype in ELEMENTS else tensor.detach().float()
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """True when kernels can read the tensor as it is."""
+    return tensor.is_contiguous() and tensor.dtype in ELEMENTS
+
+
+def all_plain(tensors: list[Tensor]) -> bool:
+    """The same of all; host time counts here, lists have hundreds of tensors (see :mod:`gac_kernels.arguments`)."""
+    return all(map(Tensor.is_contiguous, tensors)) and ELEMENTS.keys() >= set(map(_dtype, tensors))
+
+
+def in_order(tensors: list[Tensor]) -> list[Tensor]:
+    """Contiguous memory with the same elements in the same order, copied only if it has to be."""
+    if all_plain(tensors):
+        return tensors
+    return [t if is_plain(t) else supported(t).contiguous() for t in tensors]
+
+
+def in_storage_order(*tensors: Tensor) -> tuple[Tensor, ...] | None:
+    """The tensors as 1-D views in memory order, when all fill one stretch of memory in the same order; else None."""
+    shape, strides = tensors[0].shape, tensors[0].stride()
+    if any(t.stride() != strides for t in tensors[1:]):
+        return None
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n != 1):
+        if stride != expected:
+            return None
+        expected *= size
+    return tuple(t.as_strided((t.numel(),), (1,)) for t in tensors)
+
+
+def any_order(tensor: Tensor) -> Tensor:
+    """Contiguous memory with the same elements, in whatever order costs nothing."""
+    if is_plain(tensor):
+        return tensor
+    tensor = supported(tensor)
+    dense = in_storage_order(tensor)
+    return tensor.contiguous() if dense is None else dense[0]
+
+
+def readable_pairs(a: list[Tensor], b: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Each pair in one order; the lists themselves where nothing has to be copied."""
+    if all_plain(a) and all_plain(b):
+        return a, b
+    pairs = [readable_pair(x, y) for x, y in zip(a, b, strict=True)]
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def readable_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both tensors in one order, copied only if they have to be."""
+    if is_plain(x) and is_plain(y):
+        return x, y
+    x, y = supported(x), supported(y)
+    dense = in_storage_order(x, y)
+    return (x.contiguous(), y.contiguous()) if dense is None else (dense[0], dense[1])
