@@ -41,8 +41,11 @@ format: install  ## apply the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: install  ## build the pages as a site with a search, in build/site
+$(BIN)/.docs: $(BIN)/.installed
 	$(PIP) --no-build-isolation --editable ".[docs]"
+	touch $@
+
+docs: $(BIN)/.docs  ## build the pages as a site with a search, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 wheel: install  ## build dist/gac_kernels-*.whl
