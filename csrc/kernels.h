@@ -1,4 +1,4 @@
-// One table of inner loops for each instruction set; operations.cpp cuts the work and calls them.
+// One table of inner loops for each instruction set; the operations cut the work and call them.
 #pragma once
 
 #include <type_traits>
