@@ -139,9 +139,6 @@ class Mixer:
     def _branch(self, branch: Branch, tokens: Tokens) -> Iterator[Mixer]:
         _ = self._observer
         self._settle()
-        if self._watch is not None and self._watch.done:
-            self._watch.remove()
-            self._watch = None
         with self._branches.enter(branch, tokens):
             yield self
 
@@ -260,6 +257,9 @@ class Mixer:
         self._branches.require_none("mixer.step()", "leave the branch first")
         self._settle()
         self._measurement.check_observed()
+        if self._watch is not None and self._watch.done:
+            self._watch.remove()
+            self._watch = None
         start = perf_counter()
         with torch.no_grad():
             self._measurement.post()
