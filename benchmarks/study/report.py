@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import answers, conduct, history, pictures, questions, tables, tasks, text
+from benchmarks.study import answers, conduct, history, losses, pictures, questions, tables, tasks, text
 from benchmarks.study.analysis import SIZES, Study, study, unequal_starts
 from benchmarks.study.arms import FOUND, arm, label
 from benchmarks.study.measures import PROBLEMS, Run
@@ -16,7 +16,7 @@ _QUESTIONS = (
     ("Is the default law better than the best constant?", questions.constants, ("study_constants", "study_forest")),
     ("Is it better than each rule?", questions.rules, ("study_curves",)),
     ("Is it better than SFT first and RL after it?", questions.stages, ()),
-    ("Where does it lose, and why?", questions.losses, ("study_mu",)),
+    ("Where does it lose, and why?", losses.losses, ("study_mu",)),
     ("Does the margin change with the size of the model?", questions.by_size, ("study_size",)),
     ("Do rules that act per prompt lack demonstrations?", questions.exposure, ()),
     ("How did the law come to count momentum?", history.before, ()),
