@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from gac.audit.figures import TOLERANCE, Figures, Mixing
 from gac.audit.panel import COEFFICIENT_FORMS
 from gac.audit.record import RUN
 from gac.audit.replicates import COLUMNS
 from gac.report.estimates import Estimate
+from gac.runs.console import Reporter
 
 Table = tuple[str, list[str], list[list[str]]]
 """Title, columns, rows of text."""
@@ -50,8 +50,8 @@ def verdict(found: Figures) -> list[str]:
     return lines + [f"{label} left out: the run has no {' and '.join(w)}" for label, w in found.left_out.items()]
 
 
-def show(found: Figures, reporter: Any) -> None:
-    """Prints tables and verdict with a `gac.runs.console.Reporter`."""
+def show(found: Figures, reporter: Reporter) -> None:
+    """Prints tables and verdict."""
     for title, columns, rows in tables(found):
         reporter.table(title, columns, rows)
     for line in verdict(found):

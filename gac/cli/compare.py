@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gac.cli._options import add_training_options, config_from, natural, positive
+from gac.runs.comparison import COLUMNS, check_stored, collect, result_line, run_directory, warm_start_directory
 from gac.runs.config import TrainConfig, check
 from gac.runs.errors import UsageError
 
@@ -27,9 +28,6 @@ examples:
   gac compare --laws "gac gac:half_life=50,cap=0.05 chord:decay=300" --seeds 5 --jobs 2 --out runs/half-life
   gac compare --laws gac,fixed:0.5 --task gcd:max_value=50 --steps 500"""
 DEFAULT_LAWS = "gac,fixed:0.1,fixed:0.5,fixed:0.9,chord"
-_COLUMNS = ("law", "warm start", "final", "last four", "lowest", "highest", "mean mu", "GAC share")
-"""Accuracies are means over seeds; "last four" is the mean of a run's last four evaluations, of which the next two
-columns give the lowest and highest seed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     for law in laws:
         for seed in seeds:
-            _check_stored(run_directory(args.out, law, seed), dataclasses.replace(config, law=law, seed=seed))
+            check_stored(run_directory(args.out, law, seed), dataclasses.replace(config, law=law, seed=seed))
     reporter = Reporter()
     reporter.say(f"{len(laws)} laws x {len(seeds)} seeds, {args.jobs} at a time  ->  {args.out}")
     failures = _run_all(args, config, laws, seeds, reporter)
@@ -69,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
             reporter.say(text)
         print("gac compare: some runs failed; the same command tries them again", file=sys.stderr)
         return 1
-    _collect(args, config, laws, seeds, reporter)
+    rows = collect(args.out, config, laws, seeds, ["gac", *args.argv])
+    reporter.table("held-out accuracy, mean over seeds", COLUMNS, rows)
+    reporter.say(f"compare.json, compare.md and compare.png are in {args.out}")
     return 0
 
 
@@ -82,29 +82,6 @@ def split_laws(text: str) -> list[str]:
     if repeated:
         raise UsageError(f"--laws names {', '.join(repeated)} more than once")
     return laws
-
-
-def run_directory(out: Path, law: str, seed: int) -> Path:
-    """Where the run of a law and seed lives."""
-    return out / "runs" / re.sub(r"[^\w.=,-]", "-", law) / f"seed{seed}"
-
-
-def warm_start_directory(out: Path, seed: int) -> Path:
-    """Where the starting model of a seed lives."""
-    return out / "warm_start" / f"seed{seed}"
-
-
-def _check_stored(out: Path, wanted: TrainConfig) -> None:
-    """Refuses to mix runs that were made with other options into the comparison."""
-    from gac.runs.folder import CONFIG, read_json
-
-    if not (out / CONFIG).exists():
-        return
-    stored = read_json(out / CONFIG)["options"]
-    changed = [name for name, value in vars(wanted).items() if name != "threads" and stored.get(name) != value]
-    if changed:
-        flags = ", ".join("--" + name.replace("_", "-") for name in changed)
-        raise UsageError(f"{out} holds a run made with other options ({flags}); choose another --out")
 
 
 def _run_all(args: Any, config: TrainConfig, laws: Sequence[str], seeds: Sequence[int], reporter: Any) -> list[str]:
@@ -143,7 +120,7 @@ def _run_all(args: Any, config: TrainConfig, laws: Sequence[str], seeds: Sequenc
             if law:
                 done += 1
                 reporter.advance(done)
-                reporter.say(f"{name}: {_result(out)}   ({time.monotonic() - begun:.0f} s)")
+                reporter.say(f"{name}: {result_line(out)}   ({time.monotonic() - begun:.0f} s)")
 
     reporter.begin("runs", total)
     try:
@@ -174,74 +151,6 @@ def _train(options: Sequence[Any], log: Path, threads: int) -> int:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with log.open("a", encoding="utf-8") as file:
         return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False).returncode
-
-
-def _collect(args: Any, config: TrainConfig, laws: Sequence[str], seeds: Sequence[int], reporter: Any) -> None:
-    """Reads all runs; writes the JSON, the table and the picture."""
-    from gac.plots import draw_comparison
-    from gac.runs.console import markdown_table
-    from gac.runs.folder import METRICS, SUMMARY, read_json, read_metrics, versions, write_json, write_text
-
-    runs = {
-        law: [
-            {
-                "seed": seed,
-                "summary": read_json(run_directory(args.out, law, seed) / SUMMARY),
-                "records": read_metrics(run_directory(args.out, law, seed) / METRICS),
-            }
-            for seed in seeds
-        ]
-        for law in laws
-    }
-    rows = [_row(law, [run["summary"] for run in runs[law]]) for law in laws]
-    curves = {
-        law: [
-            {
-                "seed": run["seed"],
-                "summary": run["summary"],
-                "accuracy": [[r["step"], r["accuracy"]] for r in run["records"] if "accuracy" in r],
-                "mu": [round(r["gac/mu"], 5) for r in run["records"]],
-            }
-            for run in runs[law]
-        ]
-        for law in laws
-    }
-    write_json(
-        args.out / "compare.json",
-        {
-            "command": ["gac", *args.argv],
-            "options": vars(config),
-            "seeds": list(seeds),
-            "versions": versions(),
-            "laws": curves,
-        },
-    )
-    write_text(args.out / "compare.md", markdown_table(_COLUMNS, rows))
-    draw_comparison(runs, args.out / "compare.png", title=f"{', '.join(config.task)}, {len(seeds)} seeds")
-    reporter.table("held-out accuracy, mean over seeds", _COLUMNS, rows)
-    reporter.say(f"compare.json, compare.md and compare.png are in {args.out}")
-
-
-def _row(law: str, summaries: Sequence[dict[str, Any]]) -> list[str]:
-    mean = lambda key: sum(summary[key] for summary in summaries) / len(summaries)
-    late = [summary["last_four_accuracy"] for summary in summaries]
-    return [
-        law,
-        f"{mean('warm_start_accuracy'):.3f}",
-        f"{mean('final_accuracy'):.3f}",
-        f"{mean('last_four_accuracy'):.3f}",
-        f"{min(late):.3f}",
-        f"{max(late):.3f}",
-        f"{mean('mean_mu'):.3f}",
-        f"{100 * mean('gac_share'):.2f}%",
-    ]
-
-
-def _result(out: Path) -> str:
-    from gac.runs.folder import SUMMARY, read_json
-
-    summary = read_json(out / SUMMARY)
-    return f"accuracy {summary['warm_start_accuracy']:.3f} -> {summary['final_accuracy']:.3f}"
 
 
 def _cores() -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gac.cli._options import add_training_options, config_from
-from gac.runs.config import RESUME_MAY_CHANGE, TrainConfig, check
+from gac.runs.config import RESUME_MAY_CHANGE, TrainConfig, changed_flags, check
 from gac.runs.errors import UsageError
 
 HELP = "post-train a model on reasoning-gym problems"
@@ -47,22 +47,14 @@ def run(args: argparse.Namespace) -> int:
     config, out = resolve(args)
     from gac.runs import training
     from gac.runs.console import Reporter
-    from gac.runs.folder import CONFIG, METRICS, SUMMARY, read_json, read_metrics, versions, write_json
+    from gac.runs.folder import METRICS, SUMMARY, read_json, read_metrics, write_config
 
     reporter = Reporter()
     if args.resume and (out / SUMMARY).exists() and read_json(out / SUMMARY)["steps"] >= config.steps:
         reporter.say(f"{out} is finished")
         show(reporter, read_json(out / SUMMARY), out)
         return 0
-    write_json(
-        out / CONFIG,
-        {
-            "options": vars(config),
-            "command": ["gac", *args.argv],
-            "warm_start": _text(args.warm_start),
-            "versions": versions(),
-        },
-    )
+    write_config(out, vars(config), ["gac", *args.argv], args.warm_start)
     reporter.say(f"{', '.join(config.task)}  law {config.law}  seed {config.seed}  ->  {out}")
     try:
         setup = training.prepare(config)
@@ -94,9 +86,7 @@ def resolve(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
         stored = read_json(args.out / CONFIG)
         base = TrainConfig(**stored["options"])
         config = config_from(args, base).with_model_defaults()
-        changed = [k for k, v in vars(config).items() if v != getattr(base, k) and k not in RESUME_MAY_CHANGE]
-        if changed:
-            flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+        if flags := changed_flags(config, vars(base), may_change=RESUME_MAY_CHANGE):
             raise UsageError(f"--resume continues with the stored options, but {flags} differ; leave them out")
         if args.warm_start is None and stored["warm_start"]:
             args.warm_start = Path(stored["warm_start"])
@@ -112,7 +102,7 @@ def resolve(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
     return config, out
 
 
-def show(reporter: Any, summary: dict, out: Path) -> None:
+def show(reporter: Any, summary: dict[str, Any], out: Path) -> None:
     """The table at the end of a run."""
     from gac.runs.console import duration, size
 
@@ -132,7 +122,3 @@ def show(reporter: Any, summary: dict, out: Path) -> None:
         ],
     )
     reporter.say(f"metrics, checkpoints, model and run.png are in {out}")
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)

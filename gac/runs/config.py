@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gac.runs.errors import UsageError, usage_errors
@@ -70,6 +71,18 @@ class TrainConfig:
 
 RESUME_MAY_CHANGE = ("steps", "device", "threads")
 """Options that `--resume` may change: more steps continue the same run."""
+
+
+def changed_flags(wanted: TrainConfig, stored: Mapping[str, Any], *, may_change: Sequence[str]) -> str:
+    """Flags of the options of `wanted` that a stored run has otherwise, as ``--lr, --seed``; empty where none differs.
+
+    Args:
+        wanted: the configuration that is asked for.
+        stored: options by name, as `config.json` of a run directory holds them.
+        may_change: names of options that are not looked at.
+    """
+    names = [name for name, value in vars(wanted).items() if name not in may_change and stored.get(name) != value]
+    return ", ".join("--" + name.replace("_", "-") for name in names)
 
 
 def check(config: TrainConfig) -> None:

@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,23 @@ class MetricsFile:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def write_config(out: Path, options: dict[str, Any], command: Sequence[str], warm_start: Path | None) -> dict[str, Any]:
+    """Writes `config.json`, which says what a run is; returns what says where its numbers come from.
+
+    Args:
+        out: the run directory.
+        options: all options of the run by name.
+        command: the words of the command line that started it.
+        warm_start: folder of the starting model where it is not the run's own.
+
+    Returns:
+        ``options``, ``command`` and ``versions``.
+    """
+    provenance = {"options": options, "command": list(command), "versions": versions()}
+    write_json(out / CONFIG, {**provenance, "warm_start": None if warm_start is None else str(warm_start)})
+    return provenance
 
 
 def versions() -> dict[str, str]:

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from gac.audit.run import RAW
 from gac.cli import main
-from gac.cli.audit import RAW, compact_json
 from tests.gac.cli.test_cli import TINY
 
 AUDIT = ["audit", *TINY, "--steps", "3"]
@@ -58,10 +58,3 @@ def test_mistakes_exit_with_2_and_one_line(arguments, message, capsys, tmp_path,
 def test_finished_runs_are_not_overwritten(finished, capsys):
     assert main([*AUDIT, "--every", "2", "--out", str(finished)]) == 2
     assert "already holds a run" in capsys.readouterr().err
-
-
-def test_json_keeps_lists_of_numbers_on_a_line():
-    value = {"a": [1.5, float("nan"), [2, 3]], "b": {"c": [{"d": 1}, {"d": 2}]}, "e": {}}
-    text = compact_json(value)
-    assert '"a": [1.5, null, [2, 3]]' in text
-    assert json.loads(text) == {"a": [1.5, None, [2, 3]], "b": {"c": [{"d": 1}, {"d": 2}]}, "e": {}}
