@@ -5,8 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from gac.laws import base
-from gac.laws.base import Law, Step, number, register, unit_interval
+from gac.laws.base import Law, Step, number, register, unit_interval, unregister
 from gac.laws.gac import GacLaw
 from gac.statistics import Statistics
 
@@ -87,4 +86,4 @@ def registered() -> Iterator[None]:
         yield
     finally:
         for name in LAWS:
-            base._LAWS.pop(name, None)
+            unregister(name)

@@ -118,6 +118,13 @@ def register(name: str, *aliases: str) -> Callable[[type[Law]], type[Law]]:
     return decorate
 
 
+def unregister(name: str) -> None:
+    """Takes a law and its aliases out of the registry; a name that it does not know is no error."""
+    _LAWS.pop(name, None)
+    for alias in [alias for alias, meant in _ALIASES.items() if meant == name]:
+        del _ALIASES[alias]
+
+
 def available() -> tuple[str, ...]:
     """Names of the laws."""
     return tuple(sorted(_LAWS))

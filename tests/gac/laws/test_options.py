@@ -125,3 +125,16 @@ def test_states_that_do_not_fit():
         gac.Controller("gac", alpha="kl").load_state_dict(saved)
     with pytest.raises(ValueError, match="of law 'gac', this controller has 'fixed'"):
         gac.Controller("fixed").load_state_dict(saved)
+
+
+def test_a_law_leaves_the_registry_with_its_aliases():
+    base.register("passing", "other-name")(type("PassingLaw", (base.Law,), {}))
+    assert "passing" in gac.laws.available()
+    assert "other-name" in base._ALIASES
+    known = set(base._ALIASES)
+    base.unregister("passing")
+    assert "passing" not in gac.laws.available()
+    assert known - set(base._ALIASES) == {"other-name"}
+    base.unregister("passing")  # twice is no error
+    with pytest.raises(ValueError, match="unknown law 'other-name'"):
+        gac.laws.create("other-name")
