@@ -48,7 +48,7 @@ sanitize: install  ## run the CPU library's tests under the address and undefine
 	  ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	  PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 && \
 	$(BIN)/python -c "from gac_kernels import cpu; s = cpu.status(); assert '$(SANITIZED)' in s.get('path', ''), s" && \
-	$(BIN)/python -m pytest -q --import-mode=append -p no:cacheprovider -o pythonpath=$(SANITIZED) \
+	$(BIN)/python -m pytest -q --capture=sys --import-mode=append -p no:cacheprovider -o pythonpath=$(SANITIZED) \
 	  tests/gac_kernels/test_cpu_interface.py tests/gac_kernels/test_cpu_library.py tests/gac_kernels/test_cpu_builtins.py
 
 format: install  ## apply the style
