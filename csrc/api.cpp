@@ -36,8 +36,6 @@ int64_t address(const void* pointer) { return static_cast<int64_t>(reinterpret_c
 
 using namespace gac;
 
-int gac_abi(void) { return 6; }
-
 int gac_select(const char* isa) { return select(isa) ? 0 : 1; }
 
 const char* gac_isa(void) { return kernels().name; }

@@ -23,8 +23,10 @@
 
 enum gac_code { GAC_OK = 0, GAC_NULL_POINTER = 1, GAC_NO_MEMORY = 2 };
 
-// Version of this interface; the Python side refuses another one.
-GAC_API int gac_abi(void);
+// This interface in words, one line for each function, struct and order that the Python side repeats ("name: ..."), and
+// a version, to be raised where a meaning changes and no line does. See interface.cpp; gac_kernels/cpu/library.py has
+// the same table and refuses a library with another.
+GAC_API const char* gac_interface(void);
 // Limits the instruction sets: "portable", "avx2", "avx512", "neon", or "" for the best. Returns 0, or 1 when this CPU
 // or this build lacks it (nothing changes then). Not to be called while an operation runs.
 GAC_API int gac_select(const char* isa);
@@ -32,7 +34,7 @@ GAC_API int gac_select(const char* isa);
 GAC_API const char* gac_isa(void);
 // Where threads come from: "openmp" (the runtime already in the process, hence torch's own threads) or "pool".
 GAC_API const char* gac_threading(void);
-// 1: use the library's own pool even when an OpenMP runtime is there.
+// For tests: 1 uses the library's own pool even where an OpenMP runtime is there, 0 does not.
 GAC_API void gac_prefer_pool(int pool);
 
 // out: [2] or, per_tensor, [n, 2]: sum of squares, count of non-finite elements.
@@ -95,10 +97,13 @@ GAC_API int gac_token_moments(const struct gac_tokens* tokens, double* out, int 
 GAC_API int gac_absorb(const float* current, float* previous, float* total, int64_t m, double scale, double* out, int add,
                        int threads);
 
-// A new function object for Python that takes the plain calls of an operation: 0 moments, 1 pair_moments, 2 mix_. The
-// others it passes on to the callable `behind`. Called with the interpreter lock held; see python_calls.cpp and
-// gac_kernels/cpu/builtins.py. functions, objects: addresses in the order of Python and Objects there. exchange: a
-// DLPackExchangeAPI of version 1.3 or a later 1.x. quick: elements up to which a call runs on the caller's thread with
-// the lock held.
-GAC_API void* gac_python_call(int which, void* behind, const void* functions, void* const* objects,
-                              const void* exchange, int64_t quick);
+// A new function object for Python that takes the plain calls of an operation: "moments", "pair_moments" or "mix_".
+// Other calls it passes on to the callable `behind`, which is also what is returned for another name. Called with the
+// interpreter lock held; see python_calls.cpp and gac_kernels/cpu/builtins.py. functions, objects: the addresses that
+// gac_python_names() lists. exchange: a DLPackExchangeAPI of version 1.3 or a later 1.x. quick: elements up to which a
+// call runs on the caller's thread with the lock held.
+struct gac_object;  // PyObject
+GAC_API struct gac_object* gac_python_call(const char* name, struct gac_object* behind, const void* functions,
+                                           const void* objects, const void* exchange, int64_t quick);
+// "functions: ..." and, on a second line, "objects: ...": names, in order, of what gac_python_call takes.
+GAC_API const char* gac_python_names(void);

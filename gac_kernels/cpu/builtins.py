@@ -17,33 +17,12 @@ from torch import Tensor
 from torch.autograd import graph
 from torch.nn import Parameter
 
+from gac_kernels.cpu.library import LibraryError
 from gac_kernels.cpu.quick import QUICK
 
 NAMES = ("moments", "pair_moments", "mix_")
-"""The operations that have a builtin, by the numbers they have in C."""
+"""The operations that have a builtin."""
 
-_FUNCTIONS = (
-    "PyCFunction_NewEx",
-    "Py_IncRef",
-    "Py_DecRef",
-    "PyObject_Type",
-    "PyObject_CallFunctionObjArgs",
-    "PyObject_Call",
-    "PyList_Size",
-    "PyList_GetItem",
-    "PyTuple_New",
-    "PyTuple_SetItem",
-    "PyTuple_Size",
-    "PyTuple_GetItem",
-    "PyDict_New",
-    "PyDict_SetItem",
-    "PyFloat_AsDouble",
-    "PyLong_AsLong",
-    "PyObject_IsTrue",
-    "PyErr_Clear",
-    "PyEval_SaveThread",
-    "PyEval_RestoreThread",
-)
 _CAPSULE = b"dlpack_exchange_api"
 
 
@@ -72,28 +51,52 @@ def _increment_version() -> Callable:
     return inner if scratch._version > before else graph.increment_version
 
 
+def _names(library: ctypes.PyDLL) -> tuple[list[str], list[str]]:
+    """Names of the functions of Python's C interface and of the objects that the library asks for, in its order."""
+    functions, objects = library.gac_python_names().decode().splitlines()
+    return functions.split()[1:], objects.split()[1:]
+
+
+def _objects() -> dict[str, object]:
+    """What the library may ask for, by its names."""
+    return {
+        "tensor": Tensor,
+        "parameter": Parameter,
+        "list": list,
+        "floating": float,
+        "none": None,
+        "is_neg": Tensor.is_neg,
+        "increment_version": _increment_version(),
+        "thread_count": torch.get_num_threads,
+        "per_tensor": sys.intern("per_tensor"),
+        "moments": sys.intern("moments"),
+    }
+
+
 def builtins_for(library: ctypes.PyDLL, behind: Mapping[str, Callable]) -> dict[str, Callable]:
     """The builtins by the names of the operations; none where they cannot be had.
 
     Args:
         library: the C++ library, called with the interpreter lock held.
         behind: by name, the functions that get what the builtins do not take.
+
+    Raises:
+        LibraryError: the library asks for other objects than there are here.
     """
     if sys.implementation.name != "cpython" or sysconfig.get_config_var("Py_GIL_DISABLED"):
         return {}
+    names, wanted = _names(library)
     try:
-        addresses = [ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value for name in _FUNCTIONS]
+        addresses = [ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value for name in names]
         exchange = _exchange()
     except AttributeError:
         return {}
     if exchange is None:
         return {}
+    kept = _objects()
+    if set(wanted) != set(kept):
+        raise LibraryError(f"the CPU library asks for {sorted(set(wanted) ^ set(kept))}: reinstall the package")
     functions = (ctypes.c_void_p * len(addresses))(*addresses)
-    kept = (Tensor, Parameter, list, float, None)
-    kept += (Tensor.is_neg, _increment_version(), torch.get_num_threads)
-    kept += (sys.intern("per_tensor"), sys.intern("moments"))
-    objects = (ctypes.py_object * len(kept))(*kept)
+    objects = (ctypes.py_object * len(wanted))(*[kept[name] for name in wanted])
     make = library.gac_python_call
-    make.restype = ctypes.py_object
-    make.argtypes = (ctypes.c_int, ctypes.py_object, *[ctypes.c_void_p] * 3, ctypes.c_int64)
-    return {name: make(k, behind[name], functions, objects, exchange, QUICK) for k, name in enumerate(NAMES)}
+    return {name: make(name.encode(), behind[name], functions, objects, exchange, QUICK) for name in NAMES}

@@ -6,28 +6,52 @@ import ctypes
 import os
 import sys
 import threading
-from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p, py_object
 from functools import cache
 from pathlib import Path
 
 ISA_VARIABLE = "GAC_CPU_ISA"
 """Environment variable that limits the instruction set: portable, avx2, avx512 or neon. Read when the library loads."""
 
-_ABI = 6
-_CODES = {1: "null pointer", 2: "out of memory"}
-
-_PROTOTYPES = {
-    "gac_moments": (c_void_p, c_int64, c_int, c_int, c_void_p, c_int),
-    "gac_moments_one": (c_void_p, c_int64, c_void_p),
-    "gac_pair_moments": (c_void_p, c_void_p, c_int64, c_int, c_int, c_void_p, c_int),
-    "gac_pair_moments_one": (c_void_p, c_void_p, c_int64, c_void_p),
-    "gac_mix": (c_void_p, c_void_p, c_int64, c_int, c_double, c_void_p, c_int),
-    "gac_mix_one": (c_void_p, c_void_p, c_int64, c_double, c_void_p),
-    "gac_sketch": (c_void_p, c_void_p, c_int64, c_int, c_char_p, c_void_p, c_int),
-    "gac_sketch_weighted": (c_void_p, c_void_p, c_void_p, c_int64, c_int, c_char_p, c_double, c_void_p, c_int),
-    "gac_token_moments": (c_char_p, c_void_p, c_int),
-    "gac_absorb": (c_void_p, c_void_p, c_void_p, c_int64, c_double, c_void_p, c_int, c_int),
+INTERFACE = {
+    "version": "7",
+    "gac_interface": "const char*()",
+    "gac_select": "int(const char*)",
+    "gac_isa": "const char*()",
+    "gac_threading": "const char*()",
+    "gac_prefer_pool": "void(int)",
+    "gac_moments": "int(const int64*, int64, int, int, double*, int)",
+    "gac_moments_one": "int(const void*, int64, double*)",
+    "gac_pair_moments": "int(const int64*, const int64*, int64, int, int, double*, int)",
+    "gac_pair_moments_one": "int(const void*, const void*, int64, double*)",
+    "gac_mix": "int(const int64*, const int64*, int64, int, double, double*, int)",
+    "gac_mix_one": "int(void*, const void*, int64, double, double*)",
+    "gac_sketch": "int(const int64*, const int64*, int64, int, const gac_sketch_map*, double*, int)",
+    "gac_sketch_weighted": (
+        "int(const int64*, const int64*, const int64*, int64, int, const gac_sketch_map*, double, double*, int)"
+    ),
+    "gac_token_moments": "int(const gac_tokens*, double*, int)",
+    "gac_absorb": "int(const float*, float*, float*, int64, double, double*, int, int)",
+    "gac_python_call": "object*(const char*, object*, const void*, const void*, const void*, int64)",
+    "gac_python_names": "const char*()",
+    "struct gac_sketch_map": "qqQdPqqiiii",
+    "struct gac_tokens": "qqPqqPqqPqqPqiiii",
+    "dtypes": "float32 bfloat16 float16 float64",
+    "elements of a sum of absorb_": "1024",
 }
+"""What this package takes the library to be, in the words of ``gac_interface()``: functions, formats of structs for the
+module ``struct``, codes of dtypes from 0 on, and numbers. The library has made its own from ``csrc/gac_cpu.h``."""
+
+_CODES = {1: "null pointer", 2: "out of memory"}
+_TYPES = {"void": None, "int": c_int, "int64": c_int64, "double": c_double, "object*": py_object}
+_BYTES = ("const char*", "const gac_sketch_map*", "const gac_tokens*")
+
+
+def _type(name: str) -> type | None:
+    """The ctypes type of a type of the table; pointers other than to bytes and objects go as addresses."""
+    if name in _BYTES:
+        return c_char_p
+    return c_void_p if name not in _TYPES and name.endswith("*") else _TYPES[name]
 
 
 class LibraryError(RuntimeError):
@@ -50,15 +74,14 @@ class Library:
             self.quick = ctypes.PyDLL(str(path))
         except OSError as error:
             raise LibraryError(f"{path} does not load: {error}") from error
-        abi = self.call.gac_abi()
-        if abi != _ABI:
-            raise LibraryError(f"{path} has interface version {abi}, this package needs {_ABI}: reinstall the package")
-        for name, types in _PROTOTYPES.items():
-            for handle in (self.call, self.quick):
-                getattr(handle, name).argtypes = types
-        for name in ("gac_isa", "gac_threading"):
-            getattr(self.call, name).restype = c_char_p
-        self.call.gac_select.argtypes = (c_char_p,)
+        _check_interface(path, self.call)
+        for name, signature in INTERFACE.items():
+            if signature.endswith(")"):
+                result, parameters = signature[:-1].split("(")
+                for handle in (self.call, self.quick):
+                    function = getattr(handle, name)
+                    function.restype = _type(result)
+                    function.argtypes = [_type(parameter) for parameter in parameters.split(", ") if parameter]
         wanted = os.environ.get(ISA_VARIABLE, "")
         if wanted:
             self.select(wanted)
@@ -79,6 +102,22 @@ class Library:
     def threading(self) -> str:
         """``openmp`` (torch's own threads) or ``pool``."""
         return self.call.gac_threading().decode()
+
+
+def _check_interface(path: Path, library: ctypes.CDLL) -> None:
+    """Raises LibraryError when the library's interface is another than the one this package takes it to have."""
+    try:
+        function = library.gac_interface
+    except AttributeError:
+        raise LibraryError(f"{path} does not tell its interface, as older ones do not: reinstall the package") from None
+    function.restype = c_char_p
+    found = dict(line.split(": ", 1) for line in function().decode().splitlines())
+    for name in INTERFACE | found:
+        theirs, ours = (table.get(name, "missing") for table in (found, INTERFACE))
+        if theirs != ours:
+            raise LibraryError(
+                f"{path} does not fit this package: {name} is {theirs} there and {ours} here; reinstall the package"
+            )
 
 
 def check(code: int) -> None:

@@ -277,11 +277,29 @@ def test_they_stand_in_their_places_or_nobody_does(monkeypatch):
         patch.setattr(cpu_builtins, "_CAPSULE", b"other")
         assert cpu_builtins.builtins_for(LIBRARY.quick, behind) == {}
     with monkeypatch.context() as patch:
-        patch.setattr(cpu_builtins, "_FUNCTIONS", (*cpu_builtins._FUNCTIONS, "PyNoSuch_Function"))
+        functions, objects = cpu_builtins._names(LIBRARY.quick)
+        patch.setattr(cpu_builtins, "_names", lambda library: ([*functions, "PyNoSuch_Function"], objects))
         assert cpu_builtins.builtins_for(LIBRARY.quick, behind) == {}
     with monkeypatch.context() as patch:
         patch.setattr(sysconfig, "get_config_var", lambda name: 1)
         assert cpu_builtins.builtins_for(LIBRARY.quick, behind) == {}
+
+
+@pytest.mark.skipif(not EXPECTED, reason="this Python or torch has no builtins")
+def test_a_library_that_asks_for_other_objects_is_refused(monkeypatch):
+    functions, objects = cpu_builtins._names(LIBRARY.quick)
+    behind = dict.fromkeys(cpu_builtins.NAMES, _passed)
+    for wanted in (objects[:-1], [*objects, "something"]):
+        monkeypatch.setattr(cpu_builtins, "_names", lambda library, wanted=wanted: (functions, wanted))
+        with pytest.raises(cpu_library.LibraryError, match="reinstall"):
+            cpu_builtins.builtins_for(LIBRARY.quick, behind)
+
+
+@pytest.mark.skipif(not EXPECTED, reason="this Python or torch has no builtins")
+def test_an_operation_that_has_no_builtin_keeps_its_function(monkeypatch):
+    monkeypatch.setattr(cpu_builtins, "NAMES", ("sketch", "moments"))
+    made = cpu_builtins.builtins_for(LIBRARY.quick, dict.fromkeys(("sketch", "moments"), _passed))
+    assert made["sketch"] is _passed is made["moments"].__self__
 
 
 def test_the_public_way_tells_autograd_where_the_private_one_is_gone(monkeypatch):
