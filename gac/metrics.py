@@ -80,7 +80,7 @@ class HostMirror:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._slots: list[tuple[int, Tensor, object] | None] = [None, None]
+        self._slots: list[tuple[int, Tensor, torch.cuda.Event | None] | None] = [None, None]
         self._published = 0
 
     def publish(self, tag: int, vector: Tensor) -> None:
@@ -93,7 +93,7 @@ class HostMirror:
         with torch.cuda.device(vector.device):
             old = self._slots[slot]
             host = old[1] if old else torch.empty_like(vector, device="cpu", pin_memory=True)
-            event = old[2] if old else torch.cuda.Event()
+            event = (old[2] if old else None) or torch.cuda.Event()
             host.copy_(vector, non_blocking=True)
             event.record()
         self._slots[slot] = (tag, host, event)

@@ -46,7 +46,7 @@ def draw_run(records: Sequence[Record], summary: Mapping[str, Any], path: str | 
         raise ValueError("draw_run: no records to draw")
     plt = _pyplot()
     with plt.rc_context(SETTINGS):
-        figure, axes = plt.subplots(2, 2, figsize=(10, 7.0), layout="constrained", sharex=True)
+        figure, axes = plt.subplots(2, 2, figsize=(9.2, 6.8), layout="constrained", sharex=True)
         _accuracy_panel(axes[0, 0], records, summary["warm_start_accuracy"])
         _mu_panel(axes[0, 1], records)
         _statistics_panel(axes[1, 0], records)
@@ -82,7 +82,8 @@ def draw_comparison(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str |
             axis.set_title(name)
             axis.set_xlabel("optimizer step")
         axes[1].set_ylim(-0.02, 1.02)
-        axes[0].legend(loc="lower right", handlelength=3)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=6, handlelength=3)  # no curve runs there
         _final_panel(axes[2], runs)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11)
@@ -247,8 +248,8 @@ def _noisy_line(axis: Any, points: Sequence[tuple[int, float]], label: str, **st
 
 def _accuracy_panel(axis: Any, records: Sequence[Record], warm: float) -> None:
     axis.set_title("Held-out accuracy and training reward")
-    axis.axhline(warm, color=COLOURS[6], linestyle=":", linewidth=1.2, label="accuracy after the warm start")
-    _noisy_line(axis, _points(records, "reward"), "reward of rollouts", color=COLOURS[1], linestyle="--")
+    axis.axhline(warm, color=COLOURS[6], linestyle=":", linewidth=1.2, label="after the warm start")
+    _noisy_line(axis, _points(records, "reward"), "reward", color=COLOURS[1], linestyle="--")
     _line(axis, [(0, warm), *_points(records, "accuracy")], "accuracy", color=COLOURS[0], marker="o", markersize=3)
     axis.set_ylim(-0.02, 1.02)
     _below(axis)
@@ -268,13 +269,13 @@ def _mu_panel(axis: Any, records: Sequence[Record]) -> None:
 
 
 def _statistics_panel(axis: Any, records: Sequence[Record]) -> None:
-    axis.set_title("Gradient statistics, averaged, with standard errors")
+    axis.set_title("Gradient statistics with standard errors")
     panels = (
         ("gac/sigma_s2", "SFT noise", COLOURS[0], "-"),
         ("gac/sigma_r2", "RL noise", COLOURS[1], "--"),
         ("gac/delta_g2", "disagreement", COLOURS[2], "-."),
     )
-    widths: list[float] = []
+    width = 0.0
     for key, label, colour, style in panels:
         points = _smooth_with_band(_points(records, key), dict(_points(records, f"{key}_se")))
         if points:
@@ -284,14 +285,30 @@ def _statistics_panel(axis: Any, records: Sequence[Record]) -> None:
             high = [m + e for m, e in zip(means, errors, strict=True)]
             axis.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
             sizes = sorted(abs(m) for m in means) if key != "gac/delta_g2" else sorted(errors)
-            widths.append(sizes[len(sizes) // 2])
-    if widths and widths[-1] > 0:
+            width = sizes[len(sizes) // 2] or width
+    if width > 0:
         # Noise spans decades, and the disagreement is unbiased and may fall below zero: asinh is a logarithm far out
-        # and a straight line through zero, here as far as the disagreement's own error (else the smallest noise).
-        axis.set_yscale("asinh", linear_width=widths[-1])
+        # and a straight line through zero, here as far as the disagreement's own error (else the noise measured last).
+        axis.set_yscale("asinh", linear_width=width)
         axis.axhline(0, color="#999999", linewidth=0.6)
+        ticks = _asinh_ticks(width, *axis.get_ylim())
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_yticks([], minor=True)
     axis.set_ylabel("squared gradient norm")
     _below(axis)
+
+
+def _asinh_ticks(width: float, low: float, high: float) -> list[float]:
+    """0 and what follows it among ``+-1, 3, 10, 30, ...`` with room for a label; matplotlib's own crowd around 0."""
+    place = lambda value: math.asinh(value / width)
+    room = 0.07 * (place(high) - place(low))
+    powers = range(math.floor(math.log10(width)) - 1, math.ceil(math.log10(max(high, -low, width))) + 1)
+    ticks, last = [0.0], 0.0
+    for size in (float(f"{digit}e{power}") for power in powers for digit in (1, 3)):
+        if place(size) - last >= room:
+            ticks += [size, -size]
+            last = place(size)
+    return sorted(tick for tick in ticks if low <= tick <= high)
 
 
 def _norms_panel(axis: Any, records: Sequence[Record]) -> None:

@@ -7,10 +7,11 @@ import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from gac.runs.folder import package_versions
 
 _PACKAGES = ("gac-kernels", "torch", "triton", "transformers", "numpy")
 
@@ -47,16 +48,8 @@ def collect(device: torch.device, argv: list[str] | None = None) -> dict:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide the numbers; a checkout that is not installed counts by its source."""
-    import gac
-
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = gac.__version__ if name == "gac-kernels" else "not installed"
-    return found
+    """Versions of the packages that decide the numbers."""
+    return package_versions(_PACKAGES)
 
 
 def device_name(device: torch.device) -> str:

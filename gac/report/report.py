@@ -121,15 +121,13 @@ class Report:
         return cls(history[-last:] if last else history, **options)
 
     def _batch(self, weights: Tensor) -> dict[str, float]:
+        if self._counts is None:
+            return dict.fromkeys(BRANCHES.values(), 1.0)
         batch = {}
-        for k, branch in enumerate(BRANCHES.values()):
-            if not self.counted:
-                batch[branch] = 1.0
-                continue
-            present = self._counts[:, k] > 0
-            w = weights * present
+        for branch, counts in zip(BRANCHES.values(), self._counts.unbind(-1), strict=True):
+            w = weights * (counts > 0)
             size = self.sizes[branch] if self.sizes else 1.0
-            batch[branch] = float((w * self._counts[:, k].nan_to_num()).sum() / w.sum()) * size
+            batch[branch] = float((w * counts.nan_to_num()).sum() / w.sum()) * size
         return batch
 
     def module(self, label: str) -> ModuleSummary:

@@ -98,13 +98,13 @@ def _disagreement(report: Findings) -> list[str]:
     if not whole.disagreement.known:
         return ["The disagreement of the branches was not measured: it needs the noise of both in the same step."]
     if not whole.disagreement.measurable:
-        found = "No disagreement of the branches stands out from the noise"
+        nothing = "No disagreement of the branches stands out from the noise"
         if math.isnan(whole.disagreement.se):
-            return [found + "."]
+            return [nothing + "."]
         noise = whole.sft.noise.value + whole.rl.noise.value
         most = digits(whole.disagreement.upper, 2)
-        return [f"{found}: |g_s - g_r|^2 is below {most}, beside a noise of {digits(noise, 2)} of both together."]
-    found = []
+        return [f"{nothing}: |g_s - g_r|^2 is below {most}, beside a noise of {digits(noise, 2)} of both together."]
+    found: list[str] = []
     ranked = [row for row in report.modules if row.disagreement_share.measurable]
     ranked.sort(key=lambda row: row.disagreement_share.value, reverse=True)
     if len(report.modules) > 1 and ranked:

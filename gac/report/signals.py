@@ -56,9 +56,10 @@ class ModuleSummary:
 
 def contribution_counts(history: Sequence[ModuleStatistics]) -> Tensor | None:
     """``[T, 2]``: contributions of both branches in every step; None where some step does not tell."""
-    if any(s.whole is None for s in history):
+    wholes = [s.whole for s in history if s.whole is not None]
+    if len(wholes) < len(history):
         return None
-    counts = torch.tensor([[float(s.whole.n_s), float(s.whole.n_r)] for s in history], dtype=torch.float64)
+    counts = torch.tensor([[float(whole.n_s), float(whole.n_r)] for whole in wholes], dtype=torch.float64)
     return counts if bool((counts > 0).any()) else None
 
 
@@ -87,6 +88,14 @@ def series_of(
 
 
 def summaries(labels: Sequence[str], series: Mapping[str, Tensor], weights: Tensor) -> list[ModuleSummary]:
+    """Averages every column over steps and makes a row for each of ``labels``, the whole model first.
+
+    Args:
+        labels: of the ``1 + M`` rows.
+        series: what :func:`series_of` returns, each ``[T, 1 + M]``.
+        weights: ``[T]`` float64, of steps.
+    """
+
     def over(function: Callable[..., Tensor], *names: str) -> list[Estimate]:
         value, se = estimate(function, [series[name] for name in names], weights)
         return [Estimate(v, e) for v, e in zip(value.tolist(), se.tolist(), strict=True)]

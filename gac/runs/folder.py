@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +86,25 @@ def write_config(out: Path, options: dict[str, Any], command: Sequence[str], war
 
 def versions() -> dict[str, str]:
     """Versions of Python and of every package that decides a run's numbers; 'not installed' where absent."""
+    names = ["gac-kernels", "torch", "triton", "transformers", "trl", "peft", "accelerate", "tokenizers", "datasets"]
+    names += ["reasoning-gym", "numpy", "matplotlib", "rich", "tensorboard"]
+    return {"python": platform.python_version()} | package_versions(names)
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Versions of distributions by name, 'not installed' where absent.
+
+    That of this one is :data:`gac.__version__`, the code's own: a checkout may not be installed, or beside a wheel of
+    another version.
+    """
     from importlib import metadata
 
-    names = ("gac-kernels", "torch", "triton", "transformers", "trl", "peft", "accelerate", "tokenizers", "datasets")
-    found = {"python": platform.python_version()}
-    for name in (*names, "reasoning-gym", "numpy", "matplotlib", "rich", "tensorboard"):
+    from gac.version import __version__
+
+    found = {}
+    for name in names:
         try:
-            found[name] = metadata.version(name)
+            found[name] = __version__ if name == "gac-kernels" else metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found

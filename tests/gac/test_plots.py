@@ -1,8 +1,11 @@
 import math
+from itertools import pairwise
 
 import pytest
 
-from gac.plots import draw_comparison, draw_run
+from gac.plots import COLOURS, _asinh_ticks, draw_comparison, draw_run
+
+plt = pytest.importorskip("matplotlib.pyplot")
 
 
 def records(steps=12, **constants):
@@ -13,9 +16,13 @@ def records(steps=12, **constants):
             "reward": 0.3 + 0.1 * math.sin(step),
             "gac/mu": 0.5,
             "gac/mu_raw": 0.4,
+            "gac/mu_se": 0.2,
             "gac/sigma_s2": 1.0 / step,
             "gac/sigma_r2": 2.0,
+            "gac/sigma_s2_se": 0.1 / step,
+            "gac/sigma_r2_se": 0.3,
             "gac/delta_g2": math.cos(step),  # unbiased, so it may be negative
+            "gac/delta_g2_se": 0.5,
             "gac/norm_s2": 3.0,
             "gac/norm_r2": 4.0,
             "gac/cosine": 0.1,
@@ -30,6 +37,74 @@ def png(path):
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert len(data) > 10_000
     return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+@pytest.fixture
+def figure(monkeypatch):
+    """The figure that was drawn last, with its layout as it was saved."""
+    close = plt.close
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    yield plt.gcf
+    close("all")
+
+
+def test_legends_lie_outside_the_panels(tmp_path, figure):
+    draw_run(records(**{"gac/prior": 0.6}), {"warm_start_accuracy": 0.1}, tmp_path / "run.png")
+    renderer = figure().canvas.get_renderer()
+    panels = [axis.get_window_extent(renderer) for axis in figure().axes]
+    legends = [axis.get_legend() for axis in figure().axes if axis.get_legend() is not None]
+    assert len(legends) == 4
+    boxes = [legend.get_window_extent(renderer) for legend in legends]
+    assert not any(box.overlaps(panel) for box in boxes for panel in panels)
+    whole = figure().get_window_extent(renderer)
+    assert all(whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 for box in boxes)
+
+    summary = {"warm_start_accuracy": 0.1, "last_four_accuracy": 0.5}
+    draw_comparison({"gac": [{"records": records(), "summary": summary}]}, tmp_path / "compare.png")
+    renderer = figure().canvas.get_renderer()
+    (legend,) = figure().legends
+    box = legend.get_window_extent(renderer)
+    assert not any(box.overlaps(axis.get_window_extent(renderer)) for axis in figure().axes)
+
+
+def test_estimates_have_their_standard_errors(tmp_path, figure):
+    """One step, so that averages are the numbers themselves: bands go from one standard error below to one above."""
+    draw_run(records(1), {"warm_start_accuracy": 0.1}, tmp_path / "run.png")
+    _, mu, statistics, _ = figure().axes[:4]
+    ends = lambda band: (band.get_paths()[0].vertices[:, 1].min(), band.get_paths()[0].vertices[:, 1].max())
+    assert ends(mu.collections[0]) == pytest.approx((0.2, 0.6))
+    expected = [(0.9, 1.1), (1.7, 2.3), (math.cos(1) - 0.5, math.cos(1) + 0.5)]
+    assert [ends(band) for band in statistics.collections] == [pytest.approx(pair) for pair in expected]
+    assert [line.get_color() for line in statistics.lines[:3]] == list(COLOURS[:3])
+    assert len({line.get_linestyle() for line in statistics.lines[:3]}) == 3
+
+
+def test_zero_is_no_cliff(tmp_path, figure):
+    """Around 0 the scale is straight as far as the disagreement's standard error, which takes a visible height.
+
+    The slope of asinh falls from 1 at 0 to 1 / sqrt(2) at its linear width.
+    """
+    draw_run(records(40), {"warm_start_accuracy": 0.1}, tmp_path / "run.png")
+    axis = figure().axes[2]
+    height = lambda value: axis.transAxes.inverted().transform(axis.transData.transform((1, value)))[1]
+    error = axis.yaxis.get_transform().linear_width
+    assert 0.05 < error < 0.5  # that of an average over about 20 steps
+    steps = [height(error * (k + 1) / 4) - height(error * k / 4) for k in range(-4, 4)]
+    assert max(steps) < math.sqrt(2) * min(steps)
+    assert height(error) - height(-error) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("width", "low", "high"), [(0.5, -3, 30), (1e-7, -4e-7, 0.2), (20.0, 1.0, 25.0), (2.0, -900, -1)]
+)
+def test_ticks_have_room(width, low, high):
+    ticks = _asinh_ticks(width, low, high)
+    assert all(low <= tick <= high for tick in ticks)
+    assert 1 <= len(ticks) <= 15
+    assert (0.0 in ticks) is (low <= 0 <= high)
+    places = [math.asinh(tick / width) for tick in ticks]
+    room = 0.07 * (math.asinh(high / width) - math.asinh(low / width))
+    assert all(b - a >= room * (1 - 1e-9) for a, b in pairwise(places))
 
 
 def test_run_picture(tmp_path):

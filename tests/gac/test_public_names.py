@@ -23,7 +23,7 @@ NAMES = {
     "gac.laws": ("Law", "Step", "available", "create", "register"),
     "gac.laws.base": ("momentum_of",),
     "gac.plan": ("DEVICES", "Noise", "Parameters", "Setup", "make_plan"),
-    "gac.report": ("HISTORY", "Report", "append_record", "read_history"),
+    "gac.report": ("HISTORY", "BranchSignal", "ModuleSummary", "Report", "append_record", "read_history"),
     "gac.schedules": ("warmup_cosine",),
     "gac.statistics": ("Statistics",),
     "gac.trainers": ("GacCallback", "HybridGRPOConfig", "HybridGRPOTrainer", "MixedBatch"),

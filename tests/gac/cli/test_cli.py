@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 
 import pytest
 
@@ -204,3 +205,21 @@ def test_env_prints_versions_and_devices(capsys):
     assert all(word in text for word in ("torch", "gac_kernels", "instruction set", "GPU"))
     assert main(["env", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)) >= {"versions", "processor", "devices", "gac_kernels"}
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_env_gives_the_version_of_the_code(installed, monkeypatch, capsys):
+    """A checkout may not be installed, or beside a wheel of another version: gac --version and gac env agree."""
+
+    def version(name):
+        if installed:
+            return "0.0.1"
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["versions"]
+    assert found["gac-kernels"] == gac.__version__
+    assert found["torch"] == ("0.0.1" if installed else "not installed")
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.split() == ["gac", gac.__version__]
