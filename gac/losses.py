@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
@@ -94,8 +95,8 @@ def sft_token_loss(
             f"sft_token_loss: logits must be [..., T, V] and labels [..., T]; got {tuple(logits.shape)} and "
             f"{tuple(labels.shape)}. Pass unshifted labels, one per input position."
         )
-    targets = shift_labels(labels).reshape(-1)
-    total = _TokenLoss.apply(logits.reshape(-1, logits.shape[-1]), targets, phi)
+    targets = rearrange(shift_labels(labels), "... -> (...)")
+    total = _TokenLoss.apply(rearrange(logits, "... vocabulary -> (...) vocabulary"), targets, phi)
     if num_tokens is None:
         num_tokens = (targets != IGNORE_INDEX).sum()
     if isinstance(num_tokens, torch.Tensor):

@@ -4,15 +4,12 @@ import dataclasses
 import logging
 import math
 import os
-from collections import deque
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 
-import gac
-from gac.trainers.demonstrations import DemonstrationBatch, EpochSampler
-from gac.trainers.grouped_grpo import GroupedGRPOTrainer
+from gac.trainers.branches import BranchedGRPOTrainer
 from gac.trainers.resume import IMAGES, Batching, Position, redistribute
 
 logger = logging.getLogger(__name__)
@@ -22,17 +19,11 @@ STATE_FILE = "gac_state.pt"
 ROLLOUT_FILE = "gac_rollouts_{rank}.pt"
 
 
-class CheckpointedGRPOTrainer(GroupedGRPOTrainer):
-    """`GroupedGRPOTrainer` whose checkpoints continue exactly, on other ranks and batch sizes too.
+class CheckpointedGRPOTrainer(BranchedGRPOTrainer):
+    """`BranchedGRPOTrainer` whose checkpoints continue exactly, on other ranks and batch sizes too.
 
-    `HybridGRPOTrainer` says what they hold. It keeps the mixer and the demonstrations; here is where they are saved.
+    `HybridGRPOTrainer` says what they hold.
     """
-
-    mixer: gac.Mixer | None
-    _sampler: EpochSampler | None
-    _sft_window: deque[list[DemonstrationBatch]]
-    _sft_position: int
-    _micro_steps_left: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -41,6 +32,12 @@ class CheckpointedGRPOTrainer(GroupedGRPOTrainer):
         self._position = Position(0, 0, 0)
         self._taken = 0  # micro-steps from the data loader, over all epochs
         self._epoch_length = 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._taken += 1
+        return super().training_step(*args, **kwargs)
+
+    # -- saving -------------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         self._rl_sampler = super()._get_train_sampler(dataset)
@@ -74,6 +71,18 @@ class CheckpointedGRPOTrainer(GroupedGRPOTrainer):
             iterations=self.num_iterations,
             group=self.num_generations,
         )
+
+    # -- going on -----------------------------------------------------------------------------------------------------
+
+    def _inner_training_loop(self, *args: Any, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        self._checkpoint = None if resume_from_checkpoint is None else self._read_checkpoint(resume_from_checkpoint)
+        return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _prepare_for_training(self, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            self._load_gac_state(resume_from_checkpoint)
+        return prepared
 
     def _read_checkpoint(self, checkpoint: str) -> dict[str, Any]:
         """The state to continue from, once it is clear that it can be, and where."""
@@ -141,8 +150,7 @@ class CheckpointedGRPOTrainer(GroupedGRPOTrainer):
         self.mixer.load_state_dict(state["mixer"])
         self._rule.load_state_dict(state["rule"])
         self._sft_position = state["sft_position"]
-        self._sft_window.clear()
-        self._micro_steps_left = 0
+        self._forget_window()
         self._step = self._position.trained
         if self._step % (self.args.steps_per_generation * self.num_iterations):
             self._buffered_inputs = self._load_rollouts(checkpoint, Batching(**state["batching"]))

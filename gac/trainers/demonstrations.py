@@ -37,7 +37,7 @@ class EpochSampler:
     continue, at any number of ranks.
     """
 
-    def __init__(self, size: int, seed: int):
+    def __init__(self, size: int, seed: int) -> None:
         if size < 1:
             raise ValueError(f"EpochSampler: size must be at least 1, got {size}")
         self.size = size
@@ -80,7 +80,7 @@ class DemonstrationCollator:
         *,
         completion_only: bool = True,
         max_length: int | None = None,
-    ):
+    ) -> None:
         if not hasattr(demonstrations, "__len__") or not hasattr(demonstrations, "__getitem__"):
             raise ValueError(
                 "sft_dataset must have a length and rows by index (a datasets.Dataset or a list of dicts), got "

@@ -27,10 +27,12 @@ class GroupedGRPOTrainer(GRPOTrainer):
 
     TRL shuffles the rows of a generation batch before it cuts micro-batches; here groups are shuffled instead. With a
     ``per_device_train_batch_size`` that is no multiple of ``num_generations``, groups must be cut: they are spread over
-    as few micro-batches as possible, and a warning says so once.
+    as few micro-batches as possible (:func:`warn_of_cut_groups`).
     """
 
-    def __init__(self, model: Any, reward_funcs: Any, args: GRPOConfig, rule: Rule, *positional: Any, **kwargs: Any):
+    def __init__(
+        self, model: Any, reward_funcs: Any, args: GRPOConfig, rule: Rule, *positional: Any, **kwargs: Any
+    ) -> None:
         self._rule = rule
         self._prepared: dict[str, Any] | None = None
         self._joining: dict[int, tuple[list[int], Any]] = {}
@@ -38,14 +40,6 @@ class GroupedGRPOTrainer(GRPOTrainer):
         self._capturing = False
         self._captured: tuple[torch.Tensor, torch.Tensor] | None = None
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
-        if args.per_device_train_batch_size % self.num_generations:
-            warnings.warn(
-                f"per_device_train_batch_size={args.per_device_train_batch_size} is no multiple of "
-                f"num_generations={self.num_generations}: groups are split over micro-batches, whose gradients are "
-                "then correlated, and sigma_r2 reads low (docs/statistics.md). Make it a multiple of "
-                f"{self.num_generations} and lower gradient_accumulation_steps",
-                stacklevel=3,
-            )
 
     # -- generation batches -------------------------------------------------------------------------------------------
 
@@ -190,3 +184,17 @@ def loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
     """``[B, T]``: completion tokens that TRL's loss counts."""
     mask = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+
+
+def warn_of_cut_groups(rows: int, size: int) -> None:
+    """Warns where micro-batches of `rows` rollouts cannot hold whole groups of `size`.
+
+    For constructors that users call: the warning names the line that calls the caller.
+    """
+    if rows % size:
+        warnings.warn(
+            f"per_device_train_batch_size={rows} is no multiple of num_generations={size}: groups are split over "
+            "micro-batches, whose gradients are then correlated, and sigma_r2 reads low (docs/statistics.md). Make it "
+            f"a multiple of {size} and lower gradient_accumulation_steps",
+            stacklevel=3,
+        )

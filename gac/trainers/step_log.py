@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 
-import gac
 from gac.report import append_record
 from gac.statistics import ModuleStatistics
 from gac.trainers.checkpoints import CheckpointedGRPOTrainer
@@ -14,10 +13,7 @@ _COUNTERS = ("step", "skipped")
 
 
 class LoggedGRPOTrainer(CheckpointedGRPOTrainer):
-    """`CheckpointedGRPOTrainer` that ends the mixer's steps and logs what was measured, under ``gac/``."""
-
-    mixer: gac.Mixer | None
-    _sft_window_loss: torch.Tensor | None
+    """`CheckpointedGRPOTrainer` that logs what was measured in each step, under ``gac/``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -25,9 +21,9 @@ class LoggedGRPOTrainer(CheckpointedGRPOTrainer):
         self._recorded: ModuleStatistics | None = None
 
     def end_optimizer_step(self) -> None:
-        self._rule.end_step()
+        """Ends the mixer's step and takes its numbers for the log."""
         self._record_modules()
-        self.mixer.step(**{name: self._mean_of_step(name) for name in self.mixer.controller.law.needs})
+        super().end_optimizer_step()
         metrics = self.mixer.metrics()
         self._last_metrics = {f"gac/{name}": metrics[name] for name in _COUNTERS if name in metrics}
         series = self._metrics["train"]
@@ -45,10 +41,10 @@ class LoggedGRPOTrainer(CheckpointedGRPOTrainer):
             append_record(self.args.gac_report_dir or self.args.output_dir, modules)
         self._recorded = modules
 
-    def _mean_of_step(self, name: str) -> float:
-        """Mean over the step's micro-batches of a number that TRL has brought to the host: ``kl`` or ``entropy``."""
-        values = self._metrics["train"][name][-self.current_gradient_accumulation_steps :]
-        return sum(values) / len(values)
+    def _detach(self) -> None:
+        if self.mixer is not None:
+            self._record_modules()
+        super()._detach()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's logging, with the metrics of the mix under ``gac/``."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from einops import rearrange
 
 from gac.losses import IGNORE_INDEX, shift_labels
 
@@ -23,8 +24,8 @@ def label_logprobs(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Te
     """
     targets = shift_labels(labels)
     kept = targets != IGNORE_INDEX
-    index = targets.masked_fill(~kept, 0).reshape(-1, 1)
-    flat = logits.reshape(-1, logits.shape[-1])
+    index = rearrange(targets.masked_fill(~kept, 0), "b t -> (b t) 1")
+    flat = rearrange(logits, "b t vocabulary -> (b t) vocabulary")
     result = torch.empty(flat.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
     for part in _chunks(flat):
         scores = flat[part].to(result.dtype)
@@ -43,7 +44,7 @@ def mean_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         ``[B]`` fp32 (or fp64).
     """
     kept = shift_labels(labels) != IGNORE_INDEX
-    flat = logits.reshape(-1, logits.shape[-1])
+    flat = rearrange(logits, "b t vocabulary -> (b t) vocabulary")
     result = torch.empty(flat.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
     for part in _chunks(flat):
         logprobs = flat[part].to(result.dtype).log_softmax(1)

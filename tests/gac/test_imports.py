@@ -12,6 +12,7 @@ import gac
 new = set(sys.modules) - before
 heavy = [m for m in new if m.split(".")[0] in ("transformers", "triton", "trl", "datasets", "matplotlib", "rich")]
 assert not heavy, heavy
+assert "gac.losses" not in new, "token losses, and what they import, are for those who use them"
 assert not torch.cuda.is_initialized()
 """
 

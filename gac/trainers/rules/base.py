@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 
 from gac.laws import Law
 from gac.losses import sft_token_loss
@@ -39,12 +40,15 @@ class ScoredBatch:
 
     def correct_in_group(self, threshold: float) -> torch.Tensor:
         """``[L]`` int64: correct rollouts in each rollout's group; an unscored one (NaN) is not correct."""
-        return self._of_groups((self.rewards >= threshold).view(-1, self.layout.size).sum(1))
+        return self._of_groups(self._by_group(self.rewards >= threshold).sum(1))
 
     def centered(self) -> torch.Tensor:
         """``[L]``: reward less its group's mean, without the division by a standard deviation; 0 where unscored."""
-        means = self.rewards.view(-1, self.layout.size).nanmean(1)
+        means = self._by_group(self.rewards).nanmean(1)
         return (self.local_rewards - self._of_groups(means)).nan_to_num(nan=0.0)
+
+    def _by_group(self, values: torch.Tensor) -> torch.Tensor:
+        return rearrange(values, "(group rollout) -> group rollout", rollout=self.layout.size)
 
     def _of_groups(self, values: torch.Tensor) -> torch.Tensor:
         return values[self.layout.ids().to(values.device)]
@@ -97,7 +101,7 @@ class Rule:
     phi: bool = False
     """The supervised loss weights each token with its detached ``p * (1 - p)``; set by ``sft_loss="phi"`` too."""
 
-    def __init__(self, law: Law):
+    def __init__(self, law: Law) -> None:
         self.law = law
         self.scale: float = getattr(law, "scale", 1.0)
         """Both branches' losses are multiplied by this."""

@@ -16,7 +16,7 @@ class Relift(Rule):
     from_prompts = True
     queues = True
 
-    def __init__(self, law: Law):
+    def __init__(self, law: Law) -> None:
         super().__init__(law)
         self.queue: list[Demonstration] = []
         self.full = False

@@ -1,6 +1,7 @@
 """SRFT: four losses at once, weighted by entropy."""
 
 import torch
+from einops import rearrange
 
 from gac.losses import sft_token_loss
 from gac.trainers.rules.base import LossTerms, Rule, ScoredBatch, Selection
@@ -44,7 +45,7 @@ class Srft(Rule):
             on_policy = on_policy * terms.inputs["importance_sampling_ratio"]
         off_policy = shaped_off_policy(terms.logprobs, terms.inputs["gac_off_policy"], self.law.shaping)
         # of its two terms, a row has one: the other's advantage is 0
-        return torch.where(sign.view(-1, 1) == 0, off_policy, on_policy)
+        return torch.where(rearrange(sign, "b -> b 1") == 0, off_policy, on_policy)
 
     def sft_loss(self, logits: torch.Tensor, labels: torch.Tensor, num_tokens: torch.Tensor | float) -> torch.Tensor:
         weights = self.law.sft_weight * torch.exp(-mean_entropy(logits, labels))

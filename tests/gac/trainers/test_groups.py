@@ -1,6 +1,7 @@
 """Groups of rollouts stay together: the order, and the micro-batches that the trainer really uses."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,8 +85,10 @@ def test_every_micro_batch_holds_whole_groups(trainer, monkeypatch, options):
 
 def test_groups_that_must_be_cut_are_cut_as_little_as_possible_and_a_warning_says_so(trainer, monkeypatch):
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    with pytest.warns(UserWarning, match=r"=2 is no multiple of num_generations=4: .*sigma_r2 reads low"):
+    with pytest.warns(UserWarning, match=r"=2 is no multiple of num_generations=4: .*sigma_r2 reads low") as warned:
         seen = prompts_of_micro_batches(trainer, monkeypatch, **options)
+    (warning,) = [w for w in warned if "is no multiple" in str(w.message)]
+    assert Path(warning.filename).name == "conftest.py", "the line that makes the trainer"
     assert seen == [[2]] * 12  # two neighbours hold a group, and no micro-batch mixes two
 
 
