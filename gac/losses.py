@@ -67,7 +67,7 @@ def sft_token_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
     *,
-    num_tokens: int | torch.Tensor | None = None,
+    num_tokens: float | torch.Tensor | None = None,
     phi: bool = False,
 ) -> torch.Tensor:
     """Causal negative log-likelihood: sum over labelled tokens, divided by `num_tokens`.

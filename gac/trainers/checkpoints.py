@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -46,13 +46,13 @@ class CheckpointedGRPOTrainer(BranchedGRPOTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        if self._step % (self.args.steps_per_generation * self.num_iterations):
+        if self._step % self._batching().cycle:
             save_whole(self._buffered_inputs, os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index)))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             epoch, taken = divmod(self._taken, self._epoch_length)
             state = {
-                "mixer": self.mixer.state_dict(),
+                "mixer": self._mixer_of_run.state_dict(),
                 "sft_position": self._sft_position,
                 "sft_size": self._sampler.size if self._sampler else 0,
                 "global_step": self.state.global_step,
@@ -67,7 +67,7 @@ class CheckpointedGRPOTrainer(BranchedGRPOTrainer):
             ranks=self.accelerator.num_processes,
             rows=self.args.per_device_train_batch_size,
             accumulation=self.args.gradient_accumulation_steps,
-            steps_per_generation=self.args.steps_per_generation,
+            steps_per_generation=self._steps_per_generation,
             iterations=self.num_iterations,
             group=self.num_generations,
         )
@@ -80,8 +80,8 @@ class CheckpointedGRPOTrainer(BranchedGRPOTrainer):
 
     def _prepare_for_training(self, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if resume_from_checkpoint is not None:
-            self._load_gac_state(resume_from_checkpoint)
+        if self._checkpoint is not None:
+            self._load_gac_state(resume_from_checkpoint, self._checkpoint)
         return prepared
 
     def _read_checkpoint(self, checkpoint: str) -> dict[str, Any]:
@@ -128,14 +128,13 @@ class CheckpointedGRPOTrainer(BranchedGRPOTrainer):
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
         """As the base class counts them, with enough epochs for a run that goes on with other batch sizes."""
-        epochs, updates, examples, samples, batch, self._epoch_length, max_steps = super().set_initial_training_values(
-            args, dataloader
-        )
+        epochs, updates, *counts, length, max_steps = super().set_initial_training_values(args, dataloader)
+        self._epoch_length = cast(int, length)
         if self._checkpoint is not None and args.max_steps > 0:
             ahead = self._position.taken // args.gradient_accumulation_steps + max_steps
             ahead -= self._checkpoint["global_step"]
             epochs = max(epochs, self._position.epoch + math.ceil(ahead / updates))
-        return epochs, updates, examples, samples, batch, self._epoch_length, max_steps
+        return epochs, updates, *counts, length, max_steps
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         epoch, taken = super()._init_training_state(*args, **kwargs)
@@ -145,14 +144,13 @@ class CheckpointedGRPOTrainer(BranchedGRPOTrainer):
         self._taken = epoch * self._epoch_length + taken
         return divmod(self._taken, self._epoch_length)  # larger generations may have no more of the epoch to take
 
-    def _load_gac_state(self, checkpoint: str) -> None:
-        state = self._checkpoint
-        self.mixer.load_state_dict(state["mixer"])
+    def _load_gac_state(self, checkpoint: str, state: dict[str, Any]) -> None:
+        self._mixer_of_run.load_state_dict(state["mixer"])
         self._rule.load_state_dict(state["rule"])
         self._sft_position = state["sft_position"]
         self._forget_window()
         self._step = self._position.trained
-        if self._step % (self.args.steps_per_generation * self.num_iterations):
+        if self._step % self._batching().cycle:
             self._buffered_inputs = self._load_rollouts(checkpoint, Batching(**state["batching"]))
         # TRL's sampler draws one permutation per epoch from its own generator, which a checkpoint does not hold
         if getattr(self._rl_sampler, "shuffle", False):

@@ -4,15 +4,16 @@ Needs TRL and transformers, as `hybrid_grpo`, which adds the supervised branch.
 """
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
 from gac.losses import IGNORE_INDEX
 from gac.trainers.groups import GroupLayout, take_rows
+from gac.trainers.hybrid_config import HybridGRPOConfig
 from gac.trainers.prompts import COLUMN, TOKENS, beside_rollouts, encode_demonstration, has_demonstration, with_labels
 from gac.trainers.rules import LossTerms, Rule, ScoredBatch
 from gac.trainers.rules.losses import normalized
@@ -30,8 +31,14 @@ class GroupedGRPOTrainer(GRPOTrainer):
     as few micro-batches as possible (:func:`warn_of_cut_groups`).
     """
 
+    # as they are once TRL's constructor is through
+    args: HybridGRPOConfig
+    model: torch.nn.Module
+    num_generations: int
+    _buffered_inputs: Any
+
     def __init__(
-        self, model: Any, reward_funcs: Any, args: GRPOConfig, rule: Rule, *positional: Any, **kwargs: Any
+        self, model: Any, reward_funcs: Any, args: HybridGRPOConfig, rule: Rule, *positional: Any, **kwargs: Any
     ) -> None:
         self._rule = rule
         self._prepared: dict[str, Any] | None = None
@@ -54,12 +61,16 @@ class GroupedGRPOTrainer(GRPOTrainer):
             return prepared
         if not self.model.training:
             return super()._prepare_inputs(generation_batch)
-        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0 or self._buffered_inputs is None:
+        if self._step % (self._steps_per_generation * self.num_iterations) == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
             batch = take_rows(split_pixel_values_by_grid(batch), self._layout(len(generation_batch)).shuffled())
-            parts = split_tensor_dict(batch, self.args.steps_per_generation)
+            parts: list[Any] = split_tensor_dict(batch, self._steps_per_generation)
             self._buffered_inputs = [unsplit_pixel_values_by_grid(part) for part in parts]
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return self._buffered_inputs[self._step % self._steps_per_generation]
+
+    @property
+    def _steps_per_generation(self) -> int:
+        return cast(int, self.args.steps_per_generation)  # GRPOConfig has put a number where there was None
 
     def _layout(self, rows: int) -> GroupLayout:
         return GroupLayout(rows, self.num_generations, self.accelerator.process_index * rows)
@@ -81,7 +92,8 @@ class GroupedGRPOTrainer(GRPOTrainer):
             output = super()._generate_and_score_completions(inputs)
         finally:
             self._joining = {}
-        selection = self._rule.select(ScoredBatch(layout, self._rewards, output["advantages"], demonstrated, joined))
+        rewards = cast(torch.Tensor, self._rewards)  # of _calculate_rewards
+        selection = self._rule.select(ScoredBatch(layout, rewards, output["advantages"], demonstrated, joined))
         output["advantages"] = selection.advantages
         output |= selection.extra
         if selection.demonstrate is not None:
@@ -118,7 +130,10 @@ class GroupedGRPOTrainer(GRPOTrainer):
         The supervised loss of a generation batch is divided by the mean length of its prompts' demonstrations times
         the number of its prompts, so that a prompt weighs the same whichever branch it goes to.
         """
-        options = {"completion_only": self.args.sft_completion_only, "max_length": self.args.sft_max_length}
+        options: dict[str, Any] = {
+            "completion_only": self.args.sft_completion_only,
+            "max_length": self.args.sft_max_length,
+        }
         encoded = {row: with_labels(*pair, **options) for row, pair in pairs.items()}
         chosen = {row: encoded[row] for row in encoded if demonstrate[row]}
         if self._rule.queues:
@@ -177,7 +192,7 @@ class GroupedGRPOTrainer(GRPOTrainer):
 
     def share_of_window(self, of_generation_batch: torch.Tensor) -> torch.Tensor:
         """What of a count over the generation batch falls to one optimizer step."""
-        return of_generation_batch * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        return of_generation_batch * self.current_gradient_accumulation_steps / self._steps_per_generation
 
 
 def loss_mask(inputs: dict[str, Any]) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Options of the hybrid trainer: TRL's, and those of the supervised branch and of the mix."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from trl import GRPOConfig
 
@@ -82,7 +82,7 @@ class HybridGRPOConfig(GRPOConfig):
 
     def law_and_options(self) -> tuple[str, dict[str, Any]]:
         """Name and options of the law, with `mu` folded in."""
-        options = dict(self.law_options or {})
+        options = dict(cast("dict[str, Any]", self.law_options or {}))  # TrainingArguments has read it if it was text
         if self.mu is None:
             return self.law, options
         if self.law not in ("fixed", "gac") or options:

@@ -12,7 +12,6 @@ from transformers import TrainerCallback
 import gac
 from gac.observe.topology import fsdp2_modules
 from gac.trainers.grouped_grpo import GroupedGRPOTrainer
-from gac.trainers.hybrid_config import HybridGRPOConfig
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -28,8 +27,6 @@ class PatchedGRPOTrainer(GroupedGRPOTrainer):
         ValueError: DeepSpeed or FSDP1.
     """
 
-    args: HybridGRPOConfig
-    model: torch.nn.Module
     optimizer: torch.optim.Optimizer  # while training runs
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

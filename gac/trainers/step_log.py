@@ -1,6 +1,6 @@
 """What the hybrid trainer logs: the mixer's numbers of each step, and the history of module statistics."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,14 +17,14 @@ class LoggedGRPOTrainer(CheckpointedGRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._last_metrics: dict[str, float] = {}
+        self._last_metrics: dict[str, Any] = {}
         self._recorded: ModuleStatistics | None = None
 
     def end_optimizer_step(self) -> None:
         """Ends the mixer's step and takes its numbers for the log."""
         self._record_modules()
         super().end_optimizer_step()
-        metrics = self.mixer.metrics()
+        metrics = self._mixer_of_run.metrics()
         self._last_metrics = {f"gac/{name}": metrics[name] for name in _COUNTERS if name in metrics}
         series = self._metrics["train"]
         for name, value in metrics.items():
@@ -36,9 +36,9 @@ class LoggedGRPOTrainer(CheckpointedGRPOTrainer):
 
     def _record_modules(self) -> None:
         """Writes the newest statistics by module. Called a step later, when they wait for nothing any more."""
-        modules = self.mixer.modules
+        modules = self._mixer_of_run.modules
         if modules is not None and modules is not self._recorded and self.args.should_save:
-            append_record(self.args.gac_report_dir or self.args.output_dir, modules)
+            append_record(self.args.gac_report_dir or cast(str, self.args.output_dir), modules)
         self._recorded = modules
 
     def _detach(self) -> None:

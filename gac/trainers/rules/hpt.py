@@ -2,12 +2,14 @@
 
 import torch
 
+from gac.laws import HptLaw
 from gac.trainers.rules.base import Rule, ScoredBatch, Selection
 
 
 class Hpt(Rule):
     """At most ``gate`` correct rollouts and a demonstration: supervised alone. Otherwise RL alone."""
 
+    law: HptLaw
     from_prompts = True
 
     def check(self, num_generations: int) -> None:

@@ -2,6 +2,7 @@
 
 import torch
 
+from gac.laws import LuffyLaw
 from gac.trainers.rules.base import LossTerms, Rule, ScoredBatch, Selection
 from gac.trainers.rules.losses import shaped_off_policy
 
@@ -9,6 +10,7 @@ from gac.trainers.rules.losses import shaped_off_policy
 class Luffy(Rule):
     """Advantages within the joint group, without a standard deviation; shaped, unclipped loss on the demonstration."""
 
+    law: LuffyLaw
     from_prompts = True
     joins_groups = True
 

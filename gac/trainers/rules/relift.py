@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from gac.laws import Law
+from gac.laws import Law, ReliftLaw
 from gac.trainers.rules.base import Demonstration, Rule, ScoredBatch, Selection
 
 
@@ -13,6 +13,7 @@ class Relift(Rule):
     Every rank holds the whole queue, so that all of them agree on which step is supervised.
     """
 
+    law: ReliftLaw
     from_prompts = True
     queues = True
 
@@ -23,7 +24,7 @@ class Relift(Rule):
 
     def attach(self, law: Law) -> None:
         super().attach(law)
-        law.supervise_next = self.full
+        self.law.supervise_next = self.full
 
     @property
     def explores(self) -> bool:

@@ -1,8 +1,11 @@
 """SRFT: four losses at once, weighted by entropy."""
 
+from typing import cast
+
 import torch
 from einops import rearrange
 
+from gac.laws import SrftLaw
 from gac.losses import sft_token_loss
 from gac.trainers.rules.base import LossTerms, Rule, ScoredBatch, Selection
 from gac.trainers.rules.losses import clipped_surrogate, shaped_off_policy
@@ -16,6 +19,7 @@ class Srft(Rule):
     of 0: those of the rollouts depend on an entropy that is known only after the forward pass.
     """
 
+    law: SrftLaw
     from_prompts = True
     joins_groups = True
 
@@ -51,4 +55,5 @@ class Srft(Rule):
         weights = self.law.sft_weight * torch.exp(-mean_entropy(logits, labels))
         # unbind, not indexing: its backward writes one gradient of the logits, not one for each row
         rows = zip(weights, logits.unbind(0), labels, strict=True)
-        return sum(w * sft_token_loss(row, ids, num_tokens=num_tokens, phi=self.phi) for w, row, ids in rows)
+        losses = (w * sft_token_loss(row, ids, num_tokens=num_tokens, phi=self.phi) for w, row, ids in rows)
+        return cast(torch.Tensor, sum(losses))

@@ -198,3 +198,10 @@ def test_a_rule_without_its_trainer_is_refused(name):
         gac.patch(model, law=name)
     model(torch.ones(1, 2)).sum().backward()  # nothing is left on the model
     gac.patch(model).unpatch()
+
+
+@pytest.mark.parametrize("name", ["chord-phi", "hpt", "superrl", "srft", "luffy", "relift"])
+def test_a_trainer_that_carries_a_rule_out_may_patch_with_it(name):
+    with gac.patch(torch.nn.Linear(2, 1), law=name, carries_out_rules=True) as mixer:
+        assert mixer.controller.law.needs_trainer
+        assert float(mixer.mu) == pytest.approx(float(gac.laws.create(name).mu))
