@@ -14,7 +14,7 @@ import gac_kernels
 from gac.bench import gates, limits, peers
 from gac.bench.gates import Gate
 from gac.bench.inputs import Pools
-from gac.observe.ledger import ELEMENTS_PER_BUCKET, SMALLEST_SKETCH
+from gac.observe.ledger import sketch_size
 from gac.plan.shapes import LlamaShape
 from gac_kernels import SketchLayout
 from gac_kernels.layout import LANES, sign_key
@@ -279,7 +279,7 @@ def _sketch(case: Case, pools: Pools) -> Prepared:
         for flat in second[0].flat:
             flat.abs_()
     numels = [math.prod(shape) for shape in case.shapes]
-    layout = SketchLayout.per_tensor(numels, size=max(SMALLEST_SKETCH, sum(numels) // ELEMENTS_PER_BUCKET))
+    layout = SketchLayout.per_tensor(numels, size=sketch_size(sum(numels)))
     out = torch.zeros(layout.size, device=pools.device)
     prepared = Prepared(
         ours=lambda k: gac_kernels.sketch(lists[k], out, layout=layout, second_moments=seconds[k]),
@@ -300,7 +300,8 @@ def _sketch(case: Case, pools: Pools) -> Prepared:
     signs.bernoulli_(0.5).mul_(2).sub_(1)
 
     def eager(k: int) -> tuple[Tensor, Tensor]:
-        values = peers.weighted(ones[k], moments[k]) if weighted else ones[k]
+        second = moments[k]
+        values = ones[k] if second is None else peers.weighted(ones[k], second)
         return (values.view_as(signs) * signs).sum(1), values.norm()
 
     prepared.peers = {

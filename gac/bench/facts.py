@@ -71,7 +71,8 @@ def cpu_isa() -> str:
     from gac_kernels import cpu
     from gac_kernels.cpu.library import load
 
-    return load().isa if cpu.available() else "none"
+    library = load() if cpu.available() else None
+    return "none" if library is None else library.isa
 
 
 def driver_version() -> str:

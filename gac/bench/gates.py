@@ -7,7 +7,8 @@ the last, the largest, the smallest and others), and their total against the sum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,8 @@ def sample(numels: Sequence[int]) -> list[int]:
         return list(range(len(numels)))
     by_size = sorted(range(len(numels)), key=lambda k: numels[k])
     wanted = [by_size[0], len(numels) - 1, 1, len(numels) // 2, by_size[-1], 0]
-    chosen, total = [], 0
+    chosen: list[int] = []
+    total = 0
     for index in dict.fromkeys(wanted):
         if total + numels[index] <= _SAMPLE or not chosen:
             chosen.append(index)
@@ -68,6 +70,10 @@ def _pieces(tensor: Tensor) -> Any:
     return [(start, flat[start : start + _PIECE]) for start in range(0, max(1, flat.numel()), _PIECE)]
 
 
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, parts)
+
+
 def _what(indices: Sequence[int], count: int) -> str:
     return "everything" if len(indices) == count else f"{len(indices)} of {count} tensors, and the total"
 
@@ -77,7 +83,7 @@ def check_moments(function: Callable, tensors: list[Tensor]) -> Gate:
     total = function(tensors)
     rows = total[None] if len(tensors) == 1 else function(tensors, per_tensor=True)
     indices = sample([t.numel() for t in tensors])
-    exact = torch.stack([sum(reference.moments(p) for _, p in _pieces(tensors[k])) for k in indices])
+    exact = torch.stack([_sum(reference.moments(p) for _, p in _pieces(tensors[k])) for k in indices])
     errors = [(rows[indices] - exact).abs(), (total - rows.sum(0)).abs()]
     scale = torch.tensor([2 * SUM_DEPTH * UNIT, 0.0], dtype=exact.dtype, device=exact.device)
     return Gate.of(errors, [exact * scale, rows.sum(0) * scale], _what(indices, len(tensors)))
@@ -90,7 +96,7 @@ def check_pair_moments(function: Callable, a: list[Tensor], b: list[Tensor]) -> 
     indices = sample([t.numel() for t in a])
     exact = torch.stack(
         [
-            sum(reference.pair_moments(p, q) for (_, p), (_, q) in zip(_pieces(a[k]), _pieces(b[k]), strict=True))
+            _sum(reference.pair_moments(p, q) for (_, p), (_, q) in zip(_pieces(a[k]), _pieces(b[k]), strict=True))
             for k in indices
         ]
     )
@@ -114,7 +120,8 @@ def check_sketch(
     if len(tensors) > 1:
         rows = function(tensors, torch.empty_like(out), layout=layout, per_tensor=True, **options)
     indices = sample([t.numel() for t in tensors])
-    errors, bounds, exact = [(~torch.isfinite(out)).sum().double()], [torch.zeros(1, device=out.device)], []
+    errors, bounds = [(~torch.isfinite(out)).sum().double()], [torch.zeros(1, device=out.device)]
+    moments: list[Tensor] = []
     roundings = 0 if second_moments is None else WEIGHT_DEPTH
     depth = layout.rows_per_slab + 16 + roundings
     for k in indices:
@@ -123,16 +130,17 @@ def check_sketch(
         own = SketchLayout((layout.numels[k],), layout.rows_per_slab, layout.seed, layout.lanes)
         shifted = _ShiftedLayout(own, layout.index_offsets[k])
         buckets = torch.zeros(own.size, dtype=torch.float64, device=out.device)
-        mass, moments = torch.zeros_like(buckets), 0.0
+        mass = torch.zeros_like(buckets)
+        parts: list[Tensor] = []
         seconds = _pieces(tensors[k]) if second_moments is None else _pieces(second_moments[k])
         for (start, piece), (_, second) in zip(_pieces(tensors[k]), seconds, strict=True):
             if second_moments is not None:
                 piece = (piece.double() / (second.double().sqrt() + 1e-8)).masked_fill(second == 0, 0.0)
-            moments = moments + shifted.add(piece, start, buckets, mass)
+            parts.append(shifted.add(piece, start, buckets, mass))
         errors.append((out[first:last].double() - buckets).abs())
         bounds.append(2 * depth * UNIT * mass + 1e-40)
-        exact.append(moments)
-    exact = torch.stack(exact)
+        moments.append(_sum(parts))
+    exact = torch.stack(moments)
     scale = torch.tensor([2 * (SUM_DEPTH + 2 * roundings) * UNIT, 0.0], dtype=exact.dtype, device=exact.device)
     errors += [(rows[indices] - exact).abs(), (total - rows.sum(0)).abs()]
     bounds += [exact * scale, rows.sum(0) * scale]

@@ -23,7 +23,7 @@ from gac.bench.cases import (
 )
 from gac.bench.inputs import Pools, free_bytes
 from gac.bench.timing import Samples, quantile, ratio, ratio_interval, timer_for
-from gac.plan.shapes import MODELS
+from gac.plan.shapes import MODELS, LlamaShape
 
 SIZES = tuple(1 << k for k in range(10, 27, 2))
 """1K to 64M elements."""
@@ -88,7 +88,9 @@ def run(options: Options, on_row: Callable[[dict], None] = lambda row: None) -> 
     """
     deadline = monotonic() + options.limit
     pools, timer = Pools(options.device, cold=options.device.type != "cuda"), timer_for(options.device)
-    rows, last, doubtful = [], None, []
+    rows: list[dict] = []
+    last: tuple[str, LlamaShape | None] | None = None
+    doubtful: list[tuple[int, Case, list[dict[str, Samples]]]] = []
     for case in cases(options):
         if isinstance(case, Case):
             if (case.operation, case.model) != last:

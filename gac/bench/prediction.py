@@ -13,7 +13,7 @@ import json
 import math
 import sys
 
-from gac.observe.ledger import ELEMENTS_PER_BUCKET, SMALLEST_SKETCH
+from gac.observe.ledger import sketch_size
 from gac.plan import DEVICES, Parameters, Setup, make_plan, workspace_bytes
 from gac.plan.shapes import MODELS
 from gac_kernels import SketchLayout
@@ -31,7 +31,7 @@ def operations(name: str) -> list[dict]:
     """Bytes, launches and seconds of each list operation on a model's bf16 parameter list."""
     numels = [math.prod(shape) for shape in MODELS[name].shapes()]
     total = sum(numels)
-    layout = SketchLayout.per_tensor(numels, size=max(SMALLEST_SKETCH, total // ELEMENTS_PER_BUCKET))
+    layout = SketchLayout.per_tensor(numels, size=sketch_size(total))
     partials = workspace_bytes(numels, layout)
     counted = {
         "moments": (_BF16 * total, 2),

@@ -104,7 +104,7 @@ FIGURE_COLUMNS = ("figure", "to reach", "measured", "reached")
 def tables(results: dict) -> list[tuple[str, Sequence[str], list[list[str]]]]:
     """All tables of the results: title, columns, rows."""
     gpu = results["device_type"] == "cuda"
-    found = []
+    found: list[tuple[str, Sequence[str], list[list[str]]]] = []
     if results.get("kernels"):
         rows = [kernel_row(row, gpu) for row in results["kernels"]]
         found.append(("Kernels (speed-ups over the fastest peer of each kind)", kernel_columns(gpu), rows))

@@ -8,9 +8,11 @@ mixer counts, over the plain step; and the difference of whole steps, which is n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic, perf_counter
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -57,7 +59,7 @@ class Trainer:
         torch.manual_seed(0)
         length = min(_SEQUENCE, options.tokens)
         self.options = options
-        self.model = options.shape.model(dtype=options.dtype, device=options.device, max_length=length)
+        self.model: Any = options.shape.model(dtype=options.dtype, device=options.device, max_length=length)
         if _activation_bytes(options) > 0.4 * free_bytes(options.device):
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model.train()
@@ -265,7 +267,7 @@ def synchronizations(trainer: Trainer) -> dict[str, str]:
             with branch():
                 for batch in trainer.batches[: trainer.options.micro_batches]:
                     loss = trainer.loss(batch)
-                    verdicts.append(_first_sync(lambda loss=loss: mixer.backward(loss)))
+                    verdicts.append(_first_sync(functools.partial(mixer.backward, loss)))
         verdicts.append(_first_sync(mixer.step))
         trainer.optimizer.zero_grad()
     found["gac"] = next((v for v in verdicts if v != "none"), "none") + " (backward passes and mixer.step)"

@@ -48,7 +48,7 @@ def summarize(folder: Path) -> dict:
     rows = (parts["kernels"] or {}).get("kernels", [])
     return {
         "facts": merged.get("facts"),
-        "parts": {name: {"found": part is not None, "complete": bool(part) and "seconds" in part}
+        "parts": {name: {"found": part is not None, "complete": part is not None and "seconds" in part}
                   for name, part in parts.items()},
         "exit_codes": exit_codes(log),
         "tests": pytest_counts(_text(folder / "tests.log")),

@@ -40,6 +40,11 @@ ELEMENTS_PER_BUCKET = 4096
 """For large models: four fp32 vectors of P/4096 are 0.2% of the bytes of a bf16 gradient."""
 
 
+def sketch_size(elements: int) -> int:
+    """Buckets wished for the sketch of so many elements; the layout rounds them up."""
+    return max(SMALLEST_SKETCH, elements // ELEMENTS_PER_BUCKET)
+
+
 class Ledger:
     """Buffers and sums of one device. Everything but the counts is a tensor, and nothing is read on the host.
 
@@ -66,16 +71,16 @@ class Ledger:
         module_count: int = 1,
         copies: int = 1,
     ):
-        total = sum(numels)
-        size = None if lossless else max(SMALLEST_SKETCH, total // ELEMENTS_PER_BUCKET)
+        size = None if lossless else sketch_size(sum(numels))
         self.layout = SketchLayout.per_tensor(numels, size=size, seed=seed)
         self.device = device
         self.running = running
         self.direct = self.layout.lossless and not running
         m = self.layout.size
-        vectors = 2 if self.direct else 3 + running
-        self._vectors = torch.zeros(vectors * m, dtype=torch.float32, device=device)
-        parts = self._vectors.split(m) if m else [self._vectors] * vectors
+        self.vectors = 2 if self.direct else 3 + running
+        """Vectors of the layout's size that are kept."""
+        self._vectors = torch.zeros(self.vectors * m, dtype=torch.float32, device=device)
+        parts = self._vectors.split(m) if m else [self._vectors] * self.vectors
         self.totals: dict[Branch, Tensor] = {Branch.SFT: parts[0], Branch.RL: parts[1]}
         self.current = None if self.direct else parts[2]
         self.previous = parts[3] if running else None

@@ -96,7 +96,6 @@ def make_plan(setup: Setup) -> Plan:
     running = reads_running_sums(exact=lossless, ranks=setup.ranks, sharded=sharded, managed=False, in_place=True)
     ledger = ledger_after(local.numels, lossless=lossless, running=running, contributions=backwards)
     size = ledger.layout.size
-    vectors = 2 if ledger.direct else 3 + running
 
     gradient_bytes = setup.itemsize * local.total
     read = gradient_bytes + (4 * local.total if setup.metric == "optimizer" else 0)
@@ -105,7 +104,7 @@ def make_plan(setup: Setup) -> Plan:
     launches = SKETCH_LAUNCHES * len(calls) + (0 if ledger.direct else ABSORB_LAUNCHES)
     # the end of a step: inner products of the totals, zeros over everything, and the message with its way back
     reduced = setup.ranks > 1 and not sharded
-    finish = 4 * size * (2 + vectors + (8 if reduced else 0))
+    finish = 4 * size * (2 + ledger.vectors + (8 if reduced else 0))
     message = 0
     if setup.ranks > 1:
         message = 4 * (SHARD_NUMBERS + 2 * backwards if sharded else REPLICA_NUMBERS + 2 * size)
@@ -175,8 +174,8 @@ def _notes(setup: Setup, n: int, sharded: bool) -> tuple[str, ...]:
         notes.append("one contribution a step: noise comes from earlier steps, which counts drift of the mean as noise")
     if sharded:
         notes.append("gradients are averaged over ranks before they are seen, so contributions are micro-batches alone")
-    held = setup.itemsize * (setup.parameters.total + setup.observed.total) + 8 * setup.observed.total
-    held /= setup.ranks if sharded else 1
+    whole = setup.itemsize * (setup.parameters.total + setup.observed.total) + 8 * setup.observed.total
+    held = whole / (setup.ranks if sharded else 1)
     if setup.device.memory is not None and held > setup.device.memory:
         advice = "use more ranks" if sharded else "use --sharding fsdp"
         notes.append(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LlamaShape:
         layers = (elements - rest) // sum(math.prod(shape) for shape in self._layer())
         return replace(self, layers=layers) if layers >= 1 else None
 
-    def model(self, *, dtype: torch.dtype, device: torch.device | str, max_length: int) -> nn.Module:
+    def model(self, *, dtype: torch.dtype, device: torch.device | str, max_length: int) -> PreTrainedModel:
         """A transformers model of this shape with random weights."""
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,0 +1,34 @@
+"""What the real code does while nothing is computed or sent."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import gac.observe.ledger
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Calls of the kernels by the ledgers: ``(operation, bytes of the gradients or of the vectors)``; nothing runs."""
+    calls = []
+
+    def sketch(tensors, out, **options):
+        read = [*tensors, *(options.get("second_moments") or ())]
+        calls.append(("sketch", sum(t.numel() * t.element_size() for t in read)))
+
+    def absorb_(current, previous, total, scale, **options):
+        calls.append(("absorb_", sum(t.nbytes for t in (current, previous, total) if t is not None)))
+
+    monkeypatch.setattr(gac.observe.ledger, "sketch", sketch)
+    monkeypatch.setattr(gac.observe.ledger, "absorb_", absorb_)
+    return calls
+
+
+@pytest.fixture
+def ranks(request):
+    """A process group that sends nothing, with this process as its first rank."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.param)
+    yield request.param
+    dist.destroy_process_group()
