@@ -60,7 +60,7 @@ class Branches:
         observer = self._observer
         then = "leave the first branch before entering another; several backward passes may share one"
         self.require_none(f"`with mixer.{branch.value}():`", then)
-        observer.check_tokens(branch, tokens)
+        observer.seen.check_tokens(branch, tokens)
         self._engine.enter(branch)
         scale = self._measurement.scaled(self.weights.undone[branch])
         if self._scaler is not None and observer.measuring:

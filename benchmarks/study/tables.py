@@ -36,14 +36,14 @@ def forest_rows(study: Study) -> list[tuple[str, str]]:
     return rows
 
 
-def main_table(study: Study, brief: bool = False) -> str:
-    """Searches, rules and both ends of two stages on both halves; `brief` leaves tests and effect sizes out."""
+def main_table(study: Study) -> str:
+    """Searches, rules and both ends of two stages on both halves, with tests and effect sizes."""
     halves = study.halves()
     if not halves:
         return NOT_RUN
     header, rows = ["arm"], []
     for half, _ in halves:
-        header += [f"{half}, %", "`gac` minus it"] + ([] if brief else ["p", "d", "won, %", "pairs"])
+        header += [f"{half}, %", "`gac` minus it", "p", "d", "won, %", "pairs"]
     ends = (RL_ALONE, SFT_ALONE)
     for name in ordered(study):
         if kind(name) in _KINDS.values() and "=" in name and name not in ends:
@@ -51,7 +51,7 @@ def main_table(study: Study, brief: bool = False) -> str:
         cells = [label(name)]
         for _, family in halves:
             cells += _late(family, name)
-            cells += [] if brief else evidence(family, name, family.versus.get(name))
+            cells += evidence(family, name, family.versus.get(name))
         rows.append(cells)
     return table(header, rows)
 

@@ -32,9 +32,11 @@ class Observer:
         lossless: the exact estimator's layout.
         running: read ``p.grad`` after accumulation (and take differences) instead of the incoming gradient.
         seed: of the sketch.
-        second_moments: measure in the space of the optimizer that has these; None: in that of the gradients.
         copies: for each parameter, how many ranks hold the same piece of it (:class:`gac.observe.topology.Topology`).
         hooks: False leaves the gradients to :meth:`take`.
+
+    Attributes:
+        second_moments: measure in the space of the optimizer that has these; None: in that of the gradients.
     """
 
     def __init__(
@@ -44,13 +46,12 @@ class Observer:
         lossless: bool,
         running: bool,
         seed: int,
-        second_moments: SecondMoments | None = None,
         copies: Sequence[int] | None = None,
         hooks: bool = True,
     ) -> None:
         self.running = running
         self.hooks = hooks
-        self.second_moments = second_moments
+        self.second_moments: SecondMoments | None = None
         named = list(parameters)
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
@@ -166,7 +167,7 @@ class Observer:
         """
         entered_with = self._tokens
         if tokens is not None:
-            self.check_tokens(self.branch, tokens)
+            self.seen.check_tokens(self.branch, tokens)
             self._tokens = tokens
         try:
             yield
@@ -176,11 +177,6 @@ class Observer:
             raise
         finally:
             self._tokens = entered_with
-
-    def check_tokens(self, branch: Branch | None, tokens: Tokens) -> None:
-        """See :meth:`Seen.check_tokens`."""
-        if branch is not None:
-            self.seen.check_tokens(branch, tokens)
 
     def fail(self) -> None:
         """A backward pass raised: what it left of its contribution is dropped, and the step counts as broken."""

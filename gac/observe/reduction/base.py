@@ -42,11 +42,6 @@ class Reduction(ABC):
         own = {"nonfinite": nonfinite, "silent": self._full(float(silent)), "time_noise": time_noise}
         self._message = Message(own | self._pack(), device, topology.groups)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that this rank puts into the collective."""
-        return self._message.nbytes
-
     def finish(self) -> StepSums:
         """The sums; the device (on a CPU: the host) waits for the collective."""
         found = self._message.unpack()

@@ -35,11 +35,6 @@ class Message:
                 work.wait()
             self._works = [dist.all_reduce(self._vector, group=group, async_op=True)]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that this rank puts into the collective."""
-        return 0 if self._vector is None else self._vector.nbytes
-
     def unpack(self) -> dict[str, Tensor]:
         """The sums by name, flat where they travelled; the device (on a CPU: the host) waits for the collective."""
         for work in self._works:
