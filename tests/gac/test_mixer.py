@@ -535,3 +535,25 @@ class TestWrongUse:
     def test_loss(self):
         with gac.patch(tiny_model()) as mixer, mixer.sft(), pytest.raises(TypeError, match="loss must be a tensor"):
             mixer.backward(1.0)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sketch"])
+def test_tokens_of_one_contribution_are_its_own(estimator):
+    """Also after one that raised: those that follow count for what the branch was entered with."""
+
+    def explode(gradient):
+        raise OverflowError("in backward")
+
+    model = torch.nn.Linear(3, 2)
+    with gac.patch(model, estimator=estimator) as mixer:
+        with mixer.sft(tokens=2.0):
+            mixer.backward(model(torch.ones(1, 3)).sum(), tokens=6.0)
+            mixer.backward(model(torch.ones(1, 3)).sum())
+            out = model(torch.ones(1, 3))
+            out.register_hook(explode)
+            with pytest.raises(OverflowError):
+                mixer.backward(out.sum(), tokens=5.0)
+            with pytest.raises(ValueError, match="not negative"):
+                mixer.backward(model(torch.ones(1, 3)).sum(), tokens=-1.0)
+            mixer.backward(model(torch.ones(1, 3)).sum())
+        assert [c.tokens for c in mixer._observer.seen.contributions] == [6.0, 2.0, 2.0]
