@@ -10,7 +10,7 @@ import torch
 from torch.library import opcheck
 
 import gac_kernels
-from gac_kernels import SketchLayout, cpu, ops, reference
+from gac_kernels import SketchLayout, backends, cpu, ops, reference
 from tests.gac_kernels.cases import values
 
 OPERATORS = torch.ops.gac_kernels
@@ -190,11 +190,11 @@ print("triton" in sys.modules, "torch._dynamo" in sys.modules)
 def test_the_interpreter_serves_only_who_asks_for_it():
     code = """
 import os, torch, gac_kernels
-from gac_kernels import ops
-print(ops._select("cpu")[1] == "triton")
+from gac_kernels import backends
+print(backends.select("cpu")[1] == "triton")
 os.environ["GAC_BACKEND"] = "triton"
-ops._select.cache_clear(), ops._implementation.cache_clear()
-print(gac_kernels.moments(torch.ones(300))[0].item(), ops._select("cpu")[0].__name__)
+backends.forget()
+print(gac_kernels.moments(torch.ones(300))[0].item(), backends.select("cpu")[0].__name__)
 """
     assert python(code, TRITON_INTERPRET="1").splitlines() == ["False", "300.0 gac_kernels.triton"]
 
@@ -204,8 +204,7 @@ def force(monkeypatch):
     """Sets GAC_BACKEND as if for a new process."""
 
     def clear():
-        ops._select.cache_clear()
-        ops._implementation.cache_clear()
+        backends.forget()
         ops._cpu_mix.cache_clear()
 
     def force(value):
@@ -218,11 +217,11 @@ def force(monkeypatch):
 
 
 def test_the_variable_forces_a_backend(force):
-    for backend in ("reference", "cpu"):
+    for backend in ("reference", "fallback", "cpu"):
         if backend == "cpu" and not cpu.available():
             continue
         force(backend)
-        assert ops._select("cpu")[0].__name__ == f"gac_kernels.{backend}"
+        assert backends.select("cpu")[0].__name__ == f"gac_kernels.{backend}"
         assert gac_kernels.backend_status()["cpu"] == f"{backend} (GAC_BACKEND={backend})"
         assert gac_kernels.moments(torch.ones(300)).tolist() == [300.0, 0.0]
         assert ops._cpu_mix() is importlib.import_module(f"gac_kernels.{backend}").mix_
@@ -230,7 +229,7 @@ def test_the_variable_forces_a_backend(force):
 
 def test_a_wrong_backend_is_named(force):
     force("cuda")
-    with pytest.raises(ValueError, match="GAC_BACKEND is 'cuda': use one of reference, cpu, triton"):
+    with pytest.raises(ValueError, match="GAC_BACKEND is 'cuda': use one of reference, fallback, cpu, triton"):
         gac_kernels.moments(torch.ones(3))
     assert "none (GAC_BACKEND is 'cuda'" in gac_kernels.backend_status()["cpu"]
 
@@ -246,19 +245,19 @@ def test_triton_on_cpu_tensors_says_what_to_do(force):
 
 def test_a_missing_or_old_triton_falls_back(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    ops._select.cache_clear()
+    backends.select.cache_clear()
     try:
-        module, name, reason = ops._select("cuda")
+        module, name, reason = backends.select("cuda")
         assert (module, name) == (reference, "reference")
         assert "triton is not installed" in reason
         monkeypatch.undo()
         triton = pytest.importorskip("triton")
         monkeypatch.setattr(triton, "__version__", "3.2.0")
-        ops._select.cache_clear()
-        assert "too old: version 3.3" in ops._select("cuda")[2]
+        backends.select.cache_clear()
+        assert "too old: version 3.3" in backends.select("cuda")[2]
     finally:
         monkeypatch.undo()
-        ops._select.cache_clear()
+        backends.select.cache_clear()
 
 
 def test_backend_status_names_backends_and_reasons():
@@ -271,4 +270,4 @@ def test_backend_status_names_backends_and_reasons():
 
 
 def test_other_devices_are_served_by_the_reference():
-    assert ops._select("mps")[:2] == (reference, "reference")
+    assert backends.select("mps")[:2] == (reference, "reference")
