@@ -144,19 +144,25 @@ def _parts(layout: SketchLayout, start: int, stop: int) -> Iterator[_Part]:
         row += rows
 
 
+_SIGN_BIT = torch.iinfo(torch.int32).min
+_PLACES = torch.arange(SIGN_BITS - 1, -1, -1, dtype=torch.int32)  # from a word's bit to the sign bit of a float
+
+
 def _signed(values: Tensor, layout: SketchLayout, first_element: int) -> Tensor:
-    """``values`` (whole words of 32, float64) with the signs of the sequence from ``first_element`` on."""
+    """``values`` (whole words of 32, of the caller's own memory) with the signs from ``first_element`` on."""
     first = first_element // SIGN_BITS
-    words = reference.sign_words(layout, torch.arange(first, first + values.numel() // SIGN_BITS))
-    minus = einops.rearrange(words, "word -> word 1") >> torch.arange(SIGN_BITS) & 1
-    return values * einops.rearrange(1.0 - 2.0 * minus, "word bit -> (word bit)")
+    words = reference.sign_words(layout, torch.arange(first, first + values.numel() // SIGN_BITS)).int()
+    minus = (einops.rearrange(words, "word -> word 1") << _PLACES).bitwise_and_(_SIGN_BIT).flatten()
+    if values.dtype is _FLOAT64:
+        return torch.where(minus < 0, -values, values)
+    return values.view(torch.int32).bitwise_xor_(minus).view(torch.float32)
 
 
 @takes(sketch_call)
 def sketch(call: SketchCall) -> Tensor:
     """A random projection and its moments; see :func:`gac_kernels.sketch`."""
     layout = call.layout
-    lanes, height = layout.lanes, layout.rows_per_slab
+    lanes = layout.lanes
     totals = {}
     for region in set(call.places.regions):
         slabs = -(-layout.region_size(layout.numels[region]) // lanes)
@@ -165,21 +171,22 @@ def sketch(call: SketchCall) -> Tensor:
     for k, (region, start) in enumerate(zip(call.places.regions, call.places.starts, strict=True)):
         x, stop, row = call.tensors[k].detach().reshape(-1), start + call.numels[k], [0.0, 0.0]
         v = None if call.second_moments is None else call.second_moments[k].detach().reshape(-1)
+        wide = torch.float32 if v is None and x.dtype is not _FLOAT64 else _FLOAT64
         for part in _parts(layout, start, stop):
             origin = part.first_row * lanes
             begin, end = max(start, origin), min(stop, origin + part.rows * lanes)
-            values = x[begin - start : end - start].double()
+            values = x[begin - start : end - start]
+            values = values.to(wide, copy=True)
             if v is not None:
-                values = _weighted(values, v[begin - start : end - start].double(), call.eps)
+                values = _weighted(values, v[begin - start : end - start].to(wide), call.eps)
             square, nonfinite = _square(values)
             row[0] += square
             row[1] += nonfinite
             if end - begin < part.rows * lanes:
                 values = torch.nn.functional.pad(values, (begin - origin, origin + part.rows * lanes - end))
             signed = _signed(values, layout, layout.index_offsets[region] + origin)
-            shape = {"slab": part.slabs, "lane": lanes, "row": height if part.slabs > 1 else part.rows}
-            sums = einops.reduce(signed, "(slab row lane) -> slab lane", "sum", **shape)
-            totals[region][part.slab : part.slab + part.slabs] += sums
+            by_slab = einops.rearrange(signed, "(slab row lane) -> slab row lane", slab=part.slabs, lane=lanes)
+            totals[region][part.slab : part.slab + part.slabs] += by_slab.sum(1, dtype=_FLOAT64)
         rows.append(row)
     _write(call, totals)
     sums = _sums(rows, 2, call.per_tensor)
@@ -199,10 +206,7 @@ def _write(call: SketchCall, totals: dict[int, Tensor]) -> None:
     for region, total in totals.items():
         begin = layout.bucket_offsets[region]
         end = begin + layout.region_size(layout.numels[region])
-        found = (total.reshape(-1)[: end - begin] * scale).to(out.dtype)
-        if call.accumulate:
-            out[begin:end] += found
-        else:
-            out[begin:end] = found
+        found = total.reshape(-1)[: end - begin] * scale
+        out[begin:end] = out[begin:end] + found if call.accumulate else found  # rounded once
     if call.tail:
         out[layout.size :].zero_()

@@ -26,6 +26,7 @@ FLOORS = (
     (
         "benchmarks.communication",
         "benchmarks.conftest",
+        "benchmarks.fallback",
         "benchmarks.study",
         "benchmarks.test_kernels",
         "benchmarks.test_step",

@@ -10,7 +10,7 @@ import torch
 from torch.library import opcheck
 
 import gac_kernels
-from gac_kernels import SketchLayout, backends, cpu, ops, reference
+from gac_kernels import SketchLayout, backends, calls, cpu, fallback, ops, reference
 from tests.gac_kernels.cases import values
 
 OPERATORS = torch.ops.gac_kernels
@@ -190,7 +190,7 @@ print("triton" in sys.modules, "torch._dynamo" in sys.modules)
 def test_the_interpreter_serves_only_who_asks_for_it():
     code = """
 import os, torch, gac_kernels
-from gac_kernels import backends
+from gac_kernels import SketchLayout, backends, calls, cpu, fallback, ops, reference
 print(backends.select("cpu")[1] == "triton")
 os.environ["GAC_BACKEND"] = "triton"
 backends.forget()
@@ -271,3 +271,32 @@ def test_backend_status_names_backends_and_reasons():
 
 def test_other_devices_are_served_by_the_reference():
     assert backends.select("mps")[:2] == (reference, "reference")
+
+
+@pytest.mark.parametrize("name", ["sketch", "absorb_", "token_moments"])
+def test_a_checked_call_has_the_signature_of_its_operation(name):
+    make = {"sketch": calls.sketch_call, "absorb_": calls.absorb_call, "token_moments": calls.token_call}[name]
+    public = inspect.signature(getattr(gac_kernels, name)).parameters
+    assert list(public.values()) == list(inspect.signature(make).parameters.values())
+    for backend in (reference, fallback, cpu):
+        assert getattr(backend, name).make is make
+        assert list(inspect.signature(getattr(backend, name).run).parameters) == ["call"]
+
+
+def test_equal_calls_share_their_places_and_none_can_be_changed():
+    a = [values(100), values(21), values(5)]
+    one, other = (calls.sketch_call(a, torch.zeros(LAYOUT.size), layout=LAYOUT, regions=[0, 1, 2]) for _ in range(2))
+    assert one.places is other.places
+    assert one.places.room == LAYOUT.numels
+    flat = calls.sketch_call(a, torch.zeros(200), seed=3)
+    assert (flat.tail, flat.places.starts, flat.layout.numels) == (200 - 126, (0, 100, 121), (126,))
+    with pytest.raises(AttributeError):
+        one.scale = 2.0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.places.regions = (0, 0, 0)
+
+
+def test_every_backend_has_every_operation():
+    for backend in (reference, fallback, cpu):
+        for name in set(ops.__all__) - {"backend_status"}:
+            assert callable(getattr(backend, name)), name
