@@ -1,6 +1,8 @@
 """Dispatch, operators and the behaviour of the public functions that no single backend owns."""
 
+import dataclasses
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
