@@ -115,7 +115,7 @@ class Mixer:
     def mu(self) -> Tensor:
         """Weight of the SFT branch in this step: 0-dim float32 on the model's device."""
         self._settle()
-        return self._branches.weights.mu
+        return self._branches.weights.mu if self._patched is None else self._branches.mu
 
     @property
     def weight(self) -> Tensor:
