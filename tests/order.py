@@ -7,10 +7,11 @@ has to be given a floor. ``tests/test_order.py`` holds the code against it.
 
 FLOORS = (
     ("gac_kernels",),
+    ("gac.state",),  # imports nothing of the package
     ("gac.statistics",),
     ("gac.plots", "gac.schedules", "gac.version"),  # these import nothing of the package
     ("gac.laws", "gac.observe"),
-    ("gac.metrics", "gac.options", "gac.weights"),
+    ("gac.metrics", "gac.options", "gac.saved", "gac.weights"),
     ("gac.measurement",),
     ("gac.branches",),
     ("gac.report",),  # below the mixer, whose report() makes one when asked
