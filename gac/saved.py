@@ -9,7 +9,7 @@ import torch
 
 from gac.laws.controller import THEN, Controller
 from gac.observe.temporal import MovingMeans
-from gac.state import ListOf, Numbers, Range, Table, Whole, read
+from gac.state import Entry, ListOf, Numbers, Range, Table, Whole, read
 from gac.statistics.uncertainty import StandardErrors
 from gac_kernels.arguments import accumulator_dtype
 
@@ -67,10 +67,14 @@ class _Means:
         return [own.read(item, f"{at}[{k}]") for k, (own, item) in enumerate(zip(self._own, value, strict=True))]
 
 
-def read_state(value: Any, entry: MixerState, *, at: str = "state_dict") -> dict[str, Any]:
+def read_state(value: Any, entry: Entry) -> Any:
     """The parts of a mixer's state, checked whole and in copies on their devices.
+
+    Args:
+        value: what was saved.
+        entry: a :class:`MixerState`.
 
     Raises:
         TypeError, ValueError: it cannot be a state of this mixer; the message names the entry and what to do.
     """
-    return read(value, entry, at=at, then=THEN.format(whose="Mixer"))
+    return read(value, entry, then=THEN.format(whose="Mixer"))

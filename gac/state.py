@@ -157,6 +157,16 @@ class Flag:
 
 
 @dataclass(frozen=True)
+class Text:
+    """Any text."""
+
+    def read(self, value: Any, at: str) -> str:
+        if not isinstance(value, str):
+            raise TypeError(f"{at} must be a text, got {_told(value)}")
+        return value
+
+
+@dataclass(frozen=True)
 class Same:
     """A text that is known beforehand.
 
@@ -220,6 +230,27 @@ class Table:
                 why = f": {self.misfit}" if self.misfit else ""
                 raise ValueError(f"{at} {text} {', '.join(sorted(map(str, names)))}{why}")
         return {name: self.entries[name].read(value[name], f'{at}["{name}"]') for name in wanted}
+
+
+@dataclass(frozen=True)
+class Maybe:
+    """What ``entry`` says, or None."""
+
+    entry: Entry
+
+    def read(self, value: Any, at: str) -> Any:
+        return None if value is None else self.entry.read(value, at)
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """What ``entry`` says, given back as it was saved: for whoever reads it again with more knowledge."""
+
+    entry: Entry
+
+    def read(self, value: Any, at: str) -> Any:
+        self.entry.read(value, at)
+        return value
 
 
 def like(state: Mapping[str, Tensor], ranges: Mapping[str, Range]) -> dict[str, Numbers]:

@@ -440,7 +440,8 @@ def mutate(data, state):
         value = data.draw(anything)
         part.append(value) if isinstance(part, list) else part.update({data.draw(st.text(max_size=4)): value})
     elif way == "number" and isinstance(own, torch.Tensor) and own.numel():
-        own.view(-1)[data.draw(st.integers(0, own.numel() - 1))] = data.draw(number)
+        value = torch.tensor(data.draw(number), dtype=torch.float64)  # which may be infinite in float32
+        own.view(-1)[data.draw(st.integers(0, own.numel() - 1))] = value
     elif way == "swap":
         put(state, place, copy.deepcopy(inside(state, data.draw(st.sampled_from(list(places(state)))))))
     else:
