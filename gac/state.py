@@ -233,6 +233,14 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Anything:
+    """Whatever it is."""
+
+    def read(self, value: Any, at: str) -> Any:
+        return value
+
+
+@dataclass(frozen=True)
 class Maybe:
     """What ``entry`` says, or None."""
 

@@ -28,6 +28,7 @@ FLOORS = (
     (
         "benchmarks.communication",
         "benchmarks.conftest",
+        "benchmarks.kill_and_resume",
         "benchmarks.study",
         "benchmarks.test_kernels",
         "benchmarks.test_step",
