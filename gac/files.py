@@ -90,10 +90,10 @@ def load_state(path: str | os.PathLike[str], entry: Entry, *, then: str) -> Any:
     try:
         value = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # whatever bytes make of the reader
-        reason = str(error).strip().splitlines()[:1]
-        if type(error).__name__ == "UnpicklingError":  # torch goes on to advise reading it all the same
-            reason = ["it holds objects that are no plain data and could run code, or it is no file of torch.save"]
-        raise DamagedFile(f"{path} cannot be read ({reason[0] if reason else type(error).__name__}); {then}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "weights_only" in str(error):  # torch advises to read it all the same
+            reason = "it holds objects that are no plain data and could run code, or it is no file of torch.save"
+        raise DamagedFile(f"{path} cannot be read ({reason}); {then}") from None
     try:
         return entry.read(value, path)
     except (TypeError, ValueError) as error:

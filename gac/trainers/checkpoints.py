@@ -90,9 +90,21 @@ class CheckpointedGRPOTrainer(BranchedGRPOTrainer):
 
     # -- going on -----------------------------------------------------------------------------------------------------
 
-    def _inner_training_loop(self, *args: Any, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        self._checkpoint = None if resume_from_checkpoint is None else self._read_checkpoint(resume_from_checkpoint)
-        return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the base class; True goes on from the last complete checkpoint in ``output_dir``.
+
+        Raises:
+            ValueError: the checkpoint is incomplete, damaged, or of a run that this one cannot continue. It is read
+                first, before the model or anything else of it is loaded.
+        """
+        if resume_from_checkpoint is True:
+            complete = complete_checkpoints(cast(str, self.args.output_dir))
+            if not complete:
+                raise ValueError(f"{self.args.output_dir} holds no complete checkpoint to resume from; train anew")
+            resume_from_checkpoint = complete[-1]
+        given = resume_from_checkpoint or None
+        self._checkpoint = None if given is None else self._read_checkpoint(given)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _prepare_for_training(self, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
