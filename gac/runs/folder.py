@@ -54,6 +54,8 @@ def require_writable(folder: Path, option: str) -> None:
     """
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
     try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(folder)  # a name that no file can have, or a folder that may not be looked into
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:

@@ -196,9 +196,11 @@ def run_hybrid(
     trainer.remove_callback(PrinterCallback)
 
     checkpoints = complete_checkpoints(arguments.output_dir)
-    _remove_incomplete(Path(arguments.output_dir), checkpoints)
     checkpoint = checkpoints[-1] if checkpoints else None
     done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    if checkpoint and done < config.steps:
+        trainer.check_checkpoint(checkpoint)  # before anything in the folder changes
+    _remove_incomplete(Path(arguments.output_dir), checkpoints)
     metrics = MetricsFile(out / METRICS, last_step=done)
     if done:
         reporter.say(f"continuing from step {done}")

@@ -112,6 +112,10 @@ class CheckpointedGRPOTrainer(BranchedGRPOTrainer):
             self._load_gac_state(self._checkpoint)
         return prepared
 
+    def check_checkpoint(self, checkpoint: str) -> None:
+        """Raises what :meth:`train` would raise where it could not go on from the folder `checkpoint`."""
+        self._read_checkpoint(checkpoint)
+
     def _read_checkpoint(self, checkpoint: str) -> dict[str, Any]:
         """The state to continue from, once it is clear that it can be, and where."""
         path = os.path.join(checkpoint, STATE_FILE)
