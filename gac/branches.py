@@ -102,7 +102,7 @@ class Branches:
         for branch, weight in self.weights.of.items():
             if is_factor(weight, loss):
                 raise ValueError(
-                    f"loss has the weight of the {branch.value} branch already, and mixer.backward multiplies by the one "
+                    f"loss has the weight of the {branch.value} branch already, and mixer.backward multiplies by that "
                     f"of the {entered.value} branch: pass the loss itself"
                 )
 

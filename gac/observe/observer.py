@@ -299,7 +299,7 @@ class Observer:
         self._passes.opened(call)
         if self.branch not in self.seen.weighted:
             raise RuntimeError(
-                f"a backward pass in the {self.branch.value} branch, but nobody has read its weight: the loss cannot have "
+                f"a backward pass in the {self.branch.value} branch, whose weight nobody has read: the loss cannot have "
                 "it. Call mixer.backward(loss), or (mixer.weight * loss).backward()"
             )
         if self.running and not self.sharded and not self.seen.broken:
