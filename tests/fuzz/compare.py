@@ -63,8 +63,8 @@ def compare(draw: Draw, outcome: Outcome) -> list[Difference]:
 class Comparison:
     """Carries what statistics and laws remember from step to step."""
 
-    def __init__(self, draw: Draw, replay: Replay, ranks: int = 1) -> None:
-        self.draw, self.replay, self.ranks = draw, replay, ranks
+    def __init__(self, draw: Draw, replay: Replay) -> None:
+        self.draw, self.replay = draw, replay
         self.found: list[Difference] = []
         self._start()
 
@@ -114,7 +114,8 @@ class Comparison:
         if exact:
             return got.dtype == right.dtype and bool(((got == right) | (got.isnan() & right.isnan())).all())
         slack = 64 * torch.finfo(got.dtype).eps
-        return torch.allclose(got.double(), right.double(), rtol=slack, atol=slack, equal_nan=True)
+        largest = float(right.double().nan_to_num().abs().max()) if right.numel() else 0.0
+        return torch.allclose(got.double(), right.double(), rtol=slack, atol=slack * largest, equal_nan=True)
 
     # -- statistics -----------------------------------------------------------------------------------------------
 
@@ -146,7 +147,7 @@ class Comparison:
             norm = (size**2, 2 * size * error + error**2 + SQUARES * size**2)
             numbers[f"norm_{name}2"] = norm if part.n else (math.nan, 0.0)
             noise[b] = (math.nan, 0.0)
-            if len(own[b]) == 1 and self.ranks == 1:
+            if len(own[b]) == 1:
                 past = self.past[differences][b]
                 if part.n:
                     noise[b] = past.noise(part.total, error, U)

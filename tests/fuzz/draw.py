@@ -5,6 +5,12 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field, replace
 
+SPREAD = {
+    "ddp": ("mlp", "norm", "conv", "tied", "frozen", "adapter", "reused", "mixed", "experts"),
+    "fsdp2": ("mlp", "norm", "conv", "tied", "frozen", "adapter", "reused"),
+}
+"""Models that engines take: FSDP2 wants one dtype, no scalars, and gradients for the same parameters on every rank."""
+
 MODELS = ("mlp", "norm", "conv", "tied", "frozen", "adapter", "experts", "reused", "sparse", "odd", "mixed")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LAWS = (
@@ -89,6 +95,7 @@ class Draw:
         named: how the mixer gets to know the optimizer: as an ``argument`` of ``gac.patch`` (whose steps then end the
             mixer's), by ``follow``, or not (``found`` at its first step).
         warm: steps that the optimizer has taken before the patch.
+        engine: ``one`` process, or two ranks under ``ddp`` or ``fsdp2``.
         scale: of the losses, by a scaler; None: there is none.
     """
 
@@ -107,11 +114,12 @@ class Draw:
     optimizer: str = "sgd"
     named: str = "found"
     warm: int = 0
+    engine: str = "one"
 
     @property
     def running(self) -> bool:
-        """Whether gradients are read as running sums, in one process."""
-        return not self.hooks or self.estimator == "sketch"
+        """Whether gradients are read as running sums: shards, buffers, and the sketch in one process."""
+        return self.engine == "fsdp2" or (self.engine == "one" and (not self.hooks or self.estimator == "sketch"))
 
     def with_steps(self, steps: tuple[Step, ...]) -> Draw:
         return replace(self, steps=steps)
@@ -152,14 +160,14 @@ def drawn(seed: int, number: int, *, engine: str = "one") -> Draw:
     """The draw of a number: the same for the same ``seed``, whatever was drawn before."""
     r = random.Random(f"{seed}/{number}")
     rare = lambda share: r.random() < share
-    model = "large" if rare(0.02) and engine == "one" else r.choice(MODELS)
+    model = "large" if rare(0.02) and engine == "one" else r.choice(SPREAD.get(engine, MODELS))
     dtype = r.choices(DTYPES, (5, 2, 1, 2))[0]
     if model in ("sparse", "mixed"):
         dtype = "float32"
     law, options = r.choices(LAWS, [5 if not options and law == "gac" else 1 for law, options in LAWS])[0]
     hooks = not rare(0.1) or engine != "one"
     optimizer = "sgd" if dtype == "float16" or model == "sparse" else r.choice(("sgd", "momentum", "adam", "adam"))
-    metric = "optimizer" if optimizer == "adam" and rare(0.3) else "gradient"
+    metric = "optimizer" if optimizer == "adam" and rare(0.3) and engine == "one" else "gradient"
     named = r.choice(("argument", "follow", "found", "found"))
     if law in TOLD and named == "argument":
         named = "follow"
@@ -184,6 +192,7 @@ def drawn(seed: int, number: int, *, engine: str = "one") -> Draw:
         optimizer=optimizer,
         named=named,
         warm=r.choice((0, 9, 12)) if metric == "optimizer" else 0,
+        engine=engine,
     )
 
 

@@ -29,12 +29,12 @@ def judge(draw: Draw) -> Failure | None:
     """None where gac did as it has to: the right numbers, or an error of its own for a schedule that has a hazard."""
     outcome = perform(draw)
     if outcome.error is not None and outcome.foreign:
-        return Failure(draw, "foreign", _told(outcome))
+        return Failure(draw, "foreign", told(outcome))
     if outcome.broken:
         return Failure(draw, "accepted", outcome.broken[0])
     hazards = ingredients(draw)
     if outcome.error is not None:
-        return None if hazards else Failure(draw, "refused", _told(outcome))
+        return None if hazards else Failure(draw, "refused", told(outcome))
     differences = compare(draw, outcome)
     if not differences or (hazards and outcome.said):
         return None
@@ -50,7 +50,7 @@ def known_as(failure: Failure) -> list[Known]:
     return present if present and judge(without) is None else []
 
 
-def _told(outcome: Outcome) -> str:
+def told(outcome: Outcome) -> str:
     error = outcome.error
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = "/".join(frame.filename.split("/")[-3:])

@@ -24,7 +24,8 @@ OURS = tuple(str(Path(gac.__file__).parents[1] / package) for package in ("gac",
 
 @dataclass
 class Found:
-    """What a step left: the weight of each pass, whether it failed, the gradient before clipping, and what was told."""
+    """What a step left: the weight of each pass, whether it failed, the gradient before clipping, and what was told;
+    of ranks also the parameters, whose clipping and averaging round in an order of the engine's own."""
 
     weights: list[Tensor] = field(default_factory=list)
     failed: list[bool] = field(default_factory=list)
@@ -34,6 +35,7 @@ class Found:
     mu: float = float("nan")
     metrics: dict = field(default_factory=dict)
     layouts: list = field(default_factory=list)
+    parameters: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -122,6 +124,8 @@ class Session:
         self.end(step)
         found.statistics, found.modules = self.mixer.statistics, self.mixer.modules
         found.mu, found.metrics = float(self.mixer.mu), self.mixer.metrics(wait=True)
+        if self.draw.engine != "one":
+            found.parameters = [whole(p.detach()).clone() for p in self.parameters]
         self.outcome.steps.append(found)
 
     def end(self, step: Step) -> None:

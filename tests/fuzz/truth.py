@@ -96,6 +96,9 @@ class Replay:
             self.optimizer.step()
             self.known = True
         clear(step, self.parameters)
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, found.parameters, strict=False):
+                parameter.copy_(value)
         self.number += 1
         self.ready = self._ready()
         return expected
@@ -121,17 +124,21 @@ class Replay:
             loss(False).backward()
             expected.exact &= one.checkpoint == "plain" or self.draw.model not in ("tied", "reused")
         after = self._accumulated()
-        x = _flat(gradients, self.parameters)
-        expected.nonfinite |= not bool(torch.isfinite(after if self.draw.running else x).all())
         value = float(factor) * (self.draw.scale or 1.0)
         undone = 1.0 / value if value else 0.0
         scale = undone if space is None else undone * space
-        expected.contributions.append(
-            Contribution(one.branch, x * scale, before * scale, after * scale, one.tokens, float(weight))
-        )
+        for x in self._contributions(flat(gradients, self.parameters)):
+            expected.nonfinite |= not bool(torch.isfinite(after if self.draw.running else x).all())
+            expected.contributions.append(
+                Contribution(one.branch, x * scale, before * scale, after * scale, one.tokens, float(weight))
+            )
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.draw.scale is None else loss * torch.full((), self.draw.scale)
+
+    def _contributions(self, own: Tensor) -> list[Tensor]:
+        """The contributions that a pass makes, from the gradient of this rank."""
+        return [own]
 
     def _accumulate(self, gradients: tuple[Tensor | None, ...]) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -139,7 +146,7 @@ class Replay:
                 parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
 
     def _accumulated(self) -> Tensor:
-        return _flat([p.grad for p in self.parameters], self.parameters)
+        return flat([p.grad for p in self.parameters], self.parameters)
 
     # -- the optimizer's space ------------------------------------------------------------------------------------
 
@@ -164,7 +171,7 @@ class Replay:
         return torch.cat(parts)
 
 
-def _flat(gradients, parameters: list[nn.Parameter]) -> Tensor:
+def flat(gradients, parameters: list[nn.Parameter]) -> Tensor:
     parts = [
         torch.zeros(p.numel(), dtype=torch.float64) if g is None else whole(g).double().reshape(-1)
         for g, p in zip(gradients, parameters, strict=True)
