@@ -79,7 +79,7 @@ def patch(
         law_options=law_options,
         estimator=estimator,
         interval=interval,
-        optimizer=optimizer,
+        optimizer=_with_hooks(optimizer),
         process_group=process_group,
         metric=metric,
         report_interval=report_interval,
@@ -89,3 +89,16 @@ def patch(
         carries_out_rules=carries_out_rules,
     )
     return Mixer(model, options)
+
+
+def _with_hooks(optimizer: Any) -> Any:
+    """The optimizer whose hooks run when a step is taken: accelerate's wrapper is one by its class alone, without any,
+    and leaves out the steps that a scaler skips."""
+    while isinstance(optimizer, torch.optim.Optimizer) and not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        if not hasattr(optimizer, "optimizer"):
+            raise TypeError(
+                f"{type(optimizer).__name__} is an optimizer without hooks: its __init__ must call that of "
+                "torch.optim.Optimizer. Or leave optimizer= out and call mixer.step() after each of its steps"
+            )
+        optimizer = optimizer.optimizer
+    return optimizer

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gac.laws.momentum import momentum_of as momentum_of
+from gac.laws.momentum import noise_left as noise_left
 from gac.schedules import Schedule
 from gac.state import Range
 from gac.statistics import Statistics
@@ -207,21 +209,3 @@ def closed_form(
     not be negative. NaN when all are 0 (every mu is then as good), unless ``epsilon`` is added to the denominator.
     """
     return (alpha * delta_g2 + sigma_r2) / (delta_g2 + sigma_s2 + sigma_r2 + epsilon)
-
-
-def momentum_of(optimizer: torch.optim.Optimizer) -> float:
-    """The share that an optimizer's average of gradients keeps in a step: ``betas[0]`` of Adam, ``momentum`` of SGD.
-
-    0 for an optimizer without one, and the least where groups differ.
-    """
-    groups = getattr(optimizer, "param_groups", ())
-    found = [float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0)) for group in groups]
-    return min(found, default=0.0)
-
-
-def noise_left(momentum: float) -> float:
-    """Share of a gradient's noise that is left in an average which keeps ``momentum`` of itself: ``(1-m)/(1+m)``.
-
-    That of independent noise of equal size, in the average of as many steps as have weight.
-    """
-    return (1 - momentum) / (1 + momentum)
