@@ -299,8 +299,8 @@ class Observer:
         self._passes.opened(call)
         if self.branch not in self.seen.weighted:
             raise RuntimeError(
-                f"a backward pass in the {self.branch.value} branch, whose weight nobody has read: the loss cannot have "
-                "it. Call mixer.backward(loss), or (mixer.weight * loss).backward()"
+                f"a backward pass in the {self.branch.value} branch, whose weight nobody has read: the loss lacks it. "
+                "Call mixer.backward(loss), or (mixer.weight * loss).backward()"
             )
         if self.running and not self.sharded and not self.seen.broken:
             changed = self._accumulated.changed_besides(index)
