@@ -176,9 +176,9 @@ class Observer:
         with self._lock:
             self._close()
             entered_with = self._tokens
-            if tokens is not None:
-                self.seen.check_tokens(self.branch, tokens)
-                self._tokens = tokens
+            told = entered_with if tokens is None else tokens
+            self.seen.check_tokens(self.branch, told)
+            self._tokens = told
             self._look_again()
             self._passes.guided = True
             try:
@@ -302,6 +302,7 @@ class Observer:
                 f"a backward pass in the {self.branch.value} branch, whose weight nobody has read: the loss lacks it. "
                 "Call mixer.backward(loss), or (mixer.weight * loss).backward()"
             )
+        self.seen.check_tokens(self.branch, self._tokens)
         if self.running and not self.sharded and not self.seen.broken:
             changed = self._accumulated.changed_besides(index)
             if changed:
@@ -347,15 +348,17 @@ class Observer:
             _queue_callback(self._accumulated.note)  # after the engine's own: DDP still copies what it has reduced
         elif not self._passes.guided:  # a nested pass: the contribution goes on, and may end without another hook
             self._pending.now.task = -1
-            self._flush()
-            self._accumulated.note()
+            if self.running:
+                self._flush()
+                self._accumulated.note()
 
     # -- contributions --------------------------------------------------------------------------------------------
 
     def finish(self, *, note: bool = True) -> None:
         """Closes the open contribution, if there is one; ``note``: the gradients are as its pass has left them."""
         self._pending.now.task = -1
-        self._incoming.clear()
+        if note:
+            self._incoming.clear()
         if not self._open:
             return
         start = perf_counter()
