@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from gac.observe.accumulated import Accumulated
 from gac.observe.contribution import Contribution, Seen, Tokens
 from gac.observe.ledger import Ledger
-from gac.observe.module_names import group_parameters
+from gac.observe.module_names import group_parameters, some
 from gac.observe.optimizer_space import SecondMoments
 from gac.observe.passes import Passes
 from gac.observe.pending import Pending
@@ -304,18 +304,14 @@ class Observer:
             )
         self.seen.check_tokens(self.branch, self._tokens)
         if self.running and not self.sharded and not self.seen.broken:
-            changed = self._accumulated.changed_besides(index)
+            changed = [self.names[k] for k in self._accumulated.changed_besides(index)]
             if changed:
                 self.seen.broken = True
                 raise RuntimeError(
-                    f"gradients were changed between two backward passes of a step ({self._named(changed)}), and "
+                    f"gradients were changed between two backward passes of a step ({some(changed)}), and "
                     "contributions are what passes add to them: change them once, after the step's last pass, use "
                     'mixer.backward(loss), which looks again, or patch with estimator="exact"'
                 )
-
-    def _named(self, indices: Sequence[int]) -> str:
-        some = ", ".join(repr(self.names[k]) for k in indices[:3])
-        return f"{some} and {len(indices) - 3} more" if len(indices) > 3 else some
 
     def _begin(self) -> None:
         self.seen.fired = self.alive = True
