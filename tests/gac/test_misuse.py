@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gac
+from gac.observe.optimizer_space import WARM_UP
 from gac.observe.passes import outermost_call
 
 ESTIMATORS = ["exact", "sketch"]
@@ -186,7 +187,7 @@ def test_running_sums_in_the_space_of_the_optimizer_look_again_too():
         optimizer = torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.9, 0.5))
         mixer = gac.patch(model, estimator="sketch", metric="optimizer")
         mixer.follow(optimizer)
-        for _ in range(8):
+        for _ in range(WARM_UP + 2):
             step(model, mixer, functools.partial(change, model))
             for p in model.parameters():  # whatever the branches left: the same second moments in both runs
                 p.grad = torch.ones_like(p)
