@@ -377,9 +377,10 @@ def mine():
 def test_a_law_that_declares_nothing(mine):
     """Names, shapes, dtypes; finite numbers, and NaN where the law begins with it."""
     controller = gac.Controller("mine")
-    for _ in range(2):  # its integers become floats with the first statistics
-        controller.load_state_dict(controller.state_dict())
-        controller.law.to(torch.device("cpu"))
+    state = controller.state_dict()
+    state["state"]["seen"] = torch.tensor([0.5, 1.0])  # its integers are floats from the beginning, as they are later
+    controller.load_state_dict(state)
+    assert controller.law.state["seen"].tolist() == [0.5, 1.0]
     for name, value in (("total", NAN), ("total", INF), ("last", INF), ("mu", 7.0)):
         state = controller.state_dict()
         state["state"][name].fill_(value)
