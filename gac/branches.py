@@ -13,7 +13,10 @@ from gac.observe.contribution import Tokens
 from gac.observe.engine import EngineChecks
 from gac.observe.pending import resolve_buffers
 from gac.statistics.branch import Branch
-from gac.weights import Weights
+from gac.weights import Weights, is_factor
+
+_CHECKED_LOSSES = 64
+"""Calls of ``backward`` that look for a weight in the loss: those of the first steps."""
 
 
 class Branches:
@@ -37,6 +40,7 @@ class Branches:
         weights: Weights,
     ) -> None:
         self.weights = weights
+        self._checks = _CHECKED_LOSSES
         self._measurement = measurement
         self._observer = measurement.observer
         self._engine = engine
@@ -47,7 +51,14 @@ class Branches:
         """The weight of the branch under way."""
         if self._observer.branch is None:
             raise RuntimeError("mixer.weight belongs to a branch: read it inside `with mixer.sft():` or `mixer.rl()`")
+        self._observer.seen.weighted.add(self._observer.branch)
         return self.weights.of[self._observer.branch]
+
+    @property
+    def mu(self) -> Tensor:
+        """The weight of the SFT branch, from which that of the other follows."""
+        self._observer.seen.weighted.update(Branch)
+        return self.weights.mu
 
     def require_none(self, call: str, then: str) -> None:
         """Raises RuntimeError where ``call`` is made inside a branch."""
@@ -79,8 +90,21 @@ class Branches:
             raise TypeError(f"loss must be a tensor, got {type(loss).__name__}")
         if self._observer.branch is None:
             raise RuntimeError("backward outside a branch: call it inside `with mixer.sft():` or `with mixer.rl():`")
+        self._check_unweighted(loss, self._observer.branch)
         with self._observer.contribution(tokens):
-            (self.weight * loss).backward()
+            (self.weights.of[self._observer.branch] * loss).backward()
+
+    def _check_unweighted(self, loss: Tensor, entered: Branch) -> None:
+        """Raises ValueError for a loss that has a weight already; in the first steps alone, it walks the graph."""
+        if self._checks == 0:
+            return
+        self._checks -= 1
+        for branch, weight in self.weights.of.items():
+            if is_factor(weight, loss):
+                raise ValueError(
+                    f"loss has the weight of the {branch.value} branch already, and mixer.backward multiplies by that "
+                    f"of the {entered.value} branch: pass the loss itself"
+                )
 
     def take(self, buffers: object, parameters: list[nn.Parameter], tokens: Tokens) -> None:
         """One contribution from the buffers of a trainer that keeps gradients itself."""

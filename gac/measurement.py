@@ -165,6 +165,15 @@ class Measurement:
             self.modules.append(take_apart(sums, statistics, self.observer.module_labels, step + 1))
         return statistics
 
+    def taken_apart(self, steps: int) -> list[ModuleStatistics]:
+        """Statistics by module, oldest first. Raises RuntimeError where ``steps`` steps have brought none."""
+        if not self.modules:
+            raise RuntimeError(
+                f"mixer.report() has nothing to tell yet: with report_interval={self._options.report_interval} and "
+                f"interval={self._options.interval}, {steps} steps hold none that was taken apart by module"
+            )
+        return list(self.modules)
+
     # -- estimators -----------------------------------------------------------------------------------------------
 
     def _confirm(self, sums: StepSums) -> None:
@@ -224,13 +233,17 @@ class Measurement:
             "uncertainty": _on_cpu(self._errors.state),
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Continues where :meth:`state_dict` left off, on any number of ranks."""
-        self.skipped = state["skipped"].to(self.device, copy=True)
-        self._errors.state = {k: v.to(self.device, self._dtype, copy=True) for k, v in state["uncertainty"].items()}
-        if self.topology.ranks == 1 and len(state["means"]) == len(self._means):
-            for means, saved in zip(self._means, state["means"], strict=True):
-                means.state = {k: v.to(means.device, copy=True) for k, v in saved.items()}
+    @property
+    def sketches(self) -> list[tuple[torch.device, int]]:
+        """Device and size of each sketch whose moving mean is part of the state."""
+        return [(x.device, x.layout.size) for x in self.observer.ledgers] if self.topology.ranks == 1 else []
+
+    def take_state(self, state: dict) -> None:
+        """Continues where :meth:`state_dict` left off: its parts, read as :class:`gac.saved.MixerState` says."""
+        self.skipped = state["skipped"]
+        self._errors.state = state["uncertainty"]
+        for k, means in enumerate(self._means):
+            means.state = state["means"][k] if state["means"] else {}
 
 
 def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from gac.observe.observer import Observer
 from gac.observe.topology import topology_of
 from gac.observe.watched import claim, release, trainable
 from gac.options import Options
+from gac.saved import VERSION, MixerState, read_state
 from gac.statistics.branch import Branch
 from gac.statistics.by_module import ModuleStatistics
 from gac.statistics.step import Statistics
@@ -115,7 +116,7 @@ class Mixer:
     def mu(self) -> Tensor:
         """Weight of the SFT branch in this step: 0-dim float32 on the model's device."""
         self._settle()
-        return self._branches.weights.mu
+        return self._branches.weights.mu if self._patched is None else self._branches.mu
 
     @property
     def weight(self) -> Tensor:
@@ -330,12 +331,7 @@ class Mixer:
         from gac.report import Report
 
         self._settle()
-        if not self._measurement.modules:
-            raise RuntimeError(
-                f"mixer.report() has nothing to tell yet: with report_interval={self.report_interval} and "
-                f"interval={self.interval}, {self.controller.steps} steps hold none that was taken apart by module"
-            )
-        return Report(list(self._measurement.modules), **options)
+        return Report(self._measurement.taken_apart(self.controller.steps), **options)
 
     @property
     def nbytes(self) -> int:
@@ -361,24 +357,26 @@ class Mixer:
     # -- state ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next step needs: tensors and numbers alone. Take it between optimizer steps.
-
-        Raises RuntimeError when contributions of an unfinished step would be lost.
-        """
+        """Everything the next step needs: tensors and numbers alone. Raises RuntimeError in an unfinished step."""
         self._settle()
         if any(self._observer.seen.counts.values()):
             raise RuntimeError("mixer.state_dict() in the middle of an optimizer step: call mixer.step() first")
-        return {"controller": self.controller.state_dict(), **self._measurement.state_dict()}
+        return {"version": VERSION, "controller": self.controller.state_dict(), **self._measurement.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where :meth:`state_dict` left off. Raises ValueError for the state of another law or model."""
-        missing = {"controller", "skipped", "means", "uncertainty"} - set(state_dict)
-        if missing:
-            raise ValueError(f"state_dict lacks {sorted(missing)}: pass what Mixer.state_dict() returned")
+        """Continues where :meth:`state_dict` left off; an unfinished step is forgotten.
+
+        The state is taken whole or, where this raises, not at all. Raises TypeError, ValueError for one that this mixer
+        cannot have (law, model, version, names, shapes, dtypes, ranges), RuntimeError inside a branch.
+        """
+        _ = self._observer
+        self._branches.require_none("mixer.load_state_dict()", "leave the branch first")
         self._settle()
-        self.controller.load_state_dict(state_dict["controller"])
-        self._measurement.load_state_dict(state_dict)
+        state = read_state(state_dict, MixerState(self.controller, self.device, self._measurement.sketches))
+        self.controller.load_state_dict(state["controller"])
+        self._measurement.take_state(state)
         self._branches.weights = Weights(self.controller.mu)
+        self._branches.end_step()
         self._measurement.plan(self.controller.steps)
 
     def unpatch(self) -> None:

@@ -26,3 +26,23 @@ class Weights:
         self.present = pair > 0
         self.of = dict(zip(Branch, pair.unbind(), strict=True))
         self.undone = dict(zip(Branch, torch.where(self.present, 1.0 / pair, 0.0).unbind(), strict=True))
+
+
+_FACTOR_NODES = 32
+
+
+def is_factor(weight: Tensor, loss: Tensor) -> bool:
+    """Whether ``weight`` was multiplied into ``loss``, near the end of its graph: looked for in its last 32 nodes."""
+    address, waiting = weight.data_ptr(), [loss.grad_fn]
+    seen: set[object] = set()
+    while waiting and len(seen) < _FACTOR_NODES:
+        node = waiting.pop(0)
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "MulBackward0":
+            factors = node._saved_self, node._saved_other  # type: ignore[attr-defined]
+            if any(isinstance(f, Tensor) and f.numel() == 1 and f.data_ptr() == address for f in factors):
+                return True
+        waiting += [following for following, _ in node.next_functions]
+    return False

@@ -1,8 +1,8 @@
 """Operations that read gradient buffers once: moments, sketches, pair moments, mixing.
 
 Each operation takes a tensor or a list of tensors of any shape, floating dtype and strides, and picks its backend by
-device: Triton on GPUs, the C++ library on CPUs, the pure-torch reference elsewhere. See :mod:`gac_kernels.reference`
-for what each one computes.
+device: Triton on GPUs, the C++ library on CPUs, plain torch elsewhere. See :mod:`gac_kernels.ops` for what each takes
+and returns, :mod:`gac_kernels.reference` for the formulas.
 """
 
 from gac_kernels import library, reference

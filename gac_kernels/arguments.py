@@ -6,19 +6,26 @@ passes in C (``map`` over attribute getters); loops in Python only look for what
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gac_kernels.layout import SketchLayout
+from gac_kernels.strides import overlaps_itself
 
-_PLAIN = {Tensor, torch.nn.Parameter}
-_kind = operator.attrgetter("dtype", "layout", "device")
-_shape = operator.attrgetter("shape")
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+"""Types whose memory is surely their own; what else there is may be a view of something."""
+
+_FLOATING = frozenset(d for d in vars(torch).values() if isinstance(d, torch.dtype) and d.is_floating_point)
+
+
+def getter(name: str) -> Callable[[Tensor], Any]:
+    """Reads an attribute of a tensor; mapped over a list it costs half of a loop."""
+    return getattr(Tensor, name).__get__
+
+
+_dtype, _device, _layout, _is_cpu, _shape = map(getter, ("dtype", "device", "layout", "is_cpu", "shape"))
 
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:
@@ -26,8 +33,26 @@ def accumulator_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def tensor_list(tensors: Any, name: str) -> list[Tensor]:
-    """``tensors`` as a list of floating-point tensors on one device; a single tensor is a list of one."""
+class TensorList(NamedTuple):
+    """A list of floating-point tensors on one device, and what was seen of it while it was checked.
+
+    Attributes:
+        tensors: the tensors.
+        dtypes: those there are.
+        plain: all are contiguous and of plain types.
+    """
+
+    tensors: list[Tensor]
+    dtypes: frozenset[torch.dtype]
+    plain: bool
+
+
+def described(tensors: Any, name: str) -> TensorList:
+    """``tensors`` as a list of floating-point tensors on one device; a single tensor is a list of one.
+
+    Raises:
+        TypeError: an element is no dense floating-point tensor. ValueError: they are on several devices.
+    """
     if isinstance(tensors, Tensor):
         tensors = [tensors]
     elif not isinstance(tensors, Sequence):
@@ -35,11 +60,26 @@ def tensor_list(tensors: Any, name: str) -> list[Tensor]:
             tensors = list(tensors)
         except TypeError:
             raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(tensors).__name__}") from None
-    if _PLAIN.issuperset(map(type, tensors)):
-        kinds = set(map(_kind, tensors))
-        readable = all(dtype.is_floating_point and layout is torch.strided for dtype, layout, _ in kinds)
-        if readable and len({device for _, _, device in kinds}) <= 1:
-            return list(tensors)
+    plain = PLAIN.issuperset(map(type, tensors))
+    if plain and (all(map(_is_cpu, tensors)) or len(set(map(_device, tensors))) <= 1):
+        dtypes = frozenset(map(_dtype, tensors))
+        if _FLOATING.issuperset(dtypes):
+            contiguous = _contiguous(tensors)
+            if contiguous or {torch.strided}.issuperset(map(_layout, tensors)):
+                return TensorList(list(tensors), dtypes, contiguous)
+    name_what_is_wrong(tensors, name)
+    return TensorList(list(tensors), frozenset(map(_dtype, tensors)), plain and _contiguous(tensors))
+
+
+def _contiguous(tensors: Sequence[Tensor]) -> bool:
+    try:
+        return all(map(Tensor.is_contiguous, tensors))
+    except RuntimeError:  # a sparse layout has no strides
+        return False
+
+
+def name_what_is_wrong(tensors: Sequence, name: str) -> None:
+    """Raises what :func:`described` does, for the first element that is to blame."""
     for k, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}[{k}] must be a tensor, got {type(tensor).__name__}")
@@ -51,7 +91,11 @@ def tensor_list(tensors: Any, name: str) -> list[Tensor]:
             raise ValueError(
                 f"{name}[{k}] is on {tensor.device}, {name}[0] on {tensors[0].device}: call once for each device"
             )
-    return list(tensors)
+
+
+def tensor_list(tensors: Any, name: str) -> list[Tensor]:
+    """The tensors of :func:`described`."""
+    return described(tensors, name).tensors
 
 
 def check_scalar(value: Any, name: str, device: torch.device) -> Tensor | float:
@@ -63,7 +107,8 @@ def check_scalar(value: Any, name: str, device: torch.device) -> Tensor | float:
             if value.device.type != "cpu":
                 raise ValueError(f"{name} is on {value.device}, the tensors on {device}: move it there first")
             value = value.to(device, non_blocking=True)
-        return value.detach().reshape(())
+        value = value.reshape(()) if value.dim() else value
+        return value.detach() if value.requires_grad else value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
@@ -87,18 +132,6 @@ def check_pair(a: Any, b: Any, *, writes_a: bool = False) -> tuple[list[Tensor],
     return a, b
 
 
-def overlaps_itself(tensor: Tensor) -> bool:
-    """True when two indices may address the same element (an expanded tensor, say)."""
-    if tensor.numel() <= 1 or tensor.is_contiguous():
-        return False
-    reach = 0
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
-        if stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False
-
-
 def check_into(into: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """``into``, where results are added, without its graph."""
     dtype = accumulator_dtype(device)
@@ -111,62 +144,19 @@ def check_into(into: Tensor, shape: tuple[int, ...], device: torch.device) -> Te
     return into.detach()
 
 
-def check_sketch(
-    tensors: Any, out: Tensor, layout: SketchLayout | None, regions: Any, starts: Any, seed: int
-) -> tuple[list[Tensor], SketchLayout, tuple[int, ...], tuple[int, ...]]:
-    """The arguments of ``sketch`` in their full form: a layout, and a region and a start for each tensor."""
-    tensors = tensor_list(tensors, "tensors")
-    if not isinstance(out, Tensor) or out.dim() != 1 or not out.is_contiguous():
-        raise ValueError("out must be a contiguous 1-D tensor")
-    if out.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"out must be float32 or float64, got {out.dtype}")
-    if tensors and tensors[0].device != out.device:
-        raise ValueError(f"tensors are on {tensors[0].device}, out on {out.device}: they must be on one device")
-    if layout is None:
-        if regions is not None or starts is not None:
-            raise ValueError("regions and starts need a layout: pass layout=SketchLayout.per_tensor(...)")
-        starts, total = [], 0
-        for tensor in tensors:
-            starts.append(total)
-            total += tensor.numel()
-        return tensors, SketchLayout.flat(total, out.numel(), seed=seed), (0,) * len(tensors), tuple(starts)
-    if out.numel() != layout.size:
-        raise ValueError(f"out has {out.numel()} elements, the layout needs {layout.size}: torch.zeros(layout.size)")
-    regions = tuple(range(len(tensors))) if regions is None else tuple(map(int, regions))
-    starts = (0,) * len(tensors) if starts is None else tuple(map(int, starts))
-    _check_places(layout, regions, starts, tuple(map(Tensor.numel, tensors)))
-    return tensors, layout, regions, starts
-
-
-@lru_cache(maxsize=256)
-def _check_places(
-    layout: SketchLayout, regions: tuple[int, ...], starts: tuple[int, ...], numels: tuple[int, ...]
-) -> None:
-    """That every tensor lies within its region. Training repeats a few calls: each of them is looked at once."""
-    if len(regions) != len(numels) or len(starts) != len(numels):
-        raise ValueError(f"{len(numels)} tensors need as many regions and starts, got {len(regions)}, {len(starts)}")
-    for k, (numel, region, start) in enumerate(zip(numels, regions, starts, strict=True)):
-        if not 0 <= region < len(layout.numels):
-            raise ValueError(f"regions[{k}] is {region}: the layout has {len(layout.numels)} regions")
-        if start < 0 or start + numel > layout.numels[region]:
-            raise ValueError(
-                f"tensors[{k}] covers elements {start} to {start + numel} of region {region}, "
-                f"which has {layout.numels[region]}"
-            )
-
-
-def check_second_moments(second_moments: Any, tensors: list[Tensor], eps: float) -> list[Tensor]:
-    """``second_moments`` as a list of tensors that pair up with ``tensors``, element by element."""
-    second_moments = tensor_list(second_moments, "second_moments")
-    if len(second_moments) != len(tensors):
-        raise ValueError(f"second_moments has {len(second_moments)} tensors, tensors {len(tensors)}: they must pair up")
-    for k, (v, x) in enumerate(zip(second_moments, tensors, strict=True)):
-        if v.numel() != x.numel():
-            raise ValueError(f"second_moments[{k}] has {v.numel()} elements, tensors[{k}] {x.numel()}: must be equal")
-        if v.device != x.device:
-            raise ValueError(f"second_moments[{k}] is on {v.device}, tensors[{k}] on {x.device}: move it there first")
+def check_second_moments(second_moments: Any, numels: list[int], device: torch.device, eps: float) -> TensorList:
+    """``second_moments`` as a list of tensors that pair up with those of ``numels`` elements on ``device``."""
+    found = described(second_moments, "second_moments")
+    seconds = found.tensors
+    if len(seconds) != len(numels):
+        raise ValueError(f"second_moments has {len(seconds)} tensors, tensors {len(numels)}: they must pair up")
+    if seconds and seconds[0].device != device:
+        raise ValueError(f"second_moments[0] is on {seconds[0].device}, tensors[0] on {device}: move it there first")
+    for k, (got, numel) in enumerate(zip(map(Tensor.numel, seconds), numels, strict=True)):
+        if got != numel:
+            raise ValueError(f"second_moments[{k}] has {got} elements, tensors[{k}] {numel}: must be equal")
     check_eps(eps)
-    return second_moments
+    return found
 
 
 def check_eps(eps: float) -> None:
@@ -202,18 +192,3 @@ def check_token_inputs(
     if is_expert.shape != (rows,):
         raise ValueError(f"is_expert must have shape {(rows,)}, got {tuple(is_expert.shape)}")
     return logprobs.detach(), advantages.detach().expand(rows, length), mask, is_expert.bool()
-
-
-def check_absorb(current: Tensor, previous: Tensor | None, total: Tensor, scale: Any) -> Tensor | float:
-    """``absorb_``'s arguments; returns the scale as :func:`check_scalar` does."""
-    named = {"current": current, "total": total} | ({} if previous is None else {"previous": previous})
-    for name, value in named.items():
-        if not isinstance(value, Tensor) or value.dtype != torch.float32:
-            raise TypeError(f"{name} must be a float32 tensor, got {getattr(value, 'dtype', type(value).__name__)}")
-        if value.dim() != 1 or not value.is_contiguous():
-            raise ValueError(f"{name} must be contiguous and 1-D, got shape {tuple(value.shape)}: pass t.reshape(-1)")
-        if value.shape != current.shape:
-            raise ValueError(f"{name} has {value.numel()} elements, current {current.numel()}: they must be equal")
-        if value.device != current.device:
-            raise ValueError(f"{name} is on {value.device}, current on {current.device}: they must be on one device")
-    return check_scalar(scale, "scale", current.device)

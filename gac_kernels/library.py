@@ -1,7 +1,7 @@
 """The operations as PyTorch operators ``torch.ops.gac_kernels.*``: schema, fake, implementation.
 
-Each operator has one implementation for all devices, which calls the backend that eager calls would get. A layout
-travels as its numbers. Gradients do not flow through any of them.
+Each operator has one implementation for all devices, which gives the checked call to the backend that eager calls would
+get. A layout travels as its numbers. Gradients do not flow through any of them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gac_kernels import ops
 from gac_kernels.arguments import accumulator_dtype
+from gac_kernels.backends import implementation, runner
+from gac_kernels.calls import absorb_call, sketch_call, token_call
 from gac_kernels.layout import LANES, SketchLayout
 
 _library = torch.library.Library("gac_kernels", "DEF")
@@ -47,17 +48,29 @@ def _sums(tensors: list[Tensor], columns: int, per_tensor: bool) -> Tensor:
     return torch.empty(shape, dtype=accumulator_dtype(device), device=device)
 
 
-def _function(name: str, tensor: Tensor | None) -> Any:
-    return ops._implementation(name, "cpu" if tensor is None else tensor.device.type)
+def _function(name: str, tensors: list[Tensor]) -> Any:
+    return implementation(name, tensors[0].device.type if tensors else "cpu")
 
 
-def _first(tensors: list[Tensor]) -> Tensor | None:
-    return tensors[0] if tensors else None
+def scalar_parts(value: Any) -> tuple[Tensor | None, float]:
+    """A scalar argument in the form of a schema: a tensor, or a number."""
+    return (value, 1.0) if isinstance(value, Tensor) else (None, 1.0 if value is None else float(value))
 
 
 @_operator("moments(Tensor[] tensors, bool per_tensor) -> Tensor", lambda tensors, per: _sums(tensors, 2, per))
 def _moments(tensors: Any, per_tensor: bool) -> Any:
-    return _function("moments", _first(tensors))(tensors, per_tensor=per_tensor)
+    return _function("moments", tensors)(tensors, per_tensor=per_tensor)
+
+
+_PLACES = "int[]? numels, int rows_per_slab, int lanes, int[]? regions, int[]? starts, int seed"
+_OPTIONS = "Tensor? scale, float factor, bool accumulate, bool per_tensor, Tensor[]? second_moments, float eps"
+
+
+def place_arguments(layout: SketchLayout | None, regions: Any, starts: Any, seed: int) -> tuple:
+    """Where tensors go, in the form of the schema `_PLACES`."""
+    numbers = (None, 0, 0) if layout is None else (list(layout.numels), layout.rows_per_slab, layout.lanes)
+    listed = [None if values is None else list(values) for values in (regions, starts)]
+    return (*numbers, *listed, (seed if layout is None else layout.seed) & 0xFFFFFFFF)
 
 
 def _fake_sketch(tensors: Any, out: Tensor, *arguments: Any) -> Any:
@@ -66,34 +79,27 @@ def _fake_sketch(tensors: Any, out: Tensor, *arguments: Any) -> Any:
     return torch.empty(shape, dtype=accumulator_dtype(out.device), device=out.device)
 
 
+@_operator(f"sketch(Tensor[] tensors, Tensor(a!) out, {_PLACES}, {_OPTIONS}) -> Tensor", _fake_sketch)
+def _sketch(tensors: Any, out: Tensor, *arguments: Any) -> Tensor:
+    return _run_sketch(tensors, out, None, *arguments)
+
+
 @_operator(
-    "sketch(Tensor[] tensors, Tensor(a!) out, int[]? numels, int rows_per_slab, int lanes, int[]? regions, "
-    "int[]? starts, int seed, Tensor? scale, float factor, bool accumulate, bool per_tensor, "
-    "Tensor[]? second_moments, float eps) -> Tensor",
-    _fake_sketch,
+    f"sketch_into_(Tensor[] tensors, Tensor(a!) out, Tensor(b!) into, {_PLACES}, {_OPTIONS}) -> ()",
+    lambda *arguments: None,
 )
-def _sketch(
-    tensors: Any,
-    out: Tensor,
-    numels: Any,
-    rows_per_slab: Any,
-    lanes: Any,
-    regions: Any,
-    starts: Any,
-    seed: int,
-    scale: Any,
-    factor: Any,
-    accumulate: bool,
-    per_tensor: bool,
-    second_moments: Any,
-    eps: float,
-    into: Any = None,
-) -> Any:
-    layout = None if numels is None else SketchLayout(tuple(numels), rows_per_slab, seed, lanes)
-    return _function("sketch", out)(
+def _sketch_into_(tensors: Any, out: Tensor, into: Tensor, *arguments: Any) -> None:
+    _run_sketch(tensors, out, into, *arguments)
+
+
+def _run_sketch(tensors: Any, out: Tensor, into: Tensor | None, *arguments: Any) -> Tensor:
+    """Runs what the two schemas describe."""
+    numels, rows_per_slab, lanes, regions, starts, seed, scale, factor, *rest = arguments
+    accumulate, per_tensor, second_moments, eps = rest
+    call = sketch_call(
         tensors,
         out,
-        layout=layout,
+        layout=None if numels is None else SketchLayout(tuple(numels), rows_per_slab, seed, lanes),
         regions=regions,
         starts=starts,
         seed=seed,
@@ -104,28 +110,19 @@ def _sketch(
         second_moments=second_moments,
         eps=eps,
     )
-
-
-@_operator(
-    "sketch_into_(Tensor[] tensors, Tensor(a!) out, Tensor(b!) into, int[]? numels, int rows_per_slab, int lanes, "
-    "int[]? regions, int[]? starts, int seed, Tensor? scale, float factor, bool accumulate, bool per_tensor, "
-    "Tensor[]? second_moments, float eps) -> ()",
-    lambda *arguments: None,
-)
-def _sketch_into_(tensors: Any, out: Tensor, into: Any, *arguments: Any) -> None:
-    _sketch(tensors, out, *arguments, into=into)
+    return runner("sketch", out.device.type)(call)
 
 
 @_operator(
     "pair_moments(Tensor[] a, Tensor[] b, bool per_tensor) -> Tensor", lambda a, b, per_tensor: _sums(a, 3, per_tensor)
 )
 def _pair_moments(a: Any, b: Any, per_tensor: bool) -> Any:
-    return _function("pair_moments", _first(a))(a, b, per_tensor=per_tensor)
+    return _function("pair_moments", a)(a, b, per_tensor=per_tensor)
 
 
 @_operator("mix_(Tensor(a!)[] a, Tensor[] b, Tensor? mu, float weight) -> ()", lambda a, b, mu, weight: None)
 def _mix_(a: Any, b: Any, mu: Any, weight: Any) -> None:
-    _function("mix_", _first(a))(a, b, weight if mu is None else mu)
+    _function("mix_", a)(a, b, weight if mu is None else mu)
 
 
 @_operator(
@@ -133,7 +130,7 @@ def _mix_(a: Any, b: Any, mu: Any, weight: Any) -> None:
     lambda a, b, mu, weight: _sums(a, 3, False),
 )
 def _mix_moments_(a: Any, b: Any, mu: Any, weight: Any) -> Any:
-    return _function("mix_", _first(a))(a, b, weight if mu is None else mu, moments=True)
+    return _function("mix_", a)(a, b, weight if mu is None else mu, moments=True)
 
 
 @_operator(
@@ -141,7 +138,7 @@ def _mix_moments_(a: Any, b: Any, mu: Any, weight: Any) -> Any:
     lambda logprobs, advantages, mask, is_expert: _sums([logprobs], 7, False).new_empty(logprobs.shape[0], 7),
 )
 def _token_moments(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor) -> Any:
-    return _function("token_moments", logprobs)(logprobs, advantages, mask, is_expert)
+    return runner("token_moments", logprobs.device.type)(token_call(logprobs, advantages, mask, is_expert))
 
 
 @_operator(
@@ -149,7 +146,7 @@ def _token_moments(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert
     lambda current, previous, total, scale, factor: _sums([current], 1, False).new_empty(-(-current.numel() // LANES)),
 )
 def _absorb_(current: Tensor, previous: Any, total: Tensor, scale: Any, factor: Any) -> Any:
-    return _function("absorb_", current)(current, previous, total, factor if scale is None else scale)
+    return _run_absorb(current, previous, total, None, scale, factor)
 
 
 @_operator(
@@ -158,4 +155,10 @@ def _absorb_(current: Tensor, previous: Any, total: Tensor, scale: Any, factor: 
     lambda *arguments: None,
 )
 def _absorb_into_(current: Tensor, previous: Any, total: Tensor, into: Any, scale: Any, factor: Any) -> None:
-    _function("absorb_", current)(current, previous, total, factor if scale is None else scale, into=into)
+    _run_absorb(current, previous, total, into, scale, factor)
+
+
+def _run_absorb(current: Tensor, previous: Any, total: Tensor, into: Any, scale: Any, factor: Any) -> Tensor:
+    """Runs what the two schemas describe."""
+    call = absorb_call(current, previous, total, factor if scale is None else scale, into=into)
+    return runner("absorb_", current.device.type)(call)

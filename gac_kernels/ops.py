@@ -1,97 +1,32 @@
-"""The public operations: pick the backend by device and call it.
+"""The public operations: their signatures, and the way to the backend that serves.
 
-On CUDA and HIP devices Triton serves, on the CPU the C++ library, and the pure-torch reference wherever those are
-missing. ``GAC_BACKEND=reference``, ``cpu`` or ``triton`` in the environment forces one; it is read at the first call.
-
-Eager calls go straight to the backend. Under ``torch.compile``, and while a dispatch mode such as ``FakeTensorMode``
-is active, they go through the operators ``torch.ops.gac_kernels.*`` that :mod:`gac_kernels.library` registers.
+Eager calls are checked (:mod:`gac_kernels.calls`) and go straight to the backend (:mod:`gac_kernels.backends`). Under
+``torch.compile``, and while a dispatch mode such as ``FakeTensorMode`` is active, they go through the operators
+``torch.ops.gac_kernels.*`` that :mod:`gac_kernels.library` registers. :mod:`gac_kernels.reference` has the formulas.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
-import os
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gac_kernels import reference
+from gac_kernels import library
+from gac_kernels.backends import implementation, runner
+from gac_kernels.backends import status as backend_status
+from gac_kernels.calls import absorb_call, sketch_call, token_call
 from gac_kernels.layout import SketchLayout
 
 __all__ = ["absorb_", "backend_status", "mix_", "moments", "pair_moments", "sketch", "token_moments"]
 
-_VARIABLE = "GAC_BACKEND"
-_OLDEST_TRITON = (3, 3)
-
-
-class _Unavailable(Exception):
-    """Why a backend cannot serve."""
-
-
-def _triton_backend() -> ModuleType:
-    if importlib.util.find_spec("triton") is None:
-        raise _Unavailable("triton is not installed: pip install triton")
-    try:
-        import triton
-    except Exception as error:  # a broken installation must not take the package down
-        raise _Unavailable(f"importing triton failed: {type(error).__name__}: {error}") from error
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < _OLDEST_TRITON:
-        oldest = ".".join(map(str, _OLDEST_TRITON))
-        raise _Unavailable(f"triton {triton.__version__} is too old: version {oldest} or later is needed")
-    return importlib.import_module("gac_kernels.triton")
-
-
-def _cpu_backend() -> ModuleType:
-    cpu = importlib.import_module("gac_kernels.cpu")
-    if not cpu.available():
-        raise _Unavailable(str(cpu.status()))
-    return cpu
-
-
-def _reference_backend() -> ModuleType:
-    return reference
-
-
-_BACKENDS = {"reference": _reference_backend, "cpu": _cpu_backend, "triton": _triton_backend}
-_BY_DEVICE = {"cuda": "triton", "cpu": "cpu"}
-
-
-@functools.cache
-def _select(device_type: str) -> tuple[ModuleType, str, str]:
-    """The backend that serves a device type, its name, and why."""
-    forced = os.environ.get(_VARIABLE)
-    if forced:
-        if forced not in _BACKENDS:
-            raise ValueError(f"{_VARIABLE} is {forced!r}: use one of {', '.join(_BACKENDS)}, or unset it")
-        try:
-            return _BACKENDS[forced](), forced, f"{_VARIABLE}={forced}"
-        except _Unavailable as error:
-            raise RuntimeError(f"{_VARIABLE}={forced}, but that backend cannot serve: {error}") from error
-    name = _BY_DEVICE.get(device_type)
-    if name is None:
-        return reference, "reference", f"no fast backend for {device_type} devices"
-    try:
-        return _BACKENDS[name](), name, "available"
-    except _Unavailable as error:
-        return reference, "reference", str(error)
-
-
-@functools.cache
-def _implementation(name: str, device_type: str) -> Callable:
-    """The function behind operation ``name`` on a device type; what a backend does not offer, the reference does."""
-    return getattr(_select(device_type)[0], name, None) or getattr(reference, name)
-
 
 @functools.cache
 def _cpu_mix() -> Callable:
-    """``_implementation`` for the call that has a peer of one microsecond: without arguments it costs half."""
-    return _implementation("mix_", "cpu")
+    """``implementation`` for the call that has a peer of one microsecond: without arguments it costs half."""
+    return implementation("mix_", "cpu")
 
 
 _is_compiling = torch.compiler.is_compiling
@@ -122,19 +57,27 @@ def _device_type(tensors: Any) -> str:
     return first.device.type
 
 
-def _scalar_parts(value: Any) -> tuple[Tensor | None, float]:
-    """A scalar argument in the form of a schema: a tensor, or a number."""
-    return (value, 1.0) if isinstance(value, Tensor) else (None, 1.0 if value is None else float(value))
-
-
 def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
-    """Sum of squares and number of non-finite elements; see :func:`gac_kernels.reference.moments`."""
+    """Sum of squares and number of non-finite elements.
+
+    Args:
+        tensors: a tensor or a list of tensors on one device; any shape, floating dtype and strides.
+        per_tensor: one row for each tensor instead of the total.
+
+    Returns:
+        ``[2]`` (``[n, 2]`` with ``per_tensor``): sum of squares, count of NaN and infinite elements; float64
+        (float32 where the device has no float64). An empty list gives zeros. A non-finite element makes the sum
+        of squares non-finite too.
+
+    Raises:
+        TypeError: an element is no floating-point tensor. ValueError: tensors are on several devices.
+    """
     if _traced():
         return torch.ops.gac_kernels.moments(_listed(tensors), per_tensor)
     if type(tensors) is Tensor and tensors.is_cpu:
-        return _implementation("moments", "cpu")(tensors, per_tensor=per_tensor)
+        return implementation("moments", "cpu")(tensors, per_tensor=per_tensor)
     tensors = _readable(tensors)
-    return _implementation("moments", _device_type(tensors))(tensors, per_tensor=per_tensor)
+    return implementation("moments", _device_type(tensors))(tensors, per_tensor=per_tensor)
 
 
 def sketch(
@@ -152,23 +95,47 @@ def sketch(
     second_moments: Any = None,
     eps: float = 1e-8,
 ) -> Tensor:
-    """A random projection into ``out``, and the moments of the same read; see :func:`gac_kernels.reference.sketch`."""
+    """A random projection of the tensors into ``out``, and their moments from the same read.
+
+    ``out`` receives ``scale * S x``: a fixed linear map with ``E <Sa, Sb> = <a, b>`` over seeds, described in
+    :mod:`gac_kernels.layout` (a count sketch, Charikar, Chen and Farach-Colton 2002, whose buckets are structured
+    so that neighbouring elements never collide).
+
+    Args:
+        tensors: a tensor or a list of tensors on ``out``'s device; any shape, floating dtype and strides.
+        out: ``[layout.size]``, contiguous, float32 or float64.
+        layout: where elements go. None: the list is one long vector and gets a map that fits ``out``.
+        regions: the region of each tensor (default: tensor ``k`` belongs to region ``k``). Only with ``layout``.
+        starts: the position of each tensor's first element within its region (default 0). Only with ``layout``.
+        seed: selects the signs when ``layout`` is None.
+        scale: multiplies what is written (a number, or a 0-dim tensor that is read on the device); default 1.
+        accumulate: add to ``out``. Otherwise all buckets of the regions named are overwritten; others stay.
+        per_tensor: moments as one row for each tensor.
+        into: what to add the moments to, of their shape, dtype and device, contiguous; None for a new tensor.
+        second_moments: a tensor for each of ``tensors``, with as many elements in the same order; any floating dtype
+            and strides. Each element ``x`` then counts as ``x / (sqrt(v) + eps)``, in the sketch and in the moments:
+            with Adam's second moments (bias-corrected or not, as they are given) that is the space of its update
+            (Kingma and Ba 2015). Where ``v`` is 0 a finite ``x`` counts as 0: Adam has met no gradient of that
+            element yet, so its scale is unknown. A negative ``v`` gives NaN. None: elements count as they are.
+        eps: Adam's epsilon; 0, or 2**-126 to 2**127. Only with ``second_moments``.
+
+    Returns:
+        Moments of the (weighted) tensors before ``scale``, as :func:`moments` gives them; ``into`` itself where it is
+        given.
+
+    Raises:
+        TypeError, ValueError: with the argument's name, what it was and what is needed.
+    """
     if _traced():
-        tensors = _listed(tensors)
-        numels = None if layout is None else list(layout.numels)
-        rows, lanes = (0, 0) if layout is None else (layout.rows_per_slab, layout.lanes)
-        seed = (seed if layout is None else layout.seed) & 0xFFFFFFFF
-        regions = None if regions is None else list(regions)
-        starts = None if starts is None else list(starts)
+        place = library.place_arguments(layout, regions, starts, seed)
         second_moments = None if second_moments is None else _listed(second_moments)
-        rest = (numels, rows, lanes, regions, starts, seed, *_scalar_parts(scale), accumulate, per_tensor)
-        rest += (second_moments, eps)
+        rest = (*place, *library.scalar_parts(scale), accumulate, per_tensor, second_moments, eps)
         if into is None:
-            return torch.ops.gac_kernels.sketch(tensors, out, *rest)
-        torch.ops.gac_kernels.sketch_into_(tensors, out, into, *rest)
+            return torch.ops.gac_kernels.sketch(_listed(tensors), out, *rest)
+        torch.ops.gac_kernels.sketch_into_(_listed(tensors), out, into, *rest)
         return into
-    return _implementation("sketch", _device_type(out))(
-        _readable(tensors),
+    call = sketch_call(
+        tensors,
         out,
         layout=layout,
         regions=regions,
@@ -178,37 +145,77 @@ def sketch(
         accumulate=accumulate,
         per_tensor=per_tensor,
         into=into,
-        second_moments=_readable(second_moments),
+        second_moments=second_moments,
         eps=eps,
     )
+    return runner("sketch", "cpu" if out.is_cpu else out.device.type)(call)
 
 
 def pair_moments(a: Any, b: Any, *, per_tensor: bool = False) -> Tensor:
-    """``|a|^2``, ``|b|^2`` and ``<a, b>``; see :func:`gac_kernels.reference.pair_moments`."""
+    """``|a|^2``, ``|b|^2`` and ``<a, b>`` of two lists of equal shapes.
+
+    Args:
+        a, b: tensors or lists of tensors on one device, pairwise of equal shape; any floating dtypes and strides.
+        per_tensor: one row for each pair instead of the total.
+
+    Returns:
+        ``[3]`` (``[n, 3]`` with ``per_tensor``), float64 (float32 where the device has no float64).
+
+    Raises:
+        TypeError, ValueError: lists of different lengths, shapes or devices, or not floating point.
+    """
     if _traced():
         return torch.ops.gac_kernels.pair_moments(_listed(a), _listed(b), per_tensor)
     if type(a) is Tensor and a.is_cpu and type(b) is Tensor:
-        return _implementation("pair_moments", "cpu")(a, b, per_tensor=per_tensor)
+        return implementation("pair_moments", "cpu")(a, b, per_tensor=per_tensor)
     a, b = _readable(a), _readable(b)
-    return _implementation("pair_moments", _device_type(a))(a, b, per_tensor=per_tensor)
+    return implementation("pair_moments", _device_type(a))(a, b, per_tensor=per_tensor)
 
 
 def mix_(a: Any, b: Any, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
-    """``a <- mu * a + (1 - mu) * b`` in place; see :func:`gac_kernels.reference.mix_`."""
+    """``a <- mu * a + (1 - mu) * b`` in place, rounded once to ``a``'s dtype.
+
+    Args:
+        a, b: as for :func:`pair_moments`; no tensor of ``a`` may overlap itself in memory.
+        mu: weight of ``a``: a number, or a 0-dim tensor that is read on the device.
+        moments: also return the pair moments of the values before the update, from the same read.
+
+    Returns:
+        None, or the ``[3]`` tensor of :func:`pair_moments`.
+    """
     if _is_compiling() or _active_modes():  # `_traced`, less a call
         operator = torch.ops.gac_kernels.mix_moments_ if moments else torch.ops.gac_kernels.mix_
-        return operator(_listed(a), _listed(b), *_scalar_parts(mu))
+        return operator(_listed(a), _listed(b), *library.scalar_parts(mu))
     if type(a) is Tensor and a.is_cpu and type(b) is Tensor:
         return _cpu_mix()(a, b, mu, moments=moments)
     a, b = _readable(a), _readable(b)
-    return _implementation("mix_", _device_type(a))(a, b, mu, moments=moments)
+    return implementation("mix_", _device_type(a))(a, b, mu, moments=moments)
 
 
 def token_moments(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor) -> Tensor:
-    """Per-sequence sums of the coefficient estimators; see :func:`gac_kernels.reference.token_moments`."""
+    """Per-sequence sums from which every coefficient estimator follows (see :mod:`gac.statistics`).
+
+    With ``m`` the mask, ``phi = p * (1 - p)`` for ``p = exp(logprob)``, and ``A`` the advantage, set to 0 on
+    demonstrations, the columns are ::
+
+        sum m, sum m*logprob, sum m*A, sum m*A^2, sum m*phi, sum m*phi^2, sum m*phi*A
+
+    Args:
+        logprobs: ``[B, T]`` log-probabilities of the taken tokens, any floating dtype.
+        advantages: ``[B, T]`` or ``[B]``, any floating dtype.
+        mask: ``[B, T]``, bool or number; tokens that count. Values under a zero mask are never used.
+        is_expert: ``[B]`` bool; True marks a demonstration.
+
+    Returns:
+        ``[B, 7]`` float64 (float32 where the device has no float64).
+
+    Raises:
+        TypeError, ValueError: with the argument's name, its shape and the shape needed.
+    """
     if _traced():
         return torch.ops.gac_kernels.token_moments(logprobs, advantages, mask, is_expert)
-    return _implementation("token_moments", _device_type(logprobs))(logprobs, advantages, mask, is_expert)
+    call = token_call(logprobs, advantages, mask, is_expert)
+    return runner("token_moments", logprobs.device.type)(call)
 
 
 def absorb_(
@@ -219,35 +226,30 @@ def absorb_(
     *,
     into: Tensor | None = None,
 ) -> Tensor:
-    """Takes the newest contribution out of a running sketch; see :func:`gac_kernels.reference.absorb_`."""
-    if _traced():
-        if into is None:
-            return torch.ops.gac_kernels.absorb_(current, previous, total, *_scalar_parts(scale))
-        torch.ops.gac_kernels.absorb_into_(current, previous, total, into, *_scalar_parts(scale))
-        return into
-    return _implementation("absorb_", _device_type(current))(current, previous, total, scale, into=into)
+    """Takes the newest contribution out of a running sketch: one pass over three vectors.
 
+    With ``delta = scale * (current - previous)``: ``total += delta``, then ``previous <- current``.
 
-def backend_status() -> dict[str, str]:
-    """Which backend serves each kind of device and why: what a bug report needs.
+    Args:
+        current: ``[m]`` float32, contiguous: the sketch of the running sum.
+        previous: ``[m]`` float32, contiguous, what ``current`` was at the last call; None stands for zeros and
+            nothing is written to it.
+        total: ``[m]`` float32, contiguous. The three must not overlap.
+        scale: a number, or a 0-dim tensor that is read on the device.
+        into: what to add the sums to, of their shape, dtype and device, contiguous; None for a new tensor.
 
     Returns:
-        Lines of text for ``cpu``, ``cuda`` (serving backend and reason), ``triton`` (version) and ``cpu_library``.
-    """
-    status = {}
-    for device_type in ("cpu", "cuda"):
-        try:
-            _, name, reason = _select(device_type)
-            status[device_type] = f"{name} ({reason})"
-        except (RuntimeError, ValueError) as error:
-            status[device_type] = f"none ({error})"
-    if not torch.cuda.is_available():
-        status["cuda"] = f"no device; would be {status['cuda']}"
-    try:
-        import triton
+        ``[ceil(m / 1024)]``: the sum of squares of ``delta`` over each 1024 consecutive elements (the last may be
+        shorter); float64 (float32 where the device has no float64). ``into`` itself where it is given.
 
-        status["triton"] = triton.__version__
-    except Exception as error:
-        status["triton"] = f"not usable ({type(error).__name__}: {error})"
-    status["cpu_library"] = str(importlib.import_module("gac_kernels.cpu").status())
-    return status
+    Raises:
+        TypeError, ValueError: with the argument's name, what it was and what is needed.
+    """
+    if _traced():
+        rest = library.scalar_parts(scale)
+        if into is None:
+            return torch.ops.gac_kernels.absorb_(current, previous, total, *rest)
+        torch.ops.gac_kernels.absorb_into_(current, previous, total, into, *rest)
+        return into
+    call = absorb_call(current, previous, total, scale, into=into)
+    return runner("absorb_", current.device.type)(call)

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gac.files import load_state, save_whole
 from gac.runs.config import TrainConfig
 from gac.runs.console import Reporter
 from gac.runs.errors import UsageError, usage_errors
 from gac.runs.folder import write_config, write_text
+from gac.state import Anything, Table
 
 RAW = "audit.pt"
 """The raw numbers of a finished audit in its run directory."""
@@ -82,11 +84,9 @@ def run_audit(
     from gac.runs import training
 
     law = audited_law(config)
+    setup = training.prepare(config)  # first: what does not load leaves nothing behind
     provenance = write_config(out, vars(config), command, warm_start)
-    setup = training.prepare(config)
     warm = training.run_warm_start(setup, warm_start or out / training.WARM_START, reporter)
-
-    import torch
 
     from gac.audit.record import Record
     from gac.audit.shadow import default_contenders
@@ -109,19 +109,17 @@ def run_audit(
         "seconds": round(time.perf_counter() - started, 1),
         "accuracy": {"warm_start": warm, "final": summary["final_accuracy"]},
     }
-    torch.save({"about": about, "record": dataclasses.asdict(record)}, out / RAW)
+    save_whole({"about": about, "record": dataclasses.asdict(record)}, out / RAW)
 
 
 def conclude(out: Path, reporter: Reporter, *, data: Path, picture: Path) -> None:
     """Figures from the raw numbers in `out`, shown and written to `data` (JSON) and `picture` (PNG)."""
-    import torch
-
     from gac.audit.figures import figures
     from gac.audit.picture import draw_audit
     from gac.audit.record import Record
     from gac.audit.report import show
 
-    raw = torch.load(out / RAW, weights_only=True)
+    raw = load_state(out / RAW, Table({"about": Anything(), "record": Anything()}), then="run the audit again")
     record, about = Record.restored(raw["record"]), raw["about"]
     law, options = TrainConfig(**about["options"]).law_and_options()
     found = figures(record, options if law == "gac" else {})

@@ -10,7 +10,8 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 
-from gac.runs.errors import UsageError
+from gac.files import DamagedFile
+from gac.runs.errors import StoppedError, UsageError
 
 _DESCRIPTION = """\
 Sets the SFT/RL mix of a training step from measured gradient statistics.
@@ -88,9 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.argv = argv
     try:
         return args.run(args)
-    except UsageError as error:
+    except (UsageError, DamagedFile) as error:
         print(f"gac {args.command}: error: {error}", file=sys.stderr)
         return 2
+    except StoppedError as error:
+        print(f"gac {args.command}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"gac {args.command}: interrupted", file=sys.stderr)
         return 130

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     from gac.audit.run import RAW, audited_law, run_audit
     from gac.runs.console import Reporter, duration
-    from gac.runs.folder import CONFIG
+    from gac.runs.folder import CONFIG, require_writable
 
     if args.again is not None:
         if not (args.again / RAW).exists():
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if args.replicates < 3:
         raise UsageError(f"--replicates {args.replicates} is too few: a spread and its error need at least 3")
     out = args.out or Path("runs") / f"audit-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    require_writable(out, "--out")
     if (out / CONFIG).exists():
         raise UsageError(f"{out} already holds a run; choose another --out")
     reporter = Reporter()

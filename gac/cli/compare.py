@@ -20,6 +20,7 @@ from gac.cli._options import add_training_options, config_from, natural, positiv
 from gac.runs.comparison import COLUMNS, check_stored, collect, result_line, run_directory, warm_start_directory
 from gac.runs.config import TrainConfig, check
 from gac.runs.errors import UsageError
+from gac.runs.folder import require_writable
 
 HELP = "train with several laws and seeds and draw them together"
 EPILOG = """\
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from gac.runs.console import Reporter
 
     laws = split_laws(args.laws)
+    require_writable(args.out, "--out")
     config = config_from(args).with_model_defaults()
     for law in laws:
         check(dataclasses.replace(config, law=law))

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gac.cli._options import add_training_options, config_from
+from gac.files import DamagedFile
 from gac.runs.config import RESUME_MAY_CHANGE, TrainConfig, changed_flags, check
-from gac.runs.errors import UsageError
+from gac.runs.errors import NO_ROOM, StoppedError, UsageError
 
 HELP = "post-train a model on reasoning-gym problems"
 EPILOG = """\
@@ -47,17 +48,18 @@ def run(args: argparse.Namespace) -> int:
     config, out = resolve(args)
     from gac.runs import training
     from gac.runs.console import Reporter
-    from gac.runs.folder import METRICS, SUMMARY, read_json, read_metrics, write_config
+    from gac.runs.folder import METRICS, SUMMARY, forget_config, read_json, read_metrics, write_config
 
     reporter = Reporter()
     if args.resume and (out / SUMMARY).exists() and read_json(out / SUMMARY)["steps"] >= config.steps:
         reporter.say(f"{out} is finished")
         show(reporter, read_json(out / SUMMARY), out)
         return 0
-    write_config(out, vars(config), ["gac", *args.argv], args.warm_start)
     reporter.say(f"{', '.join(config.task)}  law {config.law}  seed {config.seed}  ->  {out}")
+    setup = training.prepare(config)  # first: what does not load leaves nothing behind
+    write_config(out, vars(config), ["gac", *args.argv], args.warm_start)
+    go_on = f"gac train --out {out} --resume"
     try:
-        setup = training.prepare(config)
         warm = training.run_warm_start(setup, args.warm_start or out / training.WARM_START, reporter)
         reporter.say(f"held-out accuracy after the warm start: {warm:.3f}")
         if args.warm_start_only:
@@ -65,8 +67,20 @@ def run(args: argparse.Namespace) -> int:
         summary = training.run_hybrid(setup, out, warm, reporter, started=started)
     except KeyboardInterrupt:
         reporter.end()
-        reporter.say(f"stopped; go on with: gac train --out {out} --resume")
+        reporter.say(f"stopped; go on with: {go_on}")
         raise
+    except (UsageError, DamagedFile):
+        if not args.resume:
+            forget_config(out)
+        raise
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        reporter.end()
+        raise StoppedError(
+            f"no room left to write ({error}); everything up to the last checkpoint is kept: make room and go on with: "
+            f"{go_on}"
+        ) from error
     from gac.plots import draw_run
 
     draw_run(read_metrics(out / METRICS), summary, out / "run.png", title=f"{config.law}, seed {config.seed}")
@@ -76,20 +90,28 @@ def run(args: argparse.Namespace) -> int:
 
 def resolve(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
     """The checked configuration and run directory that the options mean."""
-    from gac.runs.folder import CONFIG, read_json
+    from gac.runs.folder import CONFIG, METRICS, read_json, require_writable
 
+    if args.resume and args.out is None:
+        raise UsageError("--resume needs --out, the directory of the run to continue")
+    for option, folder in (("--out", args.out or Path("runs")), ("--warm-start", args.warm_start)):
+        if folder is not None:
+            require_writable(folder, option)
     if args.resume:
-        if args.out is None:
-            raise UsageError("--resume needs --out, the directory of the run to continue")
         if not (args.out / CONFIG).exists():
             raise UsageError(f"nothing to resume: {args.out} holds no {CONFIG}")
         stored = read_json(args.out / CONFIG)
-        base = TrainConfig(**stored["options"])
+        try:
+            base, warm_start = TrainConfig(**stored["options"]), stored["warm_start"]
+        except (TypeError, KeyError) as error:
+            raise UsageError(
+                f"{args.out / CONFIG} is not of a run that this gac knows ({error}); start anew"
+            ) from error
         config = config_from(args, base).with_model_defaults()
         if flags := changed_flags(config, vars(base), may_change=RESUME_MAY_CHANGE):
             raise UsageError(f"--resume continues with the stored options, but {flags} differ; leave them out")
-        if args.warm_start is None and stored["warm_start"]:
-            args.warm_start = Path(stored["warm_start"])
+        if args.warm_start is None and warm_start:
+            args.warm_start = Path(warm_start)
         check(config)
         return config, args.out
     config = config_from(args).with_model_defaults()
@@ -99,6 +121,8 @@ def resolve(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
     )
     if (out / CONFIG).exists():
         raise UsageError(f"{out} already holds a run; add --resume to continue it, or choose another --out")
+    if (out / METRICS).exists():
+        raise UsageError(f"{out} holds what is left of a run, {METRICS} without {CONFIG}; choose another --out")
     return config, out
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from torch import Tensor
 from gac.laws.momentum import momentum_of as momentum_of
 from gac.laws.momentum import noise_left as noise_left
 from gac.schedules import Schedule
+from gac.state import Range
 from gac.statistics import Statistics
 
 _LAWS: dict[str, type[Law]] = {}
@@ -55,12 +57,28 @@ class Law(ABC):
     """Fields of :class:`Step` that every update must bring, such as ``"kl"``."""
     needs_trainer: ClassVar[bool] = False
     """Whether a trainer has to carry out a part of the law that acts per prompt or token."""
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "mu": Range(0.0, 1.0),
+        "raw": Range(-math.inf, math.inf, unknown=True),
+        "mu_se": Range(0.0, math.inf, unknown=True),
+        "prior": Range(0.0, 1.0, unknown=True),
+    }
+    """What a saved state may hold under these names; a subclass declares those of its own entries alone.
+
+    What no class declares must be finite, or NaN where the law begins with NaN.
+    """
 
     def __init__(self, start: float) -> None:
         self.start = unit_interval("start", start)
         self.state: dict[str, Tensor] = {"mu": torch.tensor(self.start, dtype=torch.float64)}
         for name in ("raw", "mu_se", "prior"):
             self.record(name, float("nan"))
+
+    @classmethod
+    def range_of(cls, name: str) -> Range | None:
+        """What the class, or the nearest one that it is derived from, declares of an entry of the state."""
+        declared = (vars(kind).get("ranges", {}) for kind in cls.__mro__)
+        return next((ranges[name] for ranges in declared if name in ranges), None)
 
     @property
     def mu(self) -> Tensor:

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from gac.laws.base import Step, create
+from gac.state import Range, Same, Table, Whole, like, read
 from gac.statistics import Statistics
+
+THEN = "pass what {whose}.state_dict() returned with the same law, options and model, or start anew without a state"
+"""What to do about a state that is refused."""
 
 
 class Controller:
@@ -24,7 +28,9 @@ class Controller:
 
     def __init__(self, law: str = "gac", **options: Any) -> None:
         self.law = create(law, **options)
+        self.law.to(self.law.mu.device)  # a law of a user may begin with other dtypes than it goes on with
         self.steps = 0
+        self._begins_unknown = {name for name, value in self.law.state.items() if value.isnan().any()}
 
     @property
     def mu(self) -> Tensor:
@@ -73,23 +79,26 @@ class Controller:
         state = {name: value.detach().to("cpu", copy=True) for name, value in self.law.state.items()}
         return {"law": self.law.name, "steps": self.steps, "state": state}
 
+    def entries(self) -> Table:
+        """What a state that fits this controller may hold."""
+        law = self.law
+        ranges = {name: law.range_of(name) or Range(unknown=name in self._begins_unknown) for name in law.state}
+        otherwise = f"the state is of law {{got!r}}, this controller has {law.name!r}: build it with the same law"
+        misfit = f"it comes from another version of law {law.name!r} or from other options (such as alpha='kl')"
+        return Table(
+            {
+                "law": Same(law.name, otherwise),
+                "steps": Whole(),
+                "state": Table(like(law.state, ranges), misfit=misfit),
+            }
+        )
+
     def load_state_dict(self, state_dict: dict) -> None:
-        """Continues where :meth:`state_dict` left off. Raises ValueError for the state of another law."""
-        missing = {"law", "steps", "state"} - set(state_dict)
-        if missing:
-            raise ValueError(f"state_dict lacks {sorted(missing)}: pass what Controller.state_dict() returned")
-        if state_dict["law"] != self.law.name:
-            raise ValueError(
-                f"the state is of law {state_dict['law']!r}, this controller has {self.law.name!r}: "
-                "build it with the same law"
-            )
-        state, mine = state_dict["state"], self.law.state
-        shapes, wanted = ({name: tuple(value.shape) for name, value in x.items()} for x in (state, mine))
-        if shapes != wanted:
-            names = sorted(name for name in {*state, *mine} if shapes.get(name) != wanted.get(name))
-            raise ValueError(
-                f"the saved state of law {self.law.name!r} does not fit this controller in {', '.join(names)}: it "
-                "comes from another version of gac or from other options (such as alpha='kl'). Use those, or start anew"
-            )
-        self.law.state = {k: v.to(mine[k].device, mine[k].dtype, copy=True) for k, v in state.items()}
-        self.steps = int(state_dict["steps"])
+        """Continues where :meth:`state_dict` left off. The state is checked first: it is taken whole or not at all.
+
+        Raises:
+            TypeError, ValueError: it is of another law, or an entry is not what this one's may be: a name, a shape, a
+                dtype, a value out of range. The message names the entry.
+        """
+        taken = read(state_dict, self.entries(), then=THEN.format(whose="Controller"))
+        self.law.state, self.steps = taken["state"], taken["steps"]

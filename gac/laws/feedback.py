@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from gac.laws.base import Law, Step, bounds, number, register
+from gac.state import Range
 from gac.statistics import Statistics
 
 
@@ -64,6 +66,7 @@ class EntropyLaw(_Feedback):
     """
 
     needs = ("entropy",)
+    ranges: ClassVar[dict[str, Range]] = {"target": Range(-math.inf, math.inf, unknown=True)}  # a first entropy's
 
     def __init__(
         self,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gac.laws.base import Law, Step, bounds, closed_form, momentum_of, noise_left, number, register, unit_interval
 from gac.schedules import Schedule, as_schedule
+from gac.state import MAX, Range
 from gac.statistics import Statistics
 
 KL_TARGET, KL_DECAY, HYSTERESIS = 0.02, 0.90, 0.10
@@ -87,6 +89,17 @@ class GacLaw(Law):
         start: the first mu.
         momentum: of the optimizer, in [0, 0.9999]; None for that of the optimizer which :meth:`follow` tells, else 0.
     """
+
+    ranges: ClassVar[dict[str, Range]] = {
+        "alpha": Range(0.0, 1.0),
+        "kl": Range(unknown=True),
+        "sums": Range(low=((-MAX,), (0.0,))),  # of values, of weights
+        "squares": Range(0.0, math.inf),  # of standard errors, which float32 may not hold
+        "waiting": Range(0.0, whole=True),
+        "unsettled": Range(0.0, 1.0),
+        "mus": Range(-math.inf, math.inf, unknown=True),
+        "evidence": Range((-MAX, 0.0), (MAX, math.inf)),
+    }
 
     def __init__(
         self,

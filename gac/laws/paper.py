@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gac.laws.base import Law, Step, bounds, closed_form, number, register, unit_interval, whole
 from gac.schedules import Schedule, as_schedule
+from gac.state import Range
 from gac.statistics import Statistics
 
 EPSILON = 1e-8
@@ -40,6 +43,11 @@ class PaperLaw(Law):
         blend: weight of the adaptive part; the prior has the rest.
         prior: as for :class:`gac.laws.gac.GacLaw`; the published schedule by default.
     """
+
+    ranges: ClassVar[dict[str, Range]] = {
+        "average": Range(unknown=True),
+        "last_refresh": Range(low=-math.inf, whole=True),  # -inf: never
+    }
 
     def __init__(
         self,

@@ -31,6 +31,7 @@ class Seen:
         entered: whether a branch was entered.
         outside: whether backward passes outside a branch are expected: their losses were mixed before.
         broken: whether a backward pass raised: the step's sums are incomplete.
+        weighted: branches whose weight was read: their losses may have it.
     """
 
     contributions: list[Contribution] = field(default_factory=list)
@@ -38,6 +39,7 @@ class Seen:
     entered: bool = False
     outside: bool = False
     broken: bool = False
+    weighted: set[Branch] = field(default_factory=set)
 
     @property
     def counts(self) -> dict[Branch, int]:

@@ -146,6 +146,22 @@ class Ledger:
             del self._module_rows[len(self._scales) :]  # of a contribution that was given up
             self._module_rows.append(torch.zeros(self.module_count, 2, dtype=self._rows.dtype, device=self.device))
 
+    def know(
+        self,
+        indices: Sequence[int],
+        sums: Sequence[Tensor],
+        second_moments: Sequence[Tensor] | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        """Takes running sums as the ones before the next contribution; parameters that are not named have none."""
+        assert self.previous is not None  # only running sums are asked for
+        assert self.current is not None
+        self.current.zero_()
+        if indices:
+            weights = {} if second_moments is None else {"second_moments": second_moments, "eps": eps}
+            sketch(sums, self.current, layout=self.layout, regions=indices, **weights)
+        self.previous.copy_(self.current)
+
     def read(
         self,
         branch: Branch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gac.observe.accumulated import Accumulated
 from gac.observe.contribution import Contribution, Seen, Tokens
 from gac.observe.ledger import Ledger
 from gac.observe.module_names import group_parameters
 from gac.observe.optimizer_space import SecondMoments
+from gac.observe.passes import Passes
 from gac.observe.pending import Pending
 from gac.observe.topology import is_dtensor, local_numel
 from gac.statistics.branch import Branch
@@ -87,6 +90,9 @@ class Observer:
             sharded=self.sharded,
             running=running,
         )
+        self._accumulated = Accumulated(self.parameters if running and hooks else [])
+        self._passes = Passes()
+        self._lock = threading.RLock()  # a contribution at a time
         self.seen = Seen()
         self.branch: Branch | None = None
         self.alive = False  # whether any hook ever ran
@@ -149,10 +155,12 @@ class Observer:
             scale if scale.device == ledger.device else scale.to(ledger.device, non_blocking=True)
             for ledger in self.ledgers
         ]
+        self._passes.entered()
+        self._look_again()
 
     def leave(self, *, failed: bool) -> None:
         """The branch ends; ``failed`` after an exception, which leaves its contribution incomplete."""
-        if failed:
+        if failed or self._passes.died:
             self.fail()
         self.finish()
         self.branch = None
@@ -165,24 +173,51 @@ class Observer:
         Args:
             tokens: what it counts for; None: what the branch was entered with.
         """
-        entered_with = self._tokens
-        if tokens is not None:
-            self.seen.check_tokens(self.branch, tokens)
-            self._tokens = tokens
-        try:
-            yield
-            self.finish()
-        except BaseException:
-            self.fail()
-            raise
-        finally:
-            self._tokens = entered_with
+        with self._lock:
+            self._close()
+            entered_with = self._tokens
+            if tokens is not None:
+                self.seen.check_tokens(self.branch, tokens)
+                self._tokens = tokens
+            self._look_again()
+            self._passes.guided = True
+            try:
+                yield
+                self.finish()
+            except BaseException:
+                self.fail()
+                raise
+            finally:
+                self._passes.guided = False
+                self._tokens = entered_with
 
     def fail(self) -> None:
         """A backward pass raised: what it left of its contribution is dropped, and the step counts as broken."""
         if self._open:
             self._drop()
             self.seen.broken = True
+
+    def _close(self, *, note: bool = True) -> None:
+        """Ends what an earlier pass left open: as a contribution, or as broken where that pass did not end."""
+        if self._passes.died:
+            self.fail()
+        self.finish(note=note)
+
+    def _look_again(self) -> None:
+        """Where others wrote the running sums since they were read, what is there now is what is known."""
+        if not (self.running and self.hooks and self.measuring) or self._open or not self._accumulated.changed():
+            return
+        start = perf_counter()
+        with torch.no_grad():
+            self._pending.gradients.update((k, None) for k, p in enumerate(self.parameters) if p.grad is not None)
+            batches = self._pending.take(self.second_moments)
+            for ledger, batch in zip(self.ledgers, batches, strict=True):
+                if self.second_moments is None:
+                    ledger.know(batch.regions, batch.gradients)
+                else:
+                    ledger.know(batch.regions, batch.gradients, batch.moments, self.second_moments.eps)
+        self._accumulated.note()
+        self._pending.now.seconds += perf_counter() - start
 
     # -- hooks ----------------------------------------------------------------------------------------------------
 
@@ -228,8 +263,11 @@ class Observer:
             )
         task = _graph_task_id()
         if task != self._pending.now.task:
+            if not self._passes.guided:
+                self._next_pass(index)
             self._pending.now.task = task
-            _queue_callback(self._end_of_backward)
+            self._passes.began(task)
+            _queue_callback(functools.partial(self._end_of_backward, task))
         if self.sharded and self.parameters[index].grad.is_cuda:
             device = self.parameters[index].grad.device
             self._streams[device] = torch.cuda.current_stream(device)
@@ -240,6 +278,43 @@ class Observer:
             self._met.add(index)
         if self._pending.add(index, gradient):
             self._flush()
+
+    def _next_pass(self, index: int) -> None:
+        """A hook of a plain backward pass found another graph task than the last one.
+
+        Raises:
+            RuntimeError: its loss was not weighted; another thread's pass is under way; or running sums were changed
+                since they were read, too late to read them again.
+        """
+        call = self._passes.present(on_host=self.parameters[index].device.type == "cpu")
+        if self._passes.goes_on(call):
+            return  # in a re-entrant checkpoint
+        if self._open and self._passes.concurrent():
+            self.fail()
+            raise RuntimeError(
+                "two backward passes of a branch at once, in two threads: use mixer.backward(loss), which takes turns, "
+                "or run them one after the other"
+            )
+        self._close(note=False)  # this pass has written already
+        self._passes.opened(call)
+        if self.branch not in self.seen.weighted:
+            raise RuntimeError(
+                f"a backward pass in the {self.branch.value} branch, whose weight nobody has read: the loss cannot have "
+                "it. Call mixer.backward(loss), or (mixer.weight * loss).backward()"
+            )
+        if self.running and not self.sharded and not self.seen.broken:
+            changed = self._accumulated.changed_besides(index)
+            if changed:
+                self.seen.broken = True
+                raise RuntimeError(
+                    f"gradients were changed between two backward passes of a step ({self._named(changed)}), and "
+                    "contributions are what passes add to them: change them once, after the step's last pass, use "
+                    'mixer.backward(loss), which looks again, or patch with estimator="exact"'
+                )
+
+    def _named(self, indices: Sequence[int]) -> str:
+        some = ", ".join(repr(self.names[k]) for k in indices[:3])
+        return f"{some} and {len(indices) - 3} more" if len(indices) > 3 else some
 
     def _begin(self) -> None:
         self.seen.fired = self.alive = True
@@ -265,15 +340,20 @@ class Observer:
             )
         return gradient
 
-    def _end_of_backward(self) -> None:
-        # Inside a re-entrant checkpoint this is the end of a nested pass: the contribution goes on.
+    def _end_of_backward(self, task: int) -> None:
+        self._passes.ended(task)
         if torch._C._current_autograd_node() is None:
-            self.finish()
+            self.finish(note=False)
+            _queue_callback(self._accumulated.note)  # after the engine's own: DDP still copies what it has reduced
+        elif not self._passes.guided:  # a nested pass: the contribution goes on, and may end without another hook
+            self._pending.now.task = -1
+            self._flush()
+            self._accumulated.note()
 
     # -- contributions --------------------------------------------------------------------------------------------
 
-    def finish(self) -> None:
-        """Closes the open contribution, if there is one."""
+    def finish(self, *, note: bool = True) -> None:
+        """Closes the open contribution, if there is one; ``note``: the gradients are as its pass has left them."""
         self._pending.now.task = -1
         self._incoming.clear()
         if not self._open:
@@ -285,6 +365,9 @@ class Observer:
         self.seen.contributions.append(Contribution(self.branch, self._tokens))
         self._open = False
         self._met.clear()
+        self._passes.close()
+        if note:
+            self._accumulated.note()
         self._pending.now.seconds += perf_counter() - start
 
     @torch.no_grad()
@@ -304,6 +387,7 @@ class Observer:
         self._incoming.clear()
         self._met.clear()
         self._open = False
+        self._passes.close()
 
     def clear(self) -> None:
         """Forgets the step: sums, counts and host time."""
@@ -312,4 +396,5 @@ class Observer:
             for ledger in self.ledgers:
                 ledger.clear()
         self.seen = Seen()
+        self._accumulated.forget()
         self.seconds = 0.0

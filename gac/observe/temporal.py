@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gac.observe.ledger import Ledger
+from gac.state import Numbers, Range, Table
 from gac.statistics.branch import Branch
 from gac_kernels.arguments import accumulator_dtype
 
@@ -44,6 +45,21 @@ class MovingMeans:
         weight = self.state.setdefault(f"{branch.value}.weight", zero)
         mean.copy_(torch.where(healthy, torch.lerp(gradient, mean, DECAY), mean))
         self.state[f"{branch.value}.weight"] = torch.where(healthy, DECAY * weight + (1 - DECAY), weight)
+
+    @staticmethod
+    def entries(device: torch.device, size: int | None) -> Table:
+        """What a saved :attr:`state` may hold: of each branch both entries or none.
+
+        Args:
+            device: where it is kept.
+            size: of the sketch; None where any will do.
+        """
+        dtype = accumulator_dtype(device)
+        mean = Numbers((size,), torch.float32, device, Range())
+        weight = Numbers((), dtype, device, Range(0.0, 1.0))
+        names = {branch: (f"{branch.value}.mean", f"{branch.value}.weight") for branch in Branch}
+        entries = {name: entry for pair in names.values() for name, entry in zip(pair, (mean, weight), strict=True)}
+        return Table(entries, together=[frozenset(pair) for pair in names.values()])
 
 
 def noise_from_time(

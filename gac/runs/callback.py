@@ -57,6 +57,8 @@ class RunCallback(TrainerCallback):
             return
         record = {"step": state.global_step, "estimator": self._trainer.mixer.estimator, **logs, **self._extra}
         self._metrics.append(record)
+        if control.should_save:
+            self._metrics.sync()
         for name, value in record.items():
             if name != "step" and isinstance(value, (int, float)):
                 self._events.add_scalar(name if "/" in name else f"train/{name}", value, state.global_step)

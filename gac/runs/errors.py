@@ -1,11 +1,20 @@
-"""Mistakes of the user."""
+"""What ends a command with one line instead of a traceback."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
 
 
 class UsageError(Exception):
     """A mistake of the user: printed as one line, exit code 2."""
+
+
+class StoppedError(Exception):
+    """A run that nobody's mistake has stopped, and that can go on: printed as one line, exit code 1."""
+
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Of an `OSError` where a file has no room to grow: disk, quota or limit."""
 
 
 @contextlib.contextmanager

@@ -1,13 +1,18 @@
 """The run directory: config.json, metrics.jsonl, summary.json. Every file is either old or new, never half written."""
 
+import contextlib
 import json
 import math
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from gac.files import DamagedFile, write_whole
+from gac.runs.errors import UsageError
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 TIMING_KEYS = frozenset({"seconds", "eval_seconds", "step_time", "gac/seconds"})
@@ -15,11 +20,9 @@ TIMING_KEYS = frozenset({"seconds", "eval_seconds", "step_time", "gac/seconds"})
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `path` through a temporary file beside it."""
+    """Writes `path`, with the folders above it; after a kill or a full disk the old or the new one is there, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -28,12 +31,48 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The value in a JSON file.
+
+    Raises:
+        DamagedFile: it is none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedFile(f"{path} is no JSON file ({error}): remove it, or choose another folder") from None
+
+
+def require_writable(folder: Path, option: str) -> None:
+    """Checks that files can be made in `folder`, which need not be there; makes nothing.
+
+    Args:
+        folder: a run directory.
+        option: which names it, for the error.
+
+    Raises:
+        UsageError: they cannot; the message says what is in the way.
+    """
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(folder)  # a name that no file can have, or a folder that may not be looked into
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise cannot_write(folder, option, error) from error
+
+
+def cannot_write(folder: Path, option: str, error: OSError) -> UsageError:
+    """The mistake that a folder which cannot be written is."""
+    return UsageError(f"{option} {folder} cannot be written: {error.strerror or error}; choose another folder")
 
 
 def read_metrics(path: Path, *, last_step: int | None = None) -> list[dict[str, Any]]:
-    """Records of a metrics file in order, up to `last_step`. A line cut short by a kill is left out."""
+    """Records of a metrics file in order, up to `last_step`. A line cut short by a kill is left out.
+
+    Raises:
+        DamagedFile: a line is something else than the record of a step.
+    """
     records: list[dict[str, Any]] = []
     if not path.exists():
         return records
@@ -42,6 +81,10 @@ def read_metrics(path: Path, *, last_step: int | None = None) -> list[dict[str, 
             record = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise DamagedFile(
+                f"{path} is no file of metrics: {line:.60} is no step; remove it, or choose another folder"
+            )
         if last_step is None or record["step"] <= last_step:
             records.append(record)
     return records
@@ -62,9 +105,20 @@ class MetricsFile:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
+    def sync(self) -> None:
+        """Waits until all records are on the disk: before a checkpoint that counts on them."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def forget_config(out: Path) -> None:
+    """Takes back :func:`write_config`, so that another attempt finds no run here; a folder left empty goes too."""
+    (out / CONFIG).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        out.rmdir()
 
 
 def write_config(out: Path, options: dict[str, Any], command: Sequence[str], warm_start: Path | None) -> dict[str, Any]:
@@ -78,9 +132,15 @@ def write_config(out: Path, options: dict[str, Any], command: Sequence[str], war
 
     Returns:
         ``options``, ``command`` and ``versions``.
+
+    Raises:
+        UsageError: `out` cannot be written.
     """
     provenance = {"options": options, "command": list(command), "versions": versions()}
-    write_json(out / CONFIG, {**provenance, "warm_start": None if warm_start is None else str(warm_start)})
+    try:
+        write_json(out / CONFIG, {**provenance, "warm_start": None if warm_start is None else str(warm_start)})
+    except OSError as error:
+        raise cannot_write(out, "--out", error) from error
     return provenance
 
 

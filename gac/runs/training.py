@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gac.files import sync_tree
 from gac.runs.config import TrainConfig
 from gac.runs.console import Reporter
 from gac.runs.errors import UsageError, usage_errors
@@ -110,6 +111,7 @@ def run_warm_start(setup: Setup, folder: Path, reporter: Reporter) -> float:
             setup.model.save_pretrained(part)
             setup.tokenizer.save_pretrained(part)
         write_json(part / _WARM_START_RESULT, {"identity": identity, "accuracy": evaluate(setup)})
+        sync_tree(part)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
     if (folder / "config.json").exists():
@@ -194,12 +196,16 @@ def run_hybrid(
     trainer.remove_callback(PrinterCallback)
 
     checkpoints = complete_checkpoints(arguments.output_dir)
-    _remove_incomplete(Path(arguments.output_dir), checkpoints)
     checkpoint = checkpoints[-1] if checkpoints else None
     done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    if checkpoint and done < config.steps:
+        trainer.check_checkpoint(checkpoint)  # before anything in the folder changes
+    _remove_incomplete(Path(arguments.output_dir), checkpoints)
     metrics = MetricsFile(out / METRICS, last_step=done)
     if done:
         reporter.say(f"continuing from step {done}")
+    if missing := sorted({*range(1, done + 1)} - {record["step"] for record in metrics.records}):
+        reporter.say(f"{METRICS} lacks {len(missing)} steps that the checkpoint holds, the first {missing[0]}")
     reporter.begin("training", config.steps, done)
     callback = RunCallback(
         trainer,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from gac.state import Numbers, Range, like
 from gac.statistics.step import Statistics
 
 HALF_LIFE = 30.0
@@ -47,6 +50,14 @@ class SuccessiveDifferences:
         zeros = torch.zeros(4, n, dtype=dtype, device=device)
         zeros[0] = float("nan")
         self.state: dict[str, Tensor] = dict(zip(("last", "level", "average", "count"), zeros.unbind(), strict=True))
+
+    RANGES: ClassVar[dict[str, Range]] = {
+        "last": Range(unknown=True),
+        "level": Range(low=0.0),
+        "average": Range(low=0.0, high=math.inf),  # relative to a level that may be close to 0
+        "count": Range(low=0.0, whole=True),
+    }
+    """Of a state that was saved."""
 
     def update(self, estimates: Tensor, healthy: Tensor) -> Tensor:
         """Takes in a step's estimates.
@@ -133,6 +144,10 @@ class StandardErrors:
     @state.setter
     def state(self, state: dict[str, Tensor]) -> None:
         self._differences.state = state
+
+    def entries(self) -> dict[str, Numbers]:
+        """What a saved :attr:`state` may hold."""
+        return like(self.state, self._differences.RANGES)
 
     def attach(self, statistics: Statistics) -> Statistics:
         """The statistics with ``*_se``; a step with non-finite elements teaches nothing."""

@@ -23,8 +23,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import gac
+from gac.files import load_state, save_whole
 from gac.laws.controller import Controller
 from gac.options import ESTIMATORS
+from gac.saved import MixerState
+from gac.state import Table, Text, Unchanged, Whole
 from gac.trainers.mixed_batch import coefficient_mixer
 
 if TYPE_CHECKING:
@@ -68,7 +71,8 @@ class GacCallback(TrainerCallback):
         if estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
         of_patch = {"interval", "process_group", "metric", "report_interval", "coefficient"}
-        controller = Controller(law, **{k: v for k, v in options.items() if k not in of_patch})
+        self._of_controller = {"law": law} | {k: v for k, v in options.items() if k not in of_patch}
+        controller = Controller(**self._of_controller)
         self.resume_from = resume_from
         self._needs = controller.law.needs
         self._estimator = estimator
@@ -109,6 +113,7 @@ class GacCallback(TrainerCallback):
                 "fp16=True scales the loss by a factor that changes during training, which the statistics would see; "
                 'use bf16=True, or estimator="coefficient"'
             )
+        saved = self._read(args, state) if state.global_step > 0 else self._state
         if self._mixer is not None:
             self._mixer.unpatch()  # an exception ended the last run
         options = dict(self._options)
@@ -119,10 +124,12 @@ class GacCallback(TrainerCallback):
         if optimizer is not None:
             self._mixer.follow(getattr(optimizer, "optimizer", optimizer))
         self._window.clear()
-        if state.global_step > 0:
-            self._mixer.load_state_dict(self._read(args, state))
-        elif self._state is not None:
-            self._mixer.load_state_dict(self._state)
+        if saved is not None:
+            try:
+                self._mixer.load_state_dict(saved)
+            except BaseException:
+                self._mixer.unpatch()
+                raise
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         missing = [name for name in self._needs if not self._observed[name]]
@@ -156,8 +163,7 @@ class GacCallback(TrainerCallback):
             return
         path = os.path.join(args.output_dir, f"checkpoint-{state.global_step}", STATE_FILE)
         saved = {"mixer": self.mixer.state_dict(), "step": state.global_step, "log": _fingerprint(state)}
-        torch.save(saved, path + ".part")
-        os.replace(path + ".part", path)
+        save_whole(saved, path)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._state = self.mixer.state_dict()
@@ -175,7 +181,9 @@ class GacCallback(TrainerCallback):
                 "elsewhere, set callback.resume_from to its folder; if it was written without GacCallback or was cut "
                 "short, resume from another"
             )
-        saved = torch.load(path, weights_only=True)
+        controller = Controller(**self._of_controller)
+        entries = {"mixer": Unchanged(MixerState(controller, torch.device("cpu"))), "step": Whole(), "log": Text()}
+        saved = load_state(path, Table(entries), then="resume from another checkpoint, or set callback.resume_from")
         if saved["step"] != state.global_step or saved["log"] != _fingerprint(state):
             raise ValueError(
                 f"{path} belongs to another run than the checkpoint that training resumes (step {saved['step']}, not "

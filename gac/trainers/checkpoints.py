@@ -1,5 +1,6 @@
 """Checkpoints of the hybrid trainer: what they hold beside TRL's, and how a run goes on from one."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -9,6 +10,9 @@ from typing import Any, cast
 import torch
 from accelerate.utils import send_to_device
 
+from gac.files import load_state, save_whole, sync_tree
+from gac.saved import MixerState
+from gac.state import ListOf, Table, Unchanged, Whole
 from gac.trainers.branches import BranchedGRPOTrainer
 from gac.trainers.resume import IMAGES, Batching, Position, redistribute
 
@@ -17,6 +21,12 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "gac_state.pt"
 """The last file written into a checkpoint: a checkpoint without it is incomplete."""
 ROLLOUT_FILE = "gac_rollouts_{rank}.pt"
+
+THEN = (
+    "resume from another of gac.trainers.hybrid_grpo.complete_checkpoints(output_dir); without this folder, gac train "
+    "--resume does"
+)
+"""What to do about a checkpoint that cannot be read."""
 
 
 class CheckpointedGRPOTrainer(BranchedGRPOTrainer):
@@ -29,6 +39,7 @@ class CheckpointedGRPOTrainer(BranchedGRPOTrainer):
         super().__init__(*args, **kwargs)
         self._rl_sampler: Any = None
         self._checkpoint: dict[str, Any] | None = None  # what training continues from
+        self._rollouts: list[dict[str, Any]] | None = None  # ... and what is left of the generation under way
         self._position = Position(0, 0, 0)
         self._taken = 0  # micro-steps from the data loader, over all epochs
         self._epoch_length = 0
@@ -44,8 +55,12 @@ class CheckpointedGRPOTrainer(BranchedGRPOTrainer):
         return self._rl_sampler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:  # written over an earlier one, it is no complete checkpoint until the end
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, STATE_FILE))
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
         if self._step % self._batching().cycle:
             save_whole(self._buffered_inputs, os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index)))
         self.accelerator.wait_for_everyone()
@@ -60,6 +75,7 @@ class CheckpointedGRPOTrainer(BranchedGRPOTrainer):
                 "batching": dataclasses.asdict(self._batching()),
                 "rule": self._rule.state_dict(),
             }
+            sync_tree(folder)  # first, so that this file never vouches for one that a crash of the machine took
             save_whole(state, os.path.join(folder, STATE_FILE))
 
     def _batching(self) -> Batching:
@@ -74,15 +90,31 @@ class CheckpointedGRPOTrainer(BranchedGRPOTrainer):
 
     # -- going on -----------------------------------------------------------------------------------------------------
 
-    def _inner_training_loop(self, *args: Any, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        self._checkpoint = None if resume_from_checkpoint is None else self._read_checkpoint(resume_from_checkpoint)
-        return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the base class; True goes on from the last complete checkpoint in ``output_dir``.
+
+        Raises:
+            ValueError: the checkpoint is incomplete, damaged, or of a run that this one cannot continue. It is read
+                first, before the model or anything else of it is loaded.
+        """
+        if resume_from_checkpoint is True:
+            complete = complete_checkpoints(cast(str, self.args.output_dir))
+            if not complete:
+                raise ValueError(f"{self.args.output_dir} holds no complete checkpoint to resume from; train anew")
+            resume_from_checkpoint = complete[-1]
+        given = resume_from_checkpoint or None
+        self._checkpoint = None if given is None else self._read_checkpoint(given)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _prepare_for_training(self, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self._checkpoint is not None:
-            self._load_gac_state(resume_from_checkpoint, self._checkpoint)
+            self._load_gac_state(self._checkpoint)
         return prepared
+
+    def check_checkpoint(self, checkpoint: str) -> None:
+        """Raises what :meth:`train` would raise where it could not go on from the folder `checkpoint`."""
+        self._read_checkpoint(checkpoint)
 
     def _read_checkpoint(self, checkpoint: str) -> dict[str, Any]:
         """The state to continue from, once it is clear that it can be, and where."""
@@ -92,30 +124,50 @@ class CheckpointedGRPOTrainer(BranchedGRPOTrainer):
                 f"{checkpoint} has no {STATE_FILE}: it was cut short or another trainer wrote it; resume from one of "
                 "gac.trainers.hybrid_grpo.complete_checkpoints(output_dir)"
             )
-        state = torch.load(path, weights_only=True)
+        state = load_state(path, self._entries(), then=THEN)
         size = self._sampler.size if self._sampler else 0
         if state["sft_size"] != size:
             raise ValueError(
                 f"{checkpoint} was written with {state['sft_size']} demonstrations, sft_dataset has {size}; resume "
                 "with the same set"
             )
-        old, new = Batching(**state["batching"]), self._batching()
-        self._position = Position(**state["position"])
+        old, saved = Batching(**state["batching"]), Position(**state["position"])
+        self._position = self._continued(checkpoint, saved, old)
+        within = self._position.trained % self._batching().cycle
+        self._rollouts = self._load_rollouts(checkpoint, old) if within else None
+        return state
+
+    def _entries(self) -> Table:
+        """What :data:`STATE_FILE` holds; the mixer reads its part again, which it alone knows in full."""
+        return Table(
+            {
+                "mixer": Unchanged(MixerState(self.args.build_controller(), torch.device("cpu"))),
+                "sft_position": Whole(),
+                "sft_size": Whole(),
+                "global_step": Whole(),
+                "position": Table({field.name: Whole() for field in dataclasses.fields(Position)}),
+                "batching": Table({field.name: Whole(1) for field in dataclasses.fields(Batching)}),
+                "rule": self._rule.entries(),
+            }
+        )
+
+    def _continued(self, checkpoint: str, saved: Position, old: Batching) -> Position:
+        """Where this run goes on. Raises ValueError where none of its steps begins there."""
+        new = self._batching()
         if old == new:
-            return state
+            return saved
         if self.args.ignore_data_skip:
-            self._position = dataclasses.replace(self._position, trained=0)
             logger.warning(
                 "resuming with other batch sizes and ignore_data_skip=True: prompts begin anew, and rollouts that "
                 "%s may hold are dropped",
                 checkpoint,
             )
-            return state
+            return dataclasses.replace(saved, trained=0)
         try:
             countable = self.args.max_steps > 0 and hasattr(self.train_dataset, "__len__")
             if old.step_rows != new.step_rows and not countable:
                 raise ValueError("without a length of train_dataset and max_steps, what is left to do is not known")
-            self._position = self._position.moved(old, new)
+            return saved.moved(old, new)
         except ValueError as error:
             raise ValueError(
                 f"{checkpoint} cannot be continued with these batch sizes: {error}. Choose gradient_accumulation_steps "
@@ -124,7 +176,6 @@ class CheckpointedGRPOTrainer(BranchedGRPOTrainer):
                 f"and generation_batch_size={old.generation_rows}; or set ignore_data_skip=True to begin the prompts "
                 "anew, without buffered rollouts"
             ) from error
-        return state
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
         """As the base class counts them, with enough epochs for a run that goes on with other batch sizes."""
@@ -144,14 +195,14 @@ class CheckpointedGRPOTrainer(BranchedGRPOTrainer):
         self._taken = epoch * self._epoch_length + taken
         return divmod(self._taken, self._epoch_length)  # larger generations may have no more of the epoch to take
 
-    def _load_gac_state(self, checkpoint: str, state: dict[str, Any]) -> None:
+    def _load_gac_state(self, state: dict[str, Any]) -> None:
         self._mixer_of_run.load_state_dict(state["mixer"])
         self._rule.load_state_dict(state["rule"])
         self._sft_position = state["sft_position"]
         self._forget_window()
         self._step = self._position.trained
         if self._step % self._batching().cycle:
-            self._buffered_inputs = self._load_rollouts(checkpoint, Batching(**state["batching"]))
+            self._buffered_inputs, self._rollouts = self._rollouts, None
         # TRL's sampler draws one permutation per epoch from its own generator, which a checkpoint does not hold
         if getattr(self._rl_sampler, "shuffle", False):
             for _ in range(self._taken // self._epoch_length):
@@ -162,7 +213,8 @@ class CheckpointedGRPOTrainer(BranchedGRPOTrainer):
         new, rank = self._batching(), self.args.process_index
         ranks = [rank] if new == old else range(old.ranks)
         paths = [os.path.join(checkpoint, ROLLOUT_FILE.format(rank=rank)) for rank in ranks]
-        saved = [torch.load(path, weights_only=True, map_location="cpu") for path in paths if os.path.isfile(path)]
+        entry = ListOf(_MicroBatch(), length=old.steps_per_generation)
+        saved = [load_state(path, entry, then=THEN) for path in paths if os.path.isfile(path)]
         usable = len(saved) == len(paths) and (new == old or not IMAGES & set(saved[0][0]))
         unusable = torch.tensor(float(not usable), device=self.accelerator.device)
         if self.accelerator.reduce(unusable, reduction="sum") > 0:
@@ -186,7 +238,10 @@ def complete_checkpoints(output_dir: str) -> list[str]:
     return [path for _, path in sorted(steps)]
 
 
-def save_whole(value: Any, path: str) -> None:
-    """`torch.save` that leaves either the whole file or none."""
-    torch.save(value, path + ".part")
-    os.replace(path + ".part", path)
+class _MicroBatch:
+    """The entry of a micro-batch among the saved rollouts: what TRL makes of it is TRL's."""
+
+    def read(self, value: Any, at: str) -> dict[str, Any]:
+        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            raise TypeError(f"{at} must be a dictionary of names, got {type(value).__name__}")
+        return value

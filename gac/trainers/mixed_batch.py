@@ -7,6 +7,7 @@ costs one small exchange per optimizer step, and every rank takes part in it wha
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import gac
 from gac.laws.controller import Controller
+from gac.saved import MixerState, read_state
+from gac.state import Maybe
 
 METRICS = ("mu", "mu_raw", "mu_se", "sigma_s2", "sigma_r2", "delta_g2", "n_s", "n_r", "skipped")
 """What :meth:`MixedBatch.metrics` holds, each under ``gac/``."""
@@ -120,6 +123,7 @@ class MixedBatch:
             )
         self.phi = phi
         self._start = float(controller.mu)
+        self._law_options = law_options
         self._options = dict(law=law, interval=interval, coefficient=coefficient, report_interval=None, **law_options)
         self._follow = follow_optimizer
         self._mixer: gac.Mixer | None = None
@@ -241,14 +245,28 @@ class MixedBatch:
 
     def state_dict(self) -> dict | None:
         """What continues a run, to be saved between optimizer steps; None before the first loss."""
-        return self._restored if self._mixer is None else self._mixer.state_dict()
+        return copy.deepcopy(self._restored) if self._mixer is None else self._mixer.state_dict()
+
+    def entry(self) -> Maybe:
+        """What a saved state may hold."""
+        return Maybe(MixerState(Controller(self._options["law"], **self._law_options), torch.device("cpu")))
 
     def load_state_dict(self, state: dict | None) -> None:
-        """Continues where :meth:`state_dict` left off; before or after the first loss."""
-        self._restored = state
-        if state is not None and self._mixer is not None:
+        """Continues where :meth:`state_dict` left off, before or after the first loss; an unfinished step is forgotten.
+
+        A state of None, from before the first loss, begins anew.
+
+        Raises:
+            TypeError, ValueError: it cannot be a state of these options; nothing of it is taken. As for
+                :meth:`gac.Mixer.load_state_dict`.
+        """
+        taken = read_state(state, self.entry())
+        if state is None:
+            self.close()
+            self._metrics = {}
+        elif self._mixer is not None:
             self._mixer.load_state_dict(state)
-            self._pending = False
+        self._restored, self._pending = taken, False
 
     def close(self) -> None:
         """Stops following the optimizer."""

@@ -1,4 +1,4 @@
-"""The operations on CPU tensors. What each computes is said in :mod:`gac_kernels.reference`.
+"""The operations on CPU tensors. What each computes is said in :mod:`gac_kernels.ops`.
 
 Two ways lead from here to C. The quick one takes contiguous tensors of plain types and does the least a correct call
 needs, since for small tensors the call is the cost. Whatever it does not recognise takes the careful one, which makes
@@ -10,39 +10,28 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Sequence
 from functools import lru_cache
-from operator import le, ne
+from operator import ne
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from gac_kernels.arguments import (
-    check_absorb,
-    check_eps,
-    check_into,
-    check_pair,
-    check_scalar,
-    check_second_moments,
-    check_sketch,
-    tensor_list,
-)
+from gac_kernels.arguments import check_pair, check_scalar, getter, tensor_list
+from gac_kernels.calls import AbsorbCall, Places, SketchCall, absorb_call, sketch_call, takes
 from gac_kernels.cpu.library import check, require
 from gac_kernels.cpu.quick import ONE_THREAD, QUICK, QUICK_PACKED, pack, pack_pair, single, with_threads
 from gac_kernels.cpu.tables import (
     DTYPE_CODES,
-    PLAIN,
     Table,
-    dense_strides,
+    list_table,
     plain_table,
     readable,
     require_cpu,
-    runs,
     strided_table,
 )
-from gac_kernels.layout import LANES, SketchLayout
+from gac_kernels.strides import flat_views, runs
 
 __all__ = ["absorb_", "mix_", "moments", "pair_moments", "sketch"]
 
@@ -50,7 +39,7 @@ _CPU = torch.device("cpu")
 _FLOAT64 = torch.float64
 _TWO, _THREE = torch.empty(2, dtype=_FLOAT64), torch.empty(3, dtype=_FLOAT64)  # empty_like costs less than empty
 _empty_like = torch.empty_like
-_shape = Tensor.shape.__get__
+_shape = getter("shape")
 
 
 def _threads(elements: int) -> int:
@@ -64,7 +53,7 @@ def _sums(count: int, width: int, per_tensor: bool) -> Tensor:
 
 
 def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
-    """Sum of squares and number of non-finite elements; see :func:`gac_kernels.reference.moments`."""
+    """Sum of squares and number of non-finite elements; see :func:`gac_kernels.moments`."""
     library = require()
     if not per_tensor:
         tensor = single(tensors) if type(tensors) is list else tensors
@@ -104,25 +93,18 @@ def _pair_tables(a: Any, b: Any) -> tuple[Table, Table] | None:
     return first, second
 
 
-def _same_dense(a: Tensor, b: Tensor) -> bool:
-    """True when both fill their memory in the same order of dimensions: flat memory pairs up as it lies."""
-    strides = dense_strides(a)
-    return strides is not None and strides == dense_strides(b)
-
-
 def _flattened(a: list[Tensor], b: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Pairs that lie alike in memory as flat views of it; the others as they are."""
     pairs = []
     for x, y in zip(a, b, strict=True):
         x, y = readable(x), readable(y)
-        if x.numel() and not x.is_contiguous() and _same_dense(x, y):
-            x, y = (t.as_strided((t.numel(),), (1,)) for t in (x, y))
-        pairs.append((x, y))
+        flat = flat_views(x, y) if x.numel() and not x.is_contiguous() else None
+        pairs.append((x, y) if flat is None else flat)
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 
 def pair_moments(a: Any, b: Any, *, per_tensor: bool = False) -> Tensor:
-    """``|a|^2``, ``|b|^2`` and ``<a, b>``; see :func:`gac_kernels.reference.pair_moments`."""
+    """``|a|^2``, ``|b|^2`` and ``<a, b>``; see :func:`gac_kernels.pair_moments`."""
     library = require()
     if not per_tensor:
         x, y = (single(a), single(b)) if type(a) is list is type(b) else (a, b)
@@ -164,7 +146,7 @@ def _number(value: Any, name: str) -> float:
 
 
 def mix_(a: Any, b: Any, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
-    """``a <- mu * a + (1 - mu) * b`` in place; see :func:`gac_kernels.reference.mix_`.
+    """``a <- mu * a + (1 - mu) * b`` in place; see :func:`gac_kernels.mix_`.
 
     For float32 and float64 a fused multiply-add in that precision: beside the last rounding, ``(1 - mu) * b`` is
     rounded too (to float32, or float64). Results of 16 bits see one rounding only.
@@ -211,53 +193,12 @@ def mix_(a: Any, b: Any, mu: Tensor | float, *, moments: bool = False) -> Tensor
     return out
 
 
-class _Pieces:
-    """Where the tensors of a list go: the C table, and how many elements each may have."""
-
-    __slots__ = ("address", "kept", "room")
-
-    def __init__(self, layout: SketchLayout, regions: Sequence[int], starts: Sequence[int]) -> None:
-        self.room = [layout.numels[r] - s for r, s in zip(regions, starts, strict=True)]
-        numbers = [layout.bucket_offsets[r] for r in regions] + [layout.index_offsets[r] for r in regions]
-        self.kept = array("q", numbers + [layout.numels[r] for r in regions] + list(starts))
-        self.address = self.kept.buffer_info()[0]
-
-
 @lru_cache(maxsize=256)
-def _pieces(layout: SketchLayout, count: int, regions: tuple[int, ...] | None, starts: tuple[int, ...] | None) -> Any:
-    """The pieces of ``count`` tensors, None standing for the defaults. Raises IndexError for numbers that are wrong."""
-    regions = range(count) if regions is None else regions
-    starts = (0,) * count if starts is None else starts
-    if len(regions) != count or len(starts) != count or min(regions, default=0) < 0 or min(starts, default=0) < 0:
-        raise IndexError
-    return _Pieces(layout, regions, starts)
-
-
-def _known_pieces(layout: SketchLayout, numels: list[int], out: Tensor, regions: Any, starts: Any) -> _Pieces | None:
-    """The pieces of a call whose arguments are surely right; None sends it to the full checks."""
-    if type(out) not in PLAIN or out.dtype not in (torch.float32, _FLOAT64) or not out.is_cpu:
-        return None
-    if out.dim() != 1 or not out.is_contiguous() or out.numel() != layout.size:
-        return None
-    try:
-        regions = None if regions is None else tuple(regions)
-        starts = None if starts is None else tuple(starts)
-        pieces = _pieces(layout, len(numels), regions, starts)
-    except (IndexError, TypeError):
-        return None
-    return pieces if all(map(le, numels, pieces.room)) else None
-
-
-def _second_table(second_moments: Any, tensors: Any, table: Table, eps: float) -> Table:
-    """The table of second moments, checked against the tensors and their table."""
-    if isinstance(second_moments, Tensor):
-        second_moments = [second_moments]
-    seconds = plain_table(second_moments) if isinstance(second_moments, list) else None
-    if seconds is not None and seconds.numels == table.numels:
-        check_eps(eps)
-        return seconds
-    second_moments = check_second_moments(second_moments, tensor_list(tensors, "tensors"), eps)
-    return strided_table(second_moments) if seconds is None else seconds
+def _pieces(places: Places) -> array:
+    """The C table of where the tensors of a list go."""
+    layout, regions = places.layout, places.regions
+    numbers = [layout.bucket_offsets[r] for r in regions] + [layout.index_offsets[r] for r in regions]
+    return array("q", numbers + [layout.numels[r] for r in regions] + list(places.starts))
 
 
 _MAP = struct.Struct("@qqQdPqqiiii")
@@ -267,62 +208,38 @@ cores share a cache a second thread gains from 256 K elements on (measured cold:
 128 K 78 and 97; 256 K 183 and 133)."""
 
 
-def sketch(
-    tensors: Any,
-    out: Tensor,
-    *,
-    layout: SketchLayout | None = None,
-    regions: Any = None,
-    starts: Any = None,
-    seed: int = 0,
-    scale: Tensor | float | None = None,
-    accumulate: bool = False,
-    per_tensor: bool = False,
-    into: Tensor | None = None,
-    second_moments: Any = None,
-    eps: float = 1e-8,
-) -> Tensor:
-    """A random projection into ``out``, and moments of the same read; see :func:`gac_kernels.reference.sketch`."""
-    library = require()
-    if isinstance(tensors, Tensor):
-        tensors = [tensors]
-    table = plain_table(tensors) if isinstance(tensors, list) else None
-    pieces = None
-    if table is not None and layout is not None:
-        pieces = _known_pieces(layout, table.numels, out, regions, starts)
-    if pieces is None:
-        tensors, layout, regions, starts = check_sketch(tensors, out, layout, regions, starts, seed)
-        require_cpu([out, *tensors], "tensors and out")
-        if table is None:
-            table = strided_table(tensors)
-        pieces = _Pieces(layout, regions, starts)
-    weights = None if second_moments is None else _second_table(second_moments, tensors, table, eps)
-    factor = 1.0 if scale is None else _number(scale, "scale")
-    count = len(table.numels)
-    shape = (count, 2) if per_tensor else (2,)
-    result = _sums(count, 2, per_tensor) if into is None else check_into(into, shape, _CPU)
+@takes(sketch_call)
+def sketch(call: SketchCall) -> Tensor:
+    """A random projection into ``out``, and moments of the same read; see :func:`gac_kernels.sketch`."""
+    library, layout, out, into = require(), call.layout, call.out, call.into
+    require_cpu([out], "tensors and out")
+    table = list_table(call.listed, call.numels)
+    weights = None if call.second_list is None else list_table(call.second_list, call.numels)
+    count = len(call.numels)
+    result = _sums(count, 2, call.per_tensor) if into is None else into
     head = _MAP.pack(
         layout.lanes,
         layout.rows_per_slab,
         layout.seed & 0xFFFFFFFF,
-        factor,
+        call.scale,
         out.data_ptr(),
         out.numel(),
         layout.size,
         out.dtype is _FLOAT64,
-        accumulate,
-        per_tensor,
+        call.accumulate,
+        call.per_tensor,
         into is not None,
     )
-    elements = sum(table.numels)
+    elements = sum(call.numels)
     handle = library.quick if elements <= QUICK else library.call
     threads = torch.get_num_threads() if elements > _SKETCH_ALONE else 1
+    where = _pieces(call.places).buffer_info()[0]
     if weights is None:
-        failed = handle.gac_sketch(table.rows, pieces.address, count, table.form, head, result.data_ptr(), threads)
+        failed = handle.gac_sketch(table.rows, where, count, table.form, head, result.data_ptr(), threads)
     else:
         forms = table.form | weights.form << 4
-        call = handle.gac_sketch_weighted
-        failed = call(table.rows, weights.rows, pieces.address, count, forms, head, eps, result.data_ptr(), threads)
+        weighted = handle.gac_sketch_weighted
+        failed = weighted(table.rows, weights.rows, where, count, forms, head, call.eps, result.data_ptr(), threads)
     check(failed)
     if into is None:
         increment_version(out)
@@ -331,45 +248,16 @@ def sketch(
     return into
 
 
-def _is_vector(tensor: Tensor, numel: int) -> bool:
-    """True for a vector of ``numel`` > 1 elements that surely is as ``absorb_`` needs it."""
-    return (
-        type(tensor) in PLAIN
-        and tensor.dtype is torch.float32
-        and tensor.is_cpu
-        and tensor.dim() == 1
-        and tensor.is_contiguous()
-        and tensor.numel() == numel > 1
-    )
-
-
-def absorb_(
-    current: Tensor,
-    previous: Tensor | None,
-    total: Tensor,
-    scale: Tensor | float,
-    *,
-    into: Tensor | None = None,
-) -> Tensor:
-    """One pass over three vectors of a running sketch; see :func:`gac_kernels.reference.absorb_`."""
-    library = require()
-    numel = current.numel() if type(current) in PLAIN else 0
-    if _is_vector(current, numel) and _is_vector(total, numel) and (previous is None or _is_vector(previous, numel)):
-        factor = _number(scale, "scale")
-    else:
-        factor = check_absorb(current, previous, total, scale)
-        require_cpu([current], "current, previous and total")
-        numel = current.numel()
-    cells = -(-numel // LANES)
-    out = torch.empty(cells, dtype=_FLOAT64) if into is None else check_into(into, (cells,), _CPU)
+@takes(absorb_call)
+def absorb_(call: AbsorbCall) -> Tensor:
+    """One pass over three vectors of a running sketch; see :func:`gac_kernels.absorb_`."""
+    library, (current, previous, total, scale, into, cells) = require(), call
+    require_cpu([current], "current, previous and total")
+    numel = current.numel()
+    out = torch.empty(cells, dtype=_FLOAT64) if into is None else into
     last = None if previous is None else previous.data_ptr()
-    call = library.quick.gac_absorb if numel <= QUICK else library.call.gac_absorb
+    absorb = library.quick.gac_absorb if numel <= QUICK else library.call.gac_absorb
     add, threads = into is not None, _threads(numel)
-    check(call(current.data_ptr(), last, total.data_ptr(), numel, float(factor), out.data_ptr(), add, threads))
-    increment_version(total)
-    if previous is not None:
-        increment_version(previous)
-    if add:
-        increment_version(into)
-        return into
+    check(absorb(current.data_ptr(), last, total.data_ptr(), numel, float(scale), out.data_ptr(), add, threads))
+    increment_version([t for t in (total, previous, into) if t is not None])
     return out

@@ -6,14 +6,11 @@ import struct
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+
+from gac_kernels.arguments import PLAIN, TensorList, getter, name_what_is_wrong
+from gac_kernels.strides import dense_strides, runs
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-PLAIN = frozenset((Tensor, Parameter))
-"""Types whose memory is surely their own; others take the careful way."""
-
-SHORTEST_RUN = 32
-"""Rows shorter than this are copied: the loops over them would cost more than the copy."""
 
 
 class Table:
@@ -42,7 +39,7 @@ def _packed(rows: list[int]) -> bytes:
     return struct.pack(f"{len(rows)}q", *rows)
 
 
-_dtype, _is_cpu = Tensor.dtype.__get__, Tensor.is_cpu.__get__  # mapped over a list, half the cost of a loop
+_dtype, _is_cpu = getter("dtype"), getter("is_cpu")
 
 
 def plain_table(tensors: list[Tensor]) -> Table | None:
@@ -77,36 +74,23 @@ def readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in DTYPE_CODES else tensor.to(torch.float32)
 
 
-def runs(tensor: Tensor) -> tuple[int, int] | None:
-    """Contiguous runs of a tensor in row-major order: their length and the distance of their starts, in elements.
-
-    None when the elements do not lie in equally spaced runs of a useful length.
-    """
-    if tensor.is_contiguous():
-        return tensor.numel(), 0
-    columns, rest = 1, []
-    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
-        if size == 1:
-            continue
-        if not rest and stride == columns:
-            columns *= size
-        elif rest and stride != rest[0] * rest[1]:
-            return None
-        else:
-            rest = [rest[0], rest[1] * size] if rest else [stride, size]
-    if columns < SHORTEST_RUN or (rest and rest[0] < 0):
-        return None
-    return columns, rest[0] if rest else 0
-
-
-def dense_strides(tensor: Tensor) -> tuple[int, ...] | None:
-    """The strides when the tensor fills its memory without holes or overlap, in whatever order of dimensions."""
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
-        if stride != expected:
-            return None
-        expected *= size
-    return tuple(s if n != 1 else 0 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+def list_table(listed: TensorList, numels: list[int]) -> Table:
+    """The table of checked CPU tensors of `numels` elements, whatever their strides."""
+    tensors = listed.tensors
+    if (
+        not listed.plain
+        or not DTYPE_CODES.keys() >= listed.dtypes
+        or (1 in numels and any(map(Tensor.is_neg, tensors)))
+    ):
+        return strided_table(tensors)
+    try:
+        rows = [*map(Tensor.data_ptr, tensors), *numels]
+    except RuntimeError:  # a layout that counts as contiguous and has no address
+        name_what_is_wrong(tensors, "tensors")
+        raise
+    if len(listed.dtypes) == 1:
+        return Table(_packed(rows), numels, 2 + DTYPE_CODES[tensors[0].dtype], None)
+    return Table(_packed(rows + [DTYPE_CODES[d] for d in map(_dtype, tensors)]), numels, 0, None)
 
 
 def strided_table(tensors: list[Tensor], any_order: bool = False) -> Table:

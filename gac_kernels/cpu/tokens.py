@@ -7,7 +7,7 @@ import struct
 import torch
 from torch import Tensor
 
-from gac_kernels.arguments import check_token_inputs
+from gac_kernels.calls import TokenCall, takes, token_call
 from gac_kernels.cpu.library import check, require
 from gac_kernels.cpu.tables import DTYPE_CODES, readable, require_cpu
 
@@ -15,10 +15,10 @@ _TOKENS = struct.Struct("@qqPqqPqqPqqPqiiii")
 _TOKENS_PER_TASK = 4096  # tokens that are worth a second thread
 
 
-def token_moments(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor) -> Tensor:
-    """Per-sequence sums of the coefficient estimator; see :func:`gac_kernels.reference.token_moments`."""
-    library = require()
-    logprobs, advantages, mask, is_expert = check_token_inputs(logprobs, advantages, mask, is_expert)
+@takes(token_call)
+def token_moments(call: TokenCall) -> Tensor:
+    """Per-sequence sums of the coefficient estimator; see :func:`gac_kernels.token_moments`."""
+    library, (logprobs, advantages, mask, is_expert) = require(), call
     require_cpu([logprobs], "logprobs, advantages, mask and is_expert")
     logprobs, advantages, is_expert = readable(logprobs), readable(advantages), is_expert.detach()
     if mask.is_complex():

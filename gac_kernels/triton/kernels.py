@@ -24,8 +24,8 @@ import triton.language as tl
 SKETCH_COLUMNS = tl.constexpr(8)
 """Columns of the sketch's chunk table: tensor, offset, begin, end, word, slot, key, next key."""
 
-CHUNK_COLUMNS = tl.constexpr(4)
-"""Columns of the flat chunk table: tensor, begin, count, unused."""
+CHUNK_COLUMNS = tl.constexpr(3)
+"""Columns of the flat chunk table: tensor, begin, count."""
 
 
 @triton.jit

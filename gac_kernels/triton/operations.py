@@ -1,4 +1,4 @@
-"""The operations on top of the kernels: same signatures and results as :mod:`gac_kernels.reference`."""
+"""The operations on top of the kernels: same signatures and results as :mod:`gac_kernels.ops`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from gac_kernels.arguments import (
-    check_absorb,
-    check_into,
-    check_pair,
-    check_scalar,
-    check_second_moments,
-    check_sketch,
-    check_token_inputs,
-    tensor_list,
-)
-from gac_kernels.layout import LANES, SketchLayout, sketch_chunk_rows
+from gac_kernels.arguments import check_pair, check_scalar, tensor_list
+from gac_kernels.calls import AbsorbCall, SketchCall, TokenCall, absorb_call, sketch_call, takes, token_call
+from gac_kernels.layout import LANES, sketch_chunk_rows
 from gac_kernels.triton import config, kernels
 from gac_kernels.triton.launch import WIDTH, check_device, interpreted, launch, scalar_arguments, split
 from gac_kernels.triton.readable import ELEMENTS, all_plain, any_order, in_order, readable_pairs, supported
@@ -104,7 +96,7 @@ def _ends(plan: Chunks) -> list[tuple[int, int]]:
 
 
 def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
-    """See :func:`gac_kernels.reference.moments`. Squares are added in float32 within a chunk.
+    """See :func:`gac_kernels.moments`. Squares are added in float32 within a chunk.
 
     A sum of squares beyond float32's range is found and taken again in float64; squares below 2**-149 count as 0, so
     the result is off by at most that much for each element smaller than 3.7e-23.
@@ -141,35 +133,18 @@ def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
     return _reduce(plan, order, partials, per_tensor)
 
 
-def sketch(
-    tensors: Any,
-    out: Tensor,
-    *,
-    layout: SketchLayout | None = None,
-    regions: Any = None,
-    starts: Any = None,
-    seed: int = 0,
-    scale: Tensor | float | None = None,
-    accumulate: bool = False,
-    per_tensor: bool = False,
-    into: Tensor | None = None,
-    second_moments: Any = None,
-    eps: float = 1e-8,
-) -> Tensor:
-    """See :func:`gac_kernels.reference.sketch`. Buckets and squares are added in float32 within a chunk.
+@takes(sketch_call)
+def sketch(call: SketchCall) -> Tensor:
+    """See :func:`gac_kernels.sketch`. Buckets and squares are added in float32 within a chunk.
 
     So are weights, in float64 where a tensor or its second moment is. The moments have the value range of
     :func:`moments`. A bucket overflows where a partial sum of at most 256 of its elements (before ``scale``) exceeds
     float32's range.
     """
-    flat = layout is None
-    tensors, layout, regions, starts = check_sketch(tensors, out, layout, regions, starts, seed)
-    factor = 1.0 if scale is None else check_scalar(scale, "scale", out.device)
-    sums = None if into is None else check_into(into, (len(tensors), 2) if per_tensor else (2,), out.device)
-    seconds = None if second_moments is None else check_second_moments(second_moments, tensors, eps)
+    layout, out, seconds, into = call.layout, call.out, call.second_moments, call.into
     device = _indexed(out.device)
     check_device(device)
-    tensors = in_order(tensors)
+    tensors = in_order(call.tensors)
     if seconds is None:
         order, groups = _by_dtype(list(zip(map(_dtype, tensors), repeat(None))))
     else:
@@ -182,11 +157,11 @@ def sketch(
         numels,
         tuple(n for _, n in groups),
         layout,
-        tuple(_reordered(regions, order)),
-        tuple(_reordered(starts, order)),
+        tuple(_reordered(call.places.regions, order)),
+        tuple(_reordered(call.places.starts, order)),
         sketch_chunk_rows(_rows(numels, layout.lanes), layout.lanes),
-        accumulate,
-        out.numel() - layout.size if flat and not accumulate else 0,
+        call.accumulate,
+        call.tail,
     )
     lanes, setup = layout.lanes, config.for_device(device)
     words = min(-(-lanes // 32), config.COLUMN_BLOCK // 32)
@@ -210,7 +185,7 @@ def sketch(
                 lane_partials,
                 partials,
                 plan.count * blocks,
-                *((None, None) if seconds is None else split(eps)),
+                *((None, None) if seconds is None else split(call.eps)),
                 ELEMENT=ELEMENTS[dtypes[0]],
                 SECOND=None if seconds is None else ELEMENTS[dtypes[1]],
                 ACC=_accumulator(*dtypes),
@@ -219,8 +194,8 @@ def sketch(
                 UNROLL=setup.unroll if seconds is None else max(1, setup.pair_unroll // (2 if wide else 1)),
                 BITWISE_BF16=interpreted(),
             )
-    ranges, moment_rows = _ranges(plan, order, blocks, per_tensor, device)
-    result = torch.empty(moment_rows, 2, dtype=torch.float64, device=device) if sums is None else sums
+    ranges, moment_rows = _ranges(plan, order, blocks, call.per_tensor, device)
+    result = torch.empty(moment_rows, 2, dtype=torch.float64, device=device) if into is None else into.detach()
     launch(
         kernels.sketch_finish_kernel,
         (moment_rows + len(plan.slabs) * -(-lanes // setup.finish_width),),
@@ -228,7 +203,7 @@ def sketch(
         lane_partials,
         device_tables.get(("slabs", plan), device, lambda: plan.slabs),
         out.detach(),
-        *scalar_arguments(factor),
+        *scalar_arguments(call.scale),
         partials,
         plan.count * blocks,
         ranges,
@@ -237,13 +212,13 @@ def sketch(
         LANES=lanes,
         WIDTH=setup.finish_width,
         SLOTS=_FINISH_SLOTS,
-        ACCUMULATE=accumulate,
-        ADD=sums is not None,
+        ACCUMULATE=call.accumulate,
+        ADD=into is not None,
         BLOCK=_REDUCE_BLOCK,
     )
     if into is not None:
         return into
-    return result if per_tensor else result[0]
+    return result if call.per_tensor else result[0]
 
 
 def _pair(a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool, want: bool, per_tensor: bool) -> Any:
@@ -281,7 +256,7 @@ def _pair(a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool
 
 
 def pair_moments(a: Any, b: Any, *, per_tensor: bool = False) -> Tensor:
-    """See :func:`gac_kernels.reference.pair_moments`. The value range is that of :func:`moments`."""
+    """See :func:`gac_kernels.pair_moments`. The value range is that of :func:`moments`."""
     a, b = check_pair(a, b)
     if not any(t.numel() for t in a):
         shape = (len(a), 3) if per_tensor else (3,)
@@ -291,7 +266,7 @@ def pair_moments(a: Any, b: Any, *, per_tensor: bool = False) -> Tensor:
 
 
 def mix_(a: Any, b: Any, mu: Tensor | float, *, moments: bool = False) -> Tensor | None:
-    """See :func:`gac_kernels.reference.mix_`.
+    """See :func:`gac_kernels.mix_`.
 
     The products are rounded to float32 (float64 when either tensor is float64) before ``a``'s dtype. The moments of
     this pass cannot be taken a second time, so they are infinite where a sum of squares over one of 1,024 strands of a
@@ -309,9 +284,10 @@ def mix_(a: Any, b: Any, mu: Tensor | float, *, moments: bool = False) -> Tensor
     return result
 
 
-def token_moments(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor) -> Tensor:
-    """See :func:`gac_kernels.reference.token_moments`. One launch, one program a sequence, float64 throughout."""
-    logprobs, advantages, mask, is_expert = check_token_inputs(logprobs, advantages, mask, is_expert)
+@takes(token_call)
+def token_moments(call: TokenCall) -> Tensor:
+    """See :func:`gac_kernels.token_moments`. One launch, one program a sequence, float64 throughout."""
+    logprobs, advantages, mask, is_expert = call
     device = _indexed(logprobs.device)
     check_device(device)
     rows, length = logprobs.shape
@@ -338,21 +314,13 @@ def token_moments(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert:
     return out
 
 
-def absorb_(
-    current: Tensor,
-    previous: Tensor | None,
-    total: Tensor,
-    scale: Tensor | float,
-    *,
-    into: Tensor | None = None,
-) -> Tensor:
-    """See :func:`gac_kernels.reference.absorb_`. One launch, float64 arithmetic."""
-    factor = check_absorb(current, previous, total, scale)
-    cells = -(-current.numel() // LANES)
-    sums = None if into is None else check_into(into, (cells,), current.device)
+@takes(absorb_call)
+def absorb_(call: AbsorbCall) -> Tensor:
+    """See :func:`gac_kernels.absorb_`. One launch, float64 arithmetic."""
+    current, previous, total, scale, into, cells = call
     device = _indexed(current.device)
     check_device(device)
-    out = torch.empty(cells, dtype=torch.float64, device=device) if sums is None else sums
+    out = torch.empty(cells, dtype=torch.float64, device=device) if into is None else into.detach()
     launch(
         kernels.absorb_kernel,
         (cells,),
@@ -361,9 +329,9 @@ def absorb_(
         None if previous is None else previous.detach(),
         total.detach(),
         current.numel(),
-        *scalar_arguments(factor),
+        *scalar_arguments(scale),
         out,
         CELL=LANES,
-        ADD=sums is not None,
+        ADD=into is not None,
     )
     return out if into is None else into

@@ -8,6 +8,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from gac_kernels.strides import flat_views
+
 ELEMENTS = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
@@ -39,25 +41,12 @@ def in_order(tensors: list[Tensor]) -> list[Tensor]:
     return [t if is_plain(t) else supported(t).contiguous() for t in tensors]
 
 
-def in_storage_order(*tensors: Tensor) -> tuple[Tensor, ...] | None:
-    """The tensors as 1-D views in memory order, when all fill one stretch of memory in the same order; else None."""
-    shape, strides = tensors[0].shape, tensors[0].stride()
-    if any(t.stride() != strides for t in tensors[1:]):
-        return None
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n != 1):
-        if stride != expected:
-            return None
-        expected *= size
-    return tuple(t.as_strided((t.numel(),), (1,)) for t in tensors)
-
-
 def any_order(tensor: Tensor) -> Tensor:
     """Contiguous memory with the same elements, in whatever order costs nothing."""
     if is_plain(tensor):
         return tensor
     tensor = supported(tensor)
-    dense = in_storage_order(tensor)
+    dense = flat_views(tensor)
     return tensor.contiguous() if dense is None else dense[0]
 
 
@@ -74,5 +63,5 @@ def readable_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if is_plain(x) and is_plain(y):
         return x, y
     x, y = supported(x), supported(y)
-    dense = in_storage_order(x, y)
+    dense = flat_views(x, y)
     return (x.contiguous(), y.contiguous()) if dense is None else (dense[0], dense[1])

@@ -116,11 +116,9 @@ class SketchChunks(Chunks):
 
     Attributes:
         slabs: ``[slabs, 4]`` int64: first bucket, buckets, and the range of slots, of each slab to be written.
-        lanes: elements of a row.
     """
 
     slabs: Tensor
-    lanes: int
 
 
 def _ranges(counts: Tensor) -> Tensor:
@@ -146,7 +144,7 @@ def _group_ends(counts: Tensor, group_sizes: tuple[int, ...]) -> tuple[int, ...]
 
 @lru_cache(maxsize=256)
 def flat_chunks(numels: tuple[int, ...], group_sizes: tuple[int, ...], chunk: int) -> Chunks:
-    """Tensors of ``numels`` elements cut into chunks of ``chunk``; rows are tensor, begin, count, 0.
+    """Tensors of ``numels`` elements cut into chunks of ``chunk``; rows are tensor, begin, count.
 
     ``group_sizes`` says how many consecutive tensors share a dtype.
     """
@@ -155,7 +153,7 @@ def flat_chunks(numels: tuple[int, ...], group_sizes: tuple[int, ...], chunk: in
     tensor, place = _within(counts)
     begin = place * chunk
     count = (sizes[tensor] - begin).clamp(max=chunk)
-    table = torch.stack([tensor, begin, count, torch.zeros_like(count)], dim=1)
+    table = torch.stack([tensor, begin, count], dim=1)
     return Chunks(table, _ranges(counts), len(table), _group_ends(counts, group_sizes))
 
 
@@ -239,6 +237,4 @@ def sketch_chunks(
     slabs = torch.stack([targets[:, 0], targets[:, 1], first_slot, last_slot], dim=1)
 
     chunk_counts = torch.bincount(tensor, minlength=len(numels))
-    return SketchChunks(
-        table, _ranges(chunk_counts), len(table), _group_ends(chunk_counts, group_sizes), slabs=slabs, lanes=lanes
-    )
+    return SketchChunks(table, _ranges(chunk_counts), len(table), _group_ends(chunk_counts, group_sizes), slabs=slabs)

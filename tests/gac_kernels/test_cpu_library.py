@@ -22,9 +22,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gac_kernels import cpu, reference
-from gac_kernels.arguments import overlaps_itself
 from gac_kernels.cpu import library as cpu_library
 from gac_kernels.layout import SketchLayout
+from gac_kernels.strides import overlaps_itself
 from tests.gac_kernels.cases import (
     SMALLEST,
     UNIT_ROUNDOFF,

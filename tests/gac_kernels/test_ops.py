@@ -1,6 +1,8 @@
 """Dispatch, operators and the behaviour of the public functions that no single backend owns."""
 
+import dataclasses
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import torch
 from torch.library import opcheck
 
 import gac_kernels
-from gac_kernels import SketchLayout, cpu, ops, reference
+from gac_kernels import SketchLayout, backends, calls, cpu, fallback, ops, reference
 from tests.gac_kernels.cases import values
 
 OPERATORS = torch.ops.gac_kernels
@@ -190,11 +192,11 @@ print("triton" in sys.modules, "torch._dynamo" in sys.modules)
 def test_the_interpreter_serves_only_who_asks_for_it():
     code = """
 import os, torch, gac_kernels
-from gac_kernels import ops
-print(ops._select("cpu")[1] == "triton")
+from gac_kernels import SketchLayout, backends, calls, cpu, fallback, ops, reference
+print(backends.select("cpu")[1] == "triton")
 os.environ["GAC_BACKEND"] = "triton"
-ops._select.cache_clear(), ops._implementation.cache_clear()
-print(gac_kernels.moments(torch.ones(300))[0].item(), ops._select("cpu")[0].__name__)
+backends.forget()
+print(gac_kernels.moments(torch.ones(300))[0].item(), backends.select("cpu")[0].__name__)
 """
     assert python(code, TRITON_INTERPRET="1").splitlines() == ["False", "300.0 gac_kernels.triton"]
 
@@ -204,8 +206,7 @@ def force(monkeypatch):
     """Sets GAC_BACKEND as if for a new process."""
 
     def clear():
-        ops._select.cache_clear()
-        ops._implementation.cache_clear()
+        backends.forget()
         ops._cpu_mix.cache_clear()
 
     def force(value):
@@ -218,11 +219,11 @@ def force(monkeypatch):
 
 
 def test_the_variable_forces_a_backend(force):
-    for backend in ("reference", "cpu"):
+    for backend in ("reference", "fallback", "cpu"):
         if backend == "cpu" and not cpu.available():
             continue
         force(backend)
-        assert ops._select("cpu")[0].__name__ == f"gac_kernels.{backend}"
+        assert backends.select("cpu")[0].__name__ == f"gac_kernels.{backend}"
         assert gac_kernels.backend_status()["cpu"] == f"{backend} (GAC_BACKEND={backend})"
         assert gac_kernels.moments(torch.ones(300)).tolist() == [300.0, 0.0]
         assert ops._cpu_mix() is importlib.import_module(f"gac_kernels.{backend}").mix_
@@ -230,7 +231,7 @@ def test_the_variable_forces_a_backend(force):
 
 def test_a_wrong_backend_is_named(force):
     force("cuda")
-    with pytest.raises(ValueError, match="GAC_BACKEND is 'cuda': use one of reference, cpu, triton"):
+    with pytest.raises(ValueError, match="GAC_BACKEND is 'cuda': use one of reference, fallback, cpu, triton"):
         gac_kernels.moments(torch.ones(3))
     assert "none (GAC_BACKEND is 'cuda'" in gac_kernels.backend_status()["cpu"]
 
@@ -246,19 +247,19 @@ def test_triton_on_cpu_tensors_says_what_to_do(force):
 
 def test_a_missing_or_old_triton_falls_back(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    ops._select.cache_clear()
+    backends.select.cache_clear()
     try:
-        module, name, reason = ops._select("cuda")
+        module, name, reason = backends.select("cuda")
         assert (module, name) == (reference, "reference")
         assert "triton is not installed" in reason
         monkeypatch.undo()
         triton = pytest.importorskip("triton")
         monkeypatch.setattr(triton, "__version__", "3.2.0")
-        ops._select.cache_clear()
-        assert "too old: version 3.3" in ops._select("cuda")[2]
+        backends.select.cache_clear()
+        assert "too old: version 3.3" in backends.select("cuda")[2]
     finally:
         monkeypatch.undo()
-        ops._select.cache_clear()
+        backends.select.cache_clear()
 
 
 def test_backend_status_names_backends_and_reasons():
@@ -271,4 +272,33 @@ def test_backend_status_names_backends_and_reasons():
 
 
 def test_other_devices_are_served_by_the_reference():
-    assert ops._select("mps")[:2] == (reference, "reference")
+    assert backends.select("mps")[:2] == (reference, "reference")
+
+
+@pytest.mark.parametrize("name", ["sketch", "absorb_", "token_moments"])
+def test_a_checked_call_has_the_signature_of_its_operation(name):
+    make = {"sketch": calls.sketch_call, "absorb_": calls.absorb_call, "token_moments": calls.token_call}[name]
+    public = inspect.signature(getattr(gac_kernels, name)).parameters
+    assert list(public.values()) == list(inspect.signature(make).parameters.values())
+    for backend in (reference, fallback, cpu):
+        assert getattr(backend, name).make is make
+        assert list(inspect.signature(getattr(backend, name).run).parameters) == ["call"]
+
+
+def test_equal_calls_share_their_places_and_none_can_be_changed():
+    a = [values(100), values(21), values(5)]
+    one, other = (calls.sketch_call(a, torch.zeros(LAYOUT.size), layout=LAYOUT, regions=[0, 1, 2]) for _ in range(2))
+    assert one.places is other.places
+    assert one.places.room == LAYOUT.numels
+    flat = calls.sketch_call(a, torch.zeros(200), seed=3)
+    assert (flat.tail, flat.places.starts, flat.layout.numels) == (200 - 126, (0, 100, 121), (126,))
+    with pytest.raises(AttributeError):
+        one.scale = 2.0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.places.regions = (0, 0, 0)
+
+
+def test_every_backend_has_every_operation():
+    for backend in (reference, fallback, cpu):
+        for name in set(ops.__all__) - {"backend_status"}:
+            assert callable(getattr(backend, name)), name

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gac_kernels import SketchLayout, reference
-from gac_kernels.arguments import check_scalar, overlaps_itself
+from gac_kernels.arguments import check_scalar
+from gac_kernels.strides import overlaps_itself
 from tests.gac_kernels.cases import (
     check_added_moments,
     check_second_moments_of_zero,

@@ -26,8 +26,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gac_kernels import cpu, reference
-from gac_kernels.arguments import overlaps_itself
 from gac_kernels.layout import SketchLayout
+from gac_kernels.strides import overlaps_itself
 from gac_kernels.triton import config, kernels, launch, operations, readable, tables
 from tests.gac_kernels.cases import (
     DTYPES,

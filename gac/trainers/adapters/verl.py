@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gac.files import load_state, save_whole
 from gac.trainers.mixed_batch import MixedBatch, StepCounts, count_step
 
 EXPERT = "is_expert"
@@ -69,15 +70,17 @@ def training_worker(base: type | None = None, **options: Any) -> type:
         def save_checkpoint(self, local_path: Any, *args: Any, **kwargs: Any) -> Any:
             result = super().save_checkpoint(local_path, *args, **kwargs)
             os.makedirs(local_path, exist_ok=True)
-            torch.save(self._mixed.state_dict(), os.path.join(local_path, STATE_FILE.format(rank=_rank())))
+            save_whole(self._mixed.state_dict(), os.path.join(local_path, STATE_FILE.format(rank=_rank())))
             return result
 
         def load_checkpoint(self, local_path: Any, *args: Any, **kwargs: Any) -> Any:
-            result = super().load_checkpoint(local_path, *args, **kwargs)
             paths = [os.path.join(local_path or "", STATE_FILE.format(rank=rank)) for rank in (_rank(), 0)]
             found = next((path for path in paths if os.path.isfile(path)), None)
+            # checked before the engine takes anything of the checkpoint
+            state = None if found is None else load_state(found, self._mixed.entry(), then="load another checkpoint")
+            result = super().load_checkpoint(local_path, *args, **kwargs)
             if found is not None:
-                self._mixed.load_state_dict(torch.load(found, weights_only=True))
+                self._mixed.load_state_dict(state)
             elif local_path is not None:
                 warnings.warn(f"{local_path} has no {STATE_FILE}: mu starts anew", stacklevel=2)
             return result

@@ -9,6 +9,7 @@ from einops import rearrange
 
 from gac.laws import Law
 from gac.losses import sft_token_loss
+from gac.state import Table
 from gac.trainers.groups import GroupLayout
 
 Demonstration = tuple[list[int], list[int]]
@@ -154,5 +155,9 @@ class Rule:
         """What a checkpoint must hold: numbers, lists and tensors."""
         return {}
 
+    def entries(self) -> Table:
+        """What a saved state may hold; a rule that keeps something says what."""
+        return Table({})
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where :meth:`state_dict` left off."""
+        """Continues where :meth:`state_dict` left off: a state that is as :meth:`entries` says."""

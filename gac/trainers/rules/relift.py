@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from gac.laws import Law, ReliftLaw
+from gac.losses import IGNORE_INDEX
+from gac.state import Flag, ListOf, Table, Whole
 from gac.trainers.rules.base import Demonstration, Rule, ScoredBatch, Selection
 
 
@@ -57,6 +59,21 @@ class Relift(Rule):
     def state_dict(self) -> dict[str, Any]:
         return {"queue": self.queue, "full": self.full}
 
+    def entries(self) -> Table:
+        return Table({"queue": ListOf(_Saved()), "full": Flag()})
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.queue = [(list(ids), list(labels)) for ids, labels in state["queue"]]
-        self.full = self.law.supervise_next = bool(state["full"])
+        taken = self.entries().read(state, "state_dict")
+        self.queue = taken["queue"]
+        self.full = self.law.supervise_next = taken["full"]
+
+
+class _Saved:
+    """The entry of a demonstration in a saved queue: as many labels as token ids."""
+
+    def read(self, value: Any, at: str) -> Demonstration:
+        ids, labels = ListOf(ListOf(Whole(IGNORE_INDEX)), length=2).read(value, at)
+        ListOf(Whole()).read(ids, f"{at}[0]")
+        if len(ids) != len(labels):
+            raise ValueError(f"{at} must have as many labels as token ids, got {len(labels)} and {len(ids)}")
+        return ids, labels

@@ -11,10 +11,12 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import gac
+from gac.files import DamagedFile
 from gac.losses import sft_token_loss
 from gac.trainers import GacCallback
 from gac.trainers.callback import STATE_FILE
 from tests.gac.models import VOCABULARY, tiny_model
+from tests.gac.test_files import Malicious
 
 ROWS, LENGTH, STEPS = 2, 8, 4
 
@@ -207,6 +209,45 @@ def test_resume_from_elsewhere(tmp_path):
     os.remove(os.path.join(checkpoint, STATE_FILE))
     with pytest.raises(ValueError, match="there is no"):
         trainer.train(resume_from_checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "malicious", "mu", "step", "law"])
+def test_a_damaged_state_is_refused_before_the_model_is_patched(tmp_path, damage):
+    build(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    path, mark = tmp_path / "checkpoint-2" / STATE_FILE, tmp_path / "ran"
+    saved = torch.load(path, weights_only=True)
+    if damage == "cut short":
+        path.write_bytes(path.read_bytes()[:-50])
+    elif damage == "malicious":
+        torch.save(saved | {"mixer": Malicious(mark)}, path)
+    else:
+        controller = saved["mixer"]["controller"]
+        controller |= {"law": "fixed"} if damage == "law" else {}
+        saved |= {"step": True} if damage == "step" else {}
+        controller["state"]["mu"].fill_(7.0 if damage == "mu" else 0.5)
+        torch.save(saved, path)
+    trainer = build(tmp_path, max_steps=3)
+    with pytest.raises(DamagedFile) as raised:
+        trainer.train(resume_from_checkpoint=str(path.parent))
+    assert str(path) in str(raised.value)
+    assert "set callback.resume_from" in str(raised.value)
+    assert not mark.exists()
+    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in trainer.model.parameters())
+    with pytest.raises(RuntimeError, match="from the beginning"):
+        _ = trainer.gac.mixer
+
+
+def test_a_state_of_another_model_leaves_no_hooks(tmp_path):
+    """What the mixer alone can tell: the sizes of moving means."""
+    build(tmp_path, save_strategy="steps", save_steps=2, max_steps=2, gradient_accumulation_steps=1).train()
+    path = tmp_path / "checkpoint-2" / STATE_FILE
+    saved = torch.load(path, weights_only=True)
+    saved["mixer"]["means"][0]["sft.mean"] = torch.zeros(3)
+    torch.save(saved, path)
+    trainer = build(tmp_path, max_steps=3, gradient_accumulation_steps=1)
+    with pytest.raises(ValueError, match=r'\["sft.mean"\] must have the shape'):
+        trainer.train(resume_from_checkpoint=str(path.parent))
+    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in trainer.model.parameters())
 
 
 def test_a_second_train_goes_on(tmp_path):

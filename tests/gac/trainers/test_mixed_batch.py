@@ -248,6 +248,63 @@ def test_state_continues_exactly():
     assert torch.equal(straight.mu, resumed.mu)
 
 
+NONSENSE = [
+    (("controller", "state", "mu"), torch.tensor(7.0, dtype=torch.float64), '["mu"] must be a number in [0, 1], got 7'),
+    (("controller", "steps"), -5, '["steps"] must be a whole number'),
+    (("controller", "law"), "fixed", "of law 'fixed', this controller has 'gac'"),
+    (("skipped",), "text", '["skipped"] must be a tensor'),
+    (("uncertainty",), {}, "lacks average"),
+    (("means",), [{"sft.mean": torch.zeros(3)}], '["means"][0] lacks sft.weight'),
+    (("version",), 2, "a newer gac wrote it"),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "message"), NONSENSE)
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_state_of_nonsense_is_refused_at_once(place, value, message, begun):
+    """Before the first loss too, when no mixer is there yet that could refuse it."""
+    model, mixed = policy(), MixedBatch(follow_optimizer=False)
+    loss_of(mixed, model, batch(seed=0)).loss.backward()
+    mixed.step()
+    good, bad = mixed.state_dict(), mixed.state_dict()
+    part = bad
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    other = MixedBatch(follow_optimizer=False)
+    other.load_state_dict(good)
+    if begun:
+        other.open(torch.device("cpu"))
+    before, mu = str(other.state_dict()), float(other.open(torch.device("cpu")).mu) if begun else other.mu
+    with pytest.raises((TypeError, ValueError)) as raised:
+        other.load_state_dict(bad)
+    assert message in str(raised.value)
+    assert str(other.state_dict()) == before
+    assert float(other.mu) == mu
+    assert str(other.state_dict()) == str(good)
+
+
+def test_a_state_that_was_loaded_is_nobody_elses():
+    model, mixed = policy(), MixedBatch(follow_optimizer=False)
+    loss_of(mixed, model, batch(seed=0)).loss.backward()
+    mixed.step()
+    state, other = mixed.state_dict(), MixedBatch(follow_optimizer=False)
+    other.load_state_dict(state)
+    for holder in (state, other.state_dict()):
+        holder["controller"]["state"]["mu"].fill_(7.0)
+    assert float(other.open(torch.device("cpu")).mu) == float(mixed.mu)
+
+
+def test_a_state_from_before_the_first_loss_begins_anew():
+    fresh, model, mixed = MixedBatch(), policy(), MixedBatch(follow_optimizer=False)
+    loss_of(mixed, model, batch(seed=0)).loss.backward()
+    mixed.step()
+    assert mixed.metrics()["gac/mu"] != fresh.mu
+    mixed.load_state_dict(fresh.state_dict())
+    assert mixed.mu == fresh.mu == mixed.metrics()["gac/mu"]
+    assert mixed.state_dict() is None
+
+
 def test_pickled_before_its_first_loss():
     mixed = pickle.loads(pickle.dumps(MixedBatch(law="fixed", mu=0.7)))
     assert mixed.mu == pytest.approx(0.7)

@@ -16,8 +16,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gac.files import DamagedFile
 from gac.trainers.adapters import verl as adapter
 from gac.trainers.mixed_batch import MixedBatch
+from tests.gac.test_files import Malicious
 from tests.gac.trainers.adapters.samples import RESPONSE, clipped, losses_by_hand, row_mean, samples, token_mean
 
 INSTALLED = importlib.util.find_spec("verl") is not None and importlib.util.find_spec("tensordict") is not None
@@ -256,6 +258,29 @@ def test_checkpoint(verl, tmp_path):
     assert torch.equal(other._mixed.mu, made._mixed.mu)
     with pytest.warns(UserWarning, match="mu starts anew"):
         worker(verl).load_checkpoint(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("damage", ["cut short", "malicious", "nonsense"])
+def test_a_damaged_checkpoint_is_refused_before_the_engine_loads(verl, tmp_path, monkeypatch, damage):
+    made, mark = worker(verl), tmp_path / "ran"
+    step(verl, made, samples(), [[0, 1, 2, 3]])
+    made._mixed.step()
+    made.save_checkpoint(str(tmp_path), None, 1, None)
+    path = tmp_path / adapter.STATE_FILE.format(rank=0)
+    if damage == "cut short":
+        path.write_bytes(path.read_bytes()[:-50])
+    else:
+        state = torch.load(path, weights_only=True)
+        state["skipped"] = Malicious(mark) if damage == "malicious" else torch.tensor(-1.0)
+        torch.save(state, path)
+    other, loads = worker(verl), []
+    monkeypatch.setattr(type(other).__mro__[1], "load_checkpoint", lambda *a, **k: loads.append(1), raising=False)
+    with pytest.raises(DamagedFile, match="load another checkpoint") as raised:
+        other.load_checkpoint(str(tmp_path))
+    assert str(path) in str(raised.value)
+    assert not loads
+    assert not mark.exists()
+    assert other._mixed.state_dict() is None
 
 
 def test_install(verl):
