@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import gac
+from gac.statistics import Branch
 from tests.fuzz.draw import TOLD, Draw, Pass, Step
 from tests.fuzz.models import Net, Planted, build, loss_of, make_optimizer, warm_up
 
@@ -151,7 +152,8 @@ class Session:
                 stack.enter_context(getattr(self.mixer, one.branch)(**({"tokens": one.tokens} if told else {})))
             last = one.branch
             before_pass(one, self.net, self.parameters)
-            found.weights.append(self.mixer.weight.clone())
+            # not by mixer.weight: that somebody reads it is how gac knows that losses are weighted
+            found.weights.append(self.mixer._branches.weights.of[Branch(one.branch)].clone())
             found.failed.append(False)
             try:
                 self.backward(one)
