@@ -20,7 +20,7 @@ from tests.fuzz.kernel_truth import LATER, ROUNDOFF, ROWS, SMALLEST, U32, U64
 from tests.fuzz.report import Tally, as_code
 from tests.fuzz.run import is_ours
 
-BACKENDS = ("cpu", "reference", "dispatch")
+BACKENDS = ("cpu", "fallback", "reference", "dispatch")
 MOST = 20
 """Failures after which it is enough."""
 
