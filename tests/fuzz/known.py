@@ -85,6 +85,14 @@ KNOWN: tuple[Known, ...] = (
         Draw((Step((replace(SFT, how="weight", checkpoint="reentrant"),)),), model="tied"),
     ),
     Known(
+        "create_graph under running sums",
+        "a pass with create_graph=True is refused after another one: autograd then accumulates into a new tensor, which "
+        "passes for a gradient that somebody replaced",
+        lambda draw: draw.running and draw.hooks and any(p.style == "graph" for p in passes_of(draw)),
+        lambda draw: _each_pass(draw, lambda one: replace(one, style=None if one.style == "graph" else one.style)),
+        Draw((Step((SFT, replace(SFT, how="weight", style="graph"))),), estimator="sketch"),
+    ),
+    Known(
         "unweighted after weighted",
         "a loss without its weight is taken for one with it, 1/weight too large, where an earlier loss of its branch "
         "in the step had read the weight",
