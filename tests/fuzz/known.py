@@ -86,8 +86,8 @@ KNOWN: tuple[Known, ...] = (
     ),
     Known(
         "create_graph under running sums",
-        "a pass with create_graph=True is refused after another one: autograd then accumulates into a new tensor, which "
-        "passes for a gradient that somebody replaced",
+        "a pass with create_graph=True is refused after another one: autograd then accumulates into a new tensor, "
+        "which passes for a gradient that somebody replaced",
         lambda draw: draw.running and draw.hooks and any(p.style == "graph" for p in passes_of(draw)),
         lambda draw: _each_pass(draw, lambda one: replace(one, style=None if one.style == "graph" else one.style)),
         Draw((Step((SFT, replace(SFT, how="weight", style="graph"))),), estimator="sketch"),
