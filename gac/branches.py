@@ -56,8 +56,9 @@ class Branches:
 
     @property
     def mu(self) -> Tensor:
-        """The weight of the SFT branch, from which that of the other follows."""
-        self._observer.seen.weighted.update(Branch)
+        """The weight of the SFT branch; read within a branch, what a loss may be weighted with."""
+        if self._observer.branch is not None:
+            self._observer.seen.weighted.add(self._observer.branch)
         return self.weights.mu
 
     def require_none(self, call: str, then: str) -> None:
@@ -71,8 +72,9 @@ class Branches:
         observer = self._observer
         then = "leave the first branch before entering another; several backward passes may share one"
         self.require_none(f"`with mixer.{branch.value}():`", then)
-        observer.seen.check_tokens(branch, tokens)
-        self._engine.enter(branch)
+        if tokens is not None:  # passes inside may be told their own
+            observer.seen.check_tokens(branch, tokens)
+        self._engine.enter(branch, measuring=observer.measuring and observer.hooks)
         scale = self._measurement.scaled(self.weights.undone[branch])
         if self._scaler is not None and observer.measuring:
             scale = scale / self._scaler.scale(torch.ones_like(scale))

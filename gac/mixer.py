@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gac.branches import Branches
+from gac.following import Following
 from gac.laws.controller import Controller
-from gac.laws.optimizer import FirstStep
 from gac.measurement import Measurement
 from gac.metrics import StepMetrics
 from gac.observe import deepspeed
@@ -50,45 +50,54 @@ class Mixer:
     def __init__(self, model: nn.Module, options: Options) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self.controller = Controller(options.law, **options.law_options)
+        options.check_law(self.controller.law)
+        self.interval = options.interval
+        self.report_interval = options.report_interval
+        self._model, self._options = model, options
+        self._patched: Observer | None = None
+        self._following = Following(self._measure_by)
+        weakref.finalize(self, self._following.remove)
+        self._told: dict[str, Any] | None = None  # what the law is told of a step that has ended and is not settled
+        self._statistics: Statistics | None = None
+        self._watch_parameters()
+        if options.optimizer is not None:
+            self.follow(options.optimizer)
+            self._following.end_with(options.optimizer, self.step)
+        self._measurement.plan(self.controller.steps)
+
+    def _watch_parameters(self) -> None:
+        """Puts hooks on what is trainable now, and begins a measurement of it."""
+        model, options = self._model, self._options
         parameters = trainable(model)
         topology = topology_of(model, parameters, options.process_group)
         if topology.managed:
             deepspeed.check(model, optimizer=options.optimizer, in_optimizer_space=options.in_optimizer_space)
-        self.controller = Controller(options.law, **options.law_options)
-        options.check_law(self.controller.law)
         self._measurement = Measurement(model, parameters, topology=topology, options=options)
         self.estimator = self._measurement.estimator
-        self.interval = options.interval
-        self.report_interval = options.report_interval
         self.device = self._measurement.device
-        self._patched: Observer | None = self._measurement.observer
         self._parameters = [parameter for _, parameter in parameters]
-        self._told: dict[str, Any] | None = None  # what the law is told of a step that has ended and is not settled
-        self._statistics: Statistics | None = None
         self._metrics = StepMetrics(self.device)
         self.controller.law.to(self.device)
-        self._branches = Branches(
-            self._measurement,
-            EngineChecks(model, self._parameters, topology),
-            options.scaler,
-            Weights(self.controller.mu),
-        )
-        self._ends_step = self._watch = None
-        if options.optimizer is not None:
-            self.follow(options.optimizer)
-            self._ends_step = options.optimizer.register_step_post_hook(lambda *_: self.step())
-        else:
-            myself = weakref.ref(self)
-            self._watch = FirstStep(self._parameters, lambda found: (mixer := myself()) and mixer._measure_by(found))
-            weakref.finalize(self, self._watch.remove)
+        engine = EngineChecks(model, self._parameters, topology)
+        self._branches = Branches(self._measurement, engine, options.scaler, Weights(self.controller.mu))
+        self._patched = self._measurement.observer
+        weakref.finalize(self, self._patched.remove)  # nobody could end a step any more
+        if options.optimizer is None:
+            self._following.look_out(self._parameters)
         claim(self._parameters, self)
-        self._measurement.plan(self.controller.steps)
 
     @property
     def _observer(self) -> Observer:
         if self._patched is None:
             raise RuntimeError("this mixer was unpatched: call gac.patch(model) again")
         return self._patched
+
+    def _ready(self) -> Branches:
+        """The branches of a step whose weights are known. Raises RuntimeError after :meth:`unpatch`."""
+        _ = self._observer
+        self._settle()
+        return self._branches
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Takes momentum, and second moments for ``metric="optimizer"``, from this optimizer.
@@ -99,12 +108,29 @@ class Mixer:
         Raises:
             TypeError, ValueError: ``metric="optimizer"`` with an optimizer that is not of the Adam family.
         """
-        if self._watch is not None:
-            self._watch.remove()
-            self._watch = None
-        self._measure_by(optimizer)
+        self._following.take(optimizer)
         if self._told is None and not self._observer.seen.fired:  # the step to come has not begun
             self._measurement.plan(self.controller.steps)
+
+    def repatch(self) -> None:
+        """Watches the parameters that are trainable now, and goes on with the law's state and the statistics' errors.
+
+        After freezing, unfreezing, resizing or replacing parameters, between optimizer steps. A history by module and
+        comparisons with earlier steps begin again.
+
+        Raises:
+            RuntimeError: inside a branch or an unfinished step. TypeError, ValueError: as :func:`gac.patch`.
+        """
+        state = self.state_dict()
+        self._branches.require_none("mixer.repatch()", "leave the branch first")
+        self._observer.remove()
+        release(self._parameters)
+        self._following.stop_looking()
+        self._watch_parameters()
+        if self._options.optimizer is not None:
+            self._following.take(self._options.optimizer)
+        self._measurement.take_state(state | {"means": []})  # sketches of before are of other parameters
+        self._measurement.plan(self.controller.steps)
 
     def _measure_by(self, optimizer: torch.optim.Optimizer) -> None:
         self._measurement.follow(optimizer)
@@ -138,9 +164,7 @@ class Mixer:
 
     @contextmanager
     def _branch(self, branch: Branch, tokens: Tokens) -> Iterator[Mixer]:
-        _ = self._observer
-        self._settle()
-        with self._branches.enter(branch, tokens):
+        with self._ready().enter(branch, tokens):
             yield self
 
     def backward(self, loss: Tensor, *, tokens: Tokens = None) -> None:
@@ -156,9 +180,7 @@ class Mixer:
         Raises:
             RuntimeError: outside a branch. TypeError, ValueError: ``loss`` or ``tokens`` is wrong.
         """
-        _ = self._observer
-        self._settle()
-        self._branches.backward(loss, tokens)
+        self._ready().backward(loss, tokens)
 
     def mixed_loss(self, *, sft_loss: Tensor, rl_loss: Tensor) -> Tensor:
         """``mu * sft_loss + (1 - mu) * rl_loss``, for one backward pass over a mixed batch, outside the branches.
@@ -169,18 +191,14 @@ class Mixer:
         Args:
             sft_loss, rl_loss: scalars; one that lacks data may be a zero without a graph.
         """
-        _ = self._observer
-        self._settle()
-        return self._branches.mixed(sft_loss, rl_loss)
+        return self._ready().mixed(sft_loss, rl_loss)
 
     def aside(self) -> AbstractContextManager[None]:
         """Context whose backward passes go unnoticed: they are no part of the step. Outside the branches.
 
         For gradients that are taken for another purpose, such as an evaluation's; clear them before the next branch.
         """
-        _ = self._observer
-        self._settle()
-        return self._branches.aside()
+        return self._ready().aside()
 
     def observe_tokens(self, logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor) -> None:
         """Feeds the coefficient estimator with some sequences of the step; call it for each micro-batch.
@@ -196,8 +214,7 @@ class Mixer:
         Raises:
             TypeError, ValueError: wrong shapes or dtypes.
         """
-        _ = self._observer
-        self._settle()
+        self._ready()
         with torch.no_grad():
             self._measurement.observe_tokens(logprobs, advantages, mask, is_expert)
 
@@ -258,11 +275,9 @@ class Mixer:
         self._branches.require_none("mixer.step()", "leave the branch first")
         self._settle()
         self._measurement.check_observed()
-        if self._watch is not None and self._watch.done:
-            self._watch.remove()
-            self._watch = None
+        self._following.settle()
         start = perf_counter()
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # what is made here is saved for backward passes to come
             self._measurement.post()
         self._told = {"step": step, "prior": prior, "alpha": alpha, "kl": kl, "entropy": entropy}
         observer.seconds += perf_counter() - start
@@ -278,24 +293,21 @@ class Mixer:
         told, self._told = self._told, None
         start = perf_counter()
         try:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 self._statistics = self._measurement.finish(self._branches.weights.present, self.controller.steps)
                 self._branches.weights = Weights(self.controller.update(self._statistics, **told))
-                self._publish(start)
+                self._metrics.publish(
+                    self.controller.steps - 1,
+                    mu=self._branches.weights.mu,
+                    law=self.controller.law.state,
+                    skipped=self._measurement.skipped,
+                    statistics=self._statistics,
+                    seconds=self._measurement.observer.seconds + perf_counter() - start,
+                    estimator=self._measurement.used,
+                )
         finally:
             self._branches.end_step()
             self._measurement.plan(self.controller.steps)
-
-    def _publish(self, start: float) -> None:
-        self._metrics.publish(
-            self.controller.steps - 1,
-            mu=self._branches.weights.mu,
-            law=self.controller.law.state,
-            skipped=self._measurement.skipped,
-            statistics=self._statistics,
-            seconds=self._measurement.observer.seconds + perf_counter() - start,
-            estimator=self._measurement.used,
-        )
 
     # -- what was found -------------------------------------------------------------------------------------------
 
@@ -384,10 +396,9 @@ class Mixer:
         if self._patched is None:
             return
         self._settle()
-        self._patched.remove()
+        self._observer.remove()
         release(self._parameters)
-        for hook in filter(None, (self._ends_step, self._watch)):
-            hook.remove()
+        self._following.remove()
         self._patched = None
 
     def __enter__(self) -> Mixer:

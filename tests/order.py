@@ -14,7 +14,7 @@ FLOORS = (
     ("gac.laws", "gac.observe"),
     ("gac.metrics", "gac.options", "gac.saved", "gac.weights"),
     ("gac.measurement",),
-    ("gac.branches",),
+    ("gac.branches", "gac.following"),
     ("gac.report",),  # below the mixer, whose report() makes one when asked
     ("gac.mixer",),
     ("gac.patching",),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from gac.observe import deepspeed
+from gac.observe.structure import Structure
 from gac.observe.topology import Topology, fsdp2_modules, has_unreduced_gradients
 from gac.statistics.branch import Branch
 
@@ -22,14 +23,17 @@ class EngineChecks:
         self._first = list(parameters[:1])
         self._managed = topology.managed
         self._fsdp2 = fsdp2_modules(model)
+        self._structure = Structure(model, parameters, fixed=not (topology.managed or topology.sharded))
         self._last: Branch | None = None
 
-    def enter(self, branch: Branch) -> None:
-        """A branch begins.
+    def enter(self, branch: Branch, *, measuring: bool) -> None:
+        """A branch begins, in a step that is measured or not.
 
-        Raises RuntimeError where DeepSpeed took the parameters over after the patch, or FSDP2 has not reduced the other
-        branch's gradients yet.
+        Raises RuntimeError where DeepSpeed took the parameters over after the patch, FSDP2 has not reduced the other
+        branch's gradients yet, or trainable parameters are not watched.
         """
+        if measuring and self._last is None:
+            self._structure.check()
         if not self._managed and deepspeed.is_managed(self._first):
             raise RuntimeError(
                 "DeepSpeed took the parameters over after gac.patch: call deepspeed.initialize first, then patch the "

@@ -143,3 +143,9 @@ def _block(path: Path, at: int, layers: Mapping[Path, tuple[list[str], bool]]) -
     # Llama's post_attention norm feeds the MLP; Gemma's, beside one that is named for the MLP, ends the attention
     second = _SECOND_NORM.search(inside[0]) or ("post_attention" in inside[0] and not explicit)
     return blocks[-1 if second else 0]
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, for an error's text."""
+    listed = ", ".join(map(repr, names[:3]))
+    return f"{listed} and {len(names) - 3} more" if len(names) > 3 else listed

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from gac.observe.accumulated import Accumulated
 from gac.observe.contribution import Contribution, Seen, Tokens
 from gac.observe.ledger import Ledger
-from gac.observe.module_names import group_parameters
+from gac.observe.module_names import group_parameters, some
 from gac.observe.optimizer_space import SecondMoments
 from gac.observe.passes import Passes
 from gac.observe.pending import Pending
@@ -176,9 +176,9 @@ class Observer:
         with self._lock:
             self._close()
             entered_with = self._tokens
-            if tokens is not None:
-                self.seen.check_tokens(self.branch, tokens)
-                self._tokens = tokens
+            told = entered_with if tokens is None else tokens
+            self.seen.check_tokens(self.branch, told)
+            self._tokens = told
             self._look_again()
             self._passes.guided = True
             try:
@@ -299,22 +299,19 @@ class Observer:
         self._passes.opened(call)
         if self.branch not in self.seen.weighted:
             raise RuntimeError(
-                f"a backward pass in the {self.branch.value} branch, whose weight nobody has read: the loss cannot have "
-                "it. Call mixer.backward(loss), or (mixer.weight * loss).backward()"
+                f"a backward pass in the {self.branch.value} branch, whose weight nobody has read: the loss lacks it. "
+                "Call mixer.backward(loss), or (mixer.weight * loss).backward()"
             )
+        self.seen.check_tokens(self.branch, self._tokens)
         if self.running and not self.sharded and not self.seen.broken:
-            changed = self._accumulated.changed_besides(index)
+            changed = [self.names[k] for k in self._accumulated.changed_besides(index)]
             if changed:
                 self.seen.broken = True
                 raise RuntimeError(
-                    f"gradients were changed between two backward passes of a step ({self._named(changed)}), and "
+                    f"gradients were changed between two backward passes of a step ({some(changed)}), and "
                     "contributions are what passes add to them: change them once, after the step's last pass, use "
                     'mixer.backward(loss), which looks again, or patch with estimator="exact"'
                 )
-
-    def _named(self, indices: Sequence[int]) -> str:
-        some = ", ".join(repr(self.names[k]) for k in indices[:3])
-        return f"{some} and {len(indices) - 3} more" if len(indices) > 3 else some
 
     def _begin(self) -> None:
         self.seen.fired = self.alive = True
@@ -347,15 +344,17 @@ class Observer:
             _queue_callback(self._accumulated.note)  # after the engine's own: DDP still copies what it has reduced
         elif not self._passes.guided:  # a nested pass: the contribution goes on, and may end without another hook
             self._pending.now.task = -1
-            self._flush()
-            self._accumulated.note()
+            if self.running:
+                self._flush()
+                self._accumulated.note()
 
     # -- contributions --------------------------------------------------------------------------------------------
 
     def finish(self, *, note: bool = True) -> None:
         """Closes the open contribution, if there is one; ``note``: the gradients are as its pass has left them."""
         self._pending.now.task = -1
-        self._incoming.clear()
+        if note:
+            self._incoming.clear()
         if not self._open:
             return
         start = perf_counter()
