@@ -37,20 +37,6 @@ def _each_pass(draw: Draw, change: Callable[[Pass], Pass]) -> Draw:
     return draw.with_steps(tuple(replace(s, passes=tuple(map(change, s.passes))) for s in draw.steps))
 
 
-def _told_and_entered_again(step: Step) -> bool:
-    """Whether a branch is entered without tokens after a pass in it was told its own."""
-    told, last = set(), None
-    for one in step.passes:
-        own = one.tokens is not None and one.how != "mixer"
-        enters = one.branch != last or one.fresh or own
-        if enters and not own and one.branch in told:
-            return True
-        if one.tokens is not None:
-            told.add(one.branch)
-        last = one.branch if one.fails != "leaves" else None
-    return False
-
-
 def _unweighted_after_weighted(step: Step) -> bool:
     read: set[str] = set()
     for one in step.passes:
@@ -64,26 +50,6 @@ def _unweighted_after_weighted(step: Step) -> bool:
 SFT, RL = Pass("sft", 1), Pass("rl", 2)
 
 KNOWN: tuple[Known, ...] = (
-    Known(
-        "tokens, then entered again",
-        "`with mixer.sft():` a second time in a step whose passes were told `backward(loss, tokens=...)` is refused: "
-        "entering checks its own `tokens=None` against theirs",
-        lambda draw: draw.hooks and any(map(_told_and_entered_again, draw.steps)),
-        lambda draw: _each_pass(draw, lambda one: replace(one, tokens=None)),
-        Draw((Step((replace(SFT, tokens=2.0), RL, replace(SFT, tokens=3.0))),)),
-    ),
-    Known(
-        "shared weights in re-entrant checkpoints",
-        "with the exact estimator a plain backward pass over a re-entrant checkpoint is refused where a parameter is "
-        "used inside it and outside: each nested pass is read at its end",
-        lambda draw: (
-            draw.model in ("tied", "reused")
-            and not draw.running
-            and any(p.checkpoint == "reentrant" and p.how != "mixer" for p in passes_of(draw))
-        ),
-        lambda draw: _each_pass(draw, lambda one: replace(one, checkpoint=None)),
-        Draw((Step((replace(SFT, how="weight", checkpoint="reentrant"),)),), model="tied"),
-    ),
     Known(
         "create_graph under running sums",
         "a pass with create_graph=True is refused after another one: autograd then accumulates into a new tensor, "
