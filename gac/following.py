@@ -30,9 +30,10 @@ class Following:
         self.stop_looking()
         self._found(optimizer)
 
-    def look_out(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Goes by the optimizer of before, or else by the first that steps one of these parameters."""
-        optimizer = self._optimizer()
+    def look_out(self, parameters: Iterable[nn.Parameter], *, named: torch.optim.Optimizer | None) -> None:
+        """Goes by the optimizer that was named or followed before, or else by the first that steps one of these."""
+        self.stop_looking()
+        optimizer = named or self._optimizer()
         if optimizer is not None:
             self._found(optimizer)
         else:

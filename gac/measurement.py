@@ -221,6 +221,12 @@ class Measurement:
             rows = gather_rows(rows, self._options.process_group)
         return statistics_from_rows(rows, self._options.coefficient)
 
+    def go_on_from(self, earlier: Measurement) -> None:
+        """Takes over what does not belong to single parameters: counts and the statistics' errors."""
+        self.skipped = earlier.skipped.to(self.device)
+        self._errors.state = {name: value.to(self.device) for name, value in earlier._errors.state.items()}
+        self.confirmed = self.confirmed or earlier.confirmed
+
     # -- state ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:

@@ -61,15 +61,15 @@ class Mixer:
         self._told: dict[str, Any] | None = None  # what the law is told of a step that has ended and is not settled
         self._statistics: Statistics | None = None
         self._watch_parameters()
+        self._metrics = StepMetrics(self.device)
         if options.optimizer is not None:
-            self.follow(options.optimizer)
             self._following.end_with(options.optimizer, self.step)
         self._measurement.plan(self.controller.steps)
 
     def _watch_parameters(self) -> None:
         """Puts hooks on what is trainable now, and begins a measurement of it."""
         model, options = self._model, self._options
-        parameters = trainable(model)
+        parameters = trainable(model, owner=self)
         topology = topology_of(model, parameters, options.process_group)
         if topology.managed:
             deepspeed.check(model, optimizer=options.optimizer, in_optimizer_space=options.in_optimizer_space)
@@ -77,14 +77,12 @@ class Mixer:
         self.estimator = self._measurement.estimator
         self.device = self._measurement.device
         self._parameters = [parameter for _, parameter in parameters]
-        self._metrics = StepMetrics(self.device)
         self.controller.law.to(self.device)
         engine = EngineChecks(model, self._parameters, topology)
         self._branches = Branches(self._measurement, engine, options.scaler, Weights(self.controller.mu))
         self._patched = self._measurement.observer
         weakref.finalize(self, self._patched.remove)  # nobody could end a step any more
-        if options.optimizer is None:
-            self._following.look_out(self._parameters)
+        self._following.look_out(self._parameters, named=options.optimizer)
         claim(self._parameters, self)
 
     @property
@@ -103,10 +101,8 @@ class Mixer:
         """Takes momentum, and second moments for ``metric="optimizer"``, from this optimizer.
 
         For trainers that end the mixer's steps themselves. Without it, the first optimizer that steps a parameter of
-        the model is followed. It may be called again with another one, between optimizer steps.
-
-        Raises:
-            TypeError, ValueError: ``metric="optimizer"`` with an optimizer that is not of the Adam family.
+        the model is followed. It may be called again with another one, between optimizer steps. Raises TypeError,
+        ValueError where ``metric="optimizer"`` and the optimizer is not of the Adam family.
         """
         self._following.take(optimizer)
         if self._told is None and not self._observer.seen.fired:  # the step to come has not begun
@@ -115,21 +111,17 @@ class Mixer:
     def repatch(self) -> None:
         """Watches the parameters that are trainable now, and goes on with the law's state and the statistics' errors.
 
-        After freezing, unfreezing, resizing or replacing parameters, between optimizer steps. A history by module and
-        comparisons with earlier steps begin again.
-
-        Raises:
-            RuntimeError: inside a branch or an unfinished step. TypeError, ValueError: as :func:`gac.patch`.
+        After freezing, unfreezing, resizing or replacing parameters. The history by module and comparisons with earlier
+        steps begin again. Raises RuntimeError inside a branch or an unfinished step, and what :func:`gac.patch` does.
         """
-        state = self.state_dict()
-        self._branches.require_none("mixer.repatch()", "leave the branch first")
-        self._observer.remove()
-        release(self._parameters)
-        self._following.stop_looking()
+        self._ready().require_none("mixer.repatch()", "leave the branch first")
+        earlier, watched = self._measurement, self._parameters
+        if earlier.observer.seen.fired:
+            raise RuntimeError("mixer.repatch() in the middle of an optimizer step: call mixer.step() first")
         self._watch_parameters()
-        if self._options.optimizer is not None:
-            self._following.take(self._options.optimizer)
-        self._measurement.take_state(state | {"means": []})  # sketches of before are of other parameters
+        earlier.observer.remove()
+        release(set(watched) - set(self._parameters))
+        self._measurement.go_on_from(earlier)
         self._measurement.plan(self.controller.steps)
 
     def _measure_by(self, optimizer: torch.optim.Optimizer) -> None:
@@ -332,13 +324,8 @@ class Mixer:
         """What the gradients say so far, overall and by module: signal-to-noise ratio, noise scale, disagreement.
 
         It averages over the steps that were taken apart (every ``report_interval`` measured steps, the last 512 at
-        most) and waits for the device. ``print`` it, or see :class:`gac.report.Report`.
-
-        Args:
-            **options: of :class:`gac.report.Report`, such as ``sizes`` and ``unit``.
-
-        Raises:
-            RuntimeError: no step was taken apart yet.
+        most) and waits for the device. ``print`` it; ``options`` are those of :class:`gac.report.Report`, such as
+        ``sizes`` and ``unit``. Raises RuntimeError where no step was taken apart yet.
         """
         from gac.report import Report
 

@@ -16,8 +16,8 @@ READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """The dtypes whose gradients kernels read."""
 
 
-def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Named parameters that require gradients, tied ones once.
+def trainable(model: nn.Module, *, owner: object = None) -> list[tuple[str, nn.Parameter]]:
+    """Named parameters that require gradients, tied ones once. Those of ``owner`` may be watched again.
 
     Raises:
         ValueError: there are none, or one is on the meta device. TypeError: one is complex, quantised, of integers or
@@ -33,7 +33,7 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
             raise ValueError(f"parameter {name!r} is on the meta device: load or materialise the model first")
         _require_readable(name, parameter)
         other = _owners.get(parameter)
-        if other is not None and other() is not None:
+        if other is not None and other() not in (None, owner):
             raise RuntimeError(f"parameter {name!r} is patched already: call unpatch() on the earlier mixer first")
     return parameters
 
