@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= runs/default
+SECONDS ?= 60
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install train test quick lint types sanitize format docs wheel bench compare study audit clean
+.PHONY: help install train test quick fuzz lint types sanitize format docs wheel bench compare study audit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -29,6 +30,9 @@ test: install  ## run the tests
 
 quick: install  ## run the tests that answer within a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow"
+
+fuzz: install  ## draw runs and kernel calls against plain autograd for SECONDS; docs/fuzzing.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(SECONDS) --workers 2
 
 lint: install  ## check the style
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--engine", choices=("one", "ddp", "fsdp2"), default="one", help="of the mixer: 2 ranks (gloo)")
     parser.add_argument(
-        "--backend", choices=("cpu", "reference", "triton"), default=None, help="of kernels; all but triton"
+        "--backend", choices=("cpu", "fallback", "reference", "triton"), default=None, help="of kernels; all but triton"
     )
     return parser.parse_args(arguments)
 

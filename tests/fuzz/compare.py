@@ -202,6 +202,8 @@ class Comparison:
             if not differences:
                 own = ROUNDOFF["bfloat16" if self.draw.model == "mixed" else self.draw.dtype]
                 error += own * float(c.after.norm())
+                if self.draw.engine == "fsdp2":  # the average over ranks is rounded before it is added
+                    error += own * float(c.x.norm())
         return x, error
 
     def _sketched(self, own: list[Contribution], found: Found, differences: bool, sums: Sums, sizes: float) -> Sums:

@@ -11,7 +11,7 @@ SPREAD = {
 }
 """Models that engines take: FSDP2 wants one dtype, no scalars, and gradients for the same parameters on every rank."""
 
-MODELS = ("mlp", "norm", "conv", "tied", "frozen", "adapter", "experts", "reused", "sparse", "odd", "mixed")
+MODELS = ("mlp", "norm", "conv", "tied", "frozen", "adapter", "experts", "reused", "sparse", "odd", "mixed", "autocast")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LAWS = (
     ("fixed", {"mu": 0.3}),
@@ -53,6 +53,8 @@ class Pass:
         tokens: what it counts for. size: factor of its loss.
         checkpoint: ``reentrant`` or ``plain`` activation checkpointing of the middle.
         fails: an error of somebody else in the backward pass, ``caught`` inside the branch, or one that ``leaves`` it.
+        style: of a plain backward pass: ``graph`` (``create_graph=True``), ``twice`` over a graph that is kept,
+            ``parts`` (two losses in one pass) or ``inputs`` (for every second parameter alone).
         before: what happens before it, inside the branch: ``clip`` or ``clear`` the gradients so far, or ``probe`` by
             ``torch.autograd.grad``.
     """
@@ -66,6 +68,7 @@ class Pass:
     checkpoint: str | None = None
     fails: str | None = None
     before: str | None = None
+    style: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class Step:
 
     Attributes:
         passes: in order.
-        before: what happens before it: ``repatch``, ``save`` (state to a new mixer), ``aside`` or a misuse.
+        before: what happens before it: ``repatch``, ``save`` (state to a new mixer), ``aside``, an ``empty`` branch, a
+            ``loose`` error in a branch without a pass, or a misuse.
         clip: the gradient's norm at the end. update: the optimizer steps.
         clear: ``none``, ``zero`` (``set_to_none=False``) or ``missing``. early: cleared before ``mixer.step()``.
     """
@@ -150,9 +154,13 @@ def is_valid(draw: Draw) -> bool:
     told = draw.law not in TOLD or draw.named != "argument"
     adam = draw.optimizer == "adam" or draw.metric == "gradient"
     dense = draw.model != "sparse" or (draw.optimizer == "sgd" and not any(step.clip for step in draw.steps))
-    single = draw.model not in ("sparse", "mixed") or draw.dtype == "float32"
+    single = draw.model not in ("sparse", "mixed", "autocast") or draw.dtype == "float32"
     half = draw.dtype != "float16" or draw.optimizer == "sgd"
-    passes = all(step.passes for step in draw.steps)
+    passes = all(step.passes for step in draw.steps) and all(
+        one.style is None or (one.how == "weight" and draw.hooks and one.checkpoint != "reentrant")
+        for step in draw.steps
+        for one in step.passes
+    )
     return ends and told and adam and dense and single and half and passes
 
 
@@ -162,7 +170,7 @@ def drawn(seed: int, number: int, *, engine: str = "one") -> Draw:
     rare = lambda share: r.random() < share
     model = "large" if rare(0.02) and engine == "one" else r.choice(SPREAD.get(engine, MODELS))
     dtype = r.choices(DTYPES, (5, 2, 1, 2))[0]
-    if model in ("sparse", "mixed"):
+    if model in ("sparse", "mixed", "autocast"):
         dtype = "float32"
     law, options = r.choices(LAWS, [5 if not options and law == "gac" else 1 for law, options in LAWS])[0]
     hooks = not rare(0.1) or engine != "one"
@@ -217,6 +225,8 @@ def _step(r: random.Random, hazard: float, *, model: str, hooks: bool, named: st
             before = "clear" if model == "sparse" else r.choice(("clip", "clear"))
         elif rare(0.05) and hooks and engine == "one":
             before = "probe"
+        checkpoint = r.choice((None,) * 6 + ("plain", "reentrant")) if not fails and engine == "one" else None
+        plain = how == "weight" and checkpoint != "reentrant" and hooks and engine == "one" and not fails
         passes.append(
             Pass(
                 branch=branch,
@@ -225,12 +235,17 @@ def _step(r: random.Random, hazard: float, *, model: str, hooks: bool, named: st
                 fresh=rare(0.2),
                 tokens=float(r.choice((1, 2, 7, 100))) if told[branch] else None,
                 size=r.choice((1.0, 1.0, 1.0, 2.0**-6, 64.0, 0.0)),
-                checkpoint=r.choice((None,) * 6 + ("plain", "reentrant")) if not fails and engine == "one" else None,
+                checkpoint=checkpoint,
                 fails=fails if hooks else None,
                 before=before,
+                style=r.choice(("graph", "twice", "parts", "inputs")) if plain and rare(0.1) else None,
             )
         )
-    events = [event for event in ("repatch", "save", "aside", *MISUSES) if rare(0.04)] if engine == "one" else []
+    events = (
+        [event for event in ("repatch", "save", "aside", *MISUSES, "empty", "loose") if rare(0.04)]
+        if engine == "one"
+        else []
+    )
     clear = r.choice(("none", "none", "zero"))
     if 0.12 <= hazard < 0.15:
         clear = "missing"

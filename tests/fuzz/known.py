@@ -37,17 +37,13 @@ def _each_pass(draw: Draw, change: Callable[[Pass], Pass]) -> Draw:
     return draw.with_steps(tuple(replace(s, passes=tuple(map(change, s.passes))) for s in draw.steps))
 
 
-def _told_and_entered_again(step: Step) -> bool:
-    """Whether a branch is entered without tokens after a pass in it was told its own."""
-    told, last = set(), None
+def _unweighted_after_weighted(step: Step) -> bool:
+    read: set[str] = set()
     for one in step.passes:
-        own = one.tokens is not None and one.how != "mixer"
-        enters = one.branch != last or one.fresh or own
-        if enters and not own and one.branch in told:
+        if one.how == "unweighted" and one.branch in read:
             return True
-        if one.tokens is not None:
-            told.add(one.branch)
-        last = one.branch if one.fails != "leaves" else None
+        if one.how == "weight":
+            read.add(one.branch)
     return False
 
 
@@ -55,49 +51,42 @@ SFT, RL = Pass("sft", 1), Pass("rl", 2)
 
 KNOWN: tuple[Known, ...] = (
     Known(
-        "tokens, then entered again",
-        "`with mixer.sft():` a second time in a step whose passes were told `backward(loss, tokens=...)` is refused: "
-        "entering checks its own `tokens=None` against theirs",
-        lambda draw: draw.hooks and any(map(_told_and_entered_again, draw.steps)),
-        lambda draw: _each_pass(draw, lambda one: replace(one, tokens=None)),
-        Draw((Step((replace(SFT, tokens=2.0), RL, replace(SFT, tokens=3.0))),)),
+        "create_graph under running sums",
+        "a pass with create_graph=True is refused after another one: autograd then accumulates into a new tensor, "
+        "which passes for a gradient that somebody replaced",
+        lambda draw: draw.running and draw.hooks and any(p.style == "graph" for p in passes_of(draw)),
+        lambda draw: _each_pass(draw, lambda one: replace(one, style=None if one.style == "graph" else one.style)),
+        Draw((Step((SFT, replace(SFT, how="weight", style="graph"))),), estimator="sketch"),
     ),
     Known(
-        "all gradients within a re-entrant checkpoint",
-        "where no watched parameter lies outside re-entrant checkpoints (LoRA), the end of a pass goes unnoticed: "
-        "passes that do not go through mixer.backward merge into one contribution",
-        lambda draw: draw.model == "frozen" and any(p.checkpoint == "reentrant" for p in passes_of(draw)),
-        lambda draw: _each_pass(draw, lambda one: replace(one, checkpoint=None)),
-        Draw((Step((replace(SFT, how="weight", checkpoint="reentrant"), SFT)),), model="frozen"),
-    ),
-    Known(
-        "unweighted loss",
-        "a loss without its weight is taken for one with it: its contribution is 1/weight too large",
-        lambda draw: any(p.how == "unweighted" for p in passes_of(draw)),
+        "unweighted after weighted",
+        "a loss without its weight is taken for one with it, 1/weight too large, where an earlier loss of its branch "
+        "in the step had read the weight",
+        lambda draw: any(map(_unweighted_after_weighted, draw.steps)),
         lambda draw: _each_pass(draw, lambda one: replace(one, how="weight" if one.how == "unweighted" else one.how)),
-        Draw((Step((replace(SFT, how="unweighted"),)),)),
+        Draw((Step((replace(SFT, how="weight"), replace(SFT, how="unweighted"))),)),
     ),
     Known(
-        "gradients changed between passes",
-        "gradients clipped or cleared between two passes make the next difference of running sums wrong",
-        lambda draw: draw.running and any(p.before in ("clip", "clear") for p in passes_of(draw)),
-        lambda draw: _each_pass(draw, lambda one: replace(one, before=None)),
-        Draw((Step((SFT, replace(RL, before="clear"))),), estimator="sketch"),
+        "unweighted into buffers",
+        "mixer.observe takes a loss without its weight for one with it: nobody looks whether the weight was read",
+        lambda draw: not draw.hooks and any(p.how == "unweighted" for p in passes_of(draw)),
+        lambda draw: _each_pass(draw, lambda one: replace(one, how="weight")),
+        Draw((Step((replace(SFT, how="unweighted"),)),), hooks=False),
     ),
     Known(
-        "gradients never cleared",
-        "what an earlier step left in p.grad is taken for a part of the first contribution of running sums",
-        lambda draw: draw.running and any(step.clear == "missing" for step in draw.steps[:-1]),
-        lambda draw: draw.with_steps(
-            tuple(replace(s, clear="none" if s.clear == "missing" else s.clear) for s in draw.steps)
+        "buffers changed between passes",
+        "buffers handed over by mixer.observe are differences too: what is clipped or cleared between two of them, or "
+        "was never cleared, makes the next one wrong",
+        lambda draw: (
+            not draw.hooks
+            and (
+                any(p.before in ("clip", "clear") for p in passes_of(draw))
+                or any(step.clear == "missing" for step in draw.steps[:-1])
+            )
         ),
-        Draw((Step((SFT, RL), clear="missing"), Step((SFT, RL))), estimator="sketch"),
-    ),
-    Known(
-        "error caught inside the branch",
-        "a backward pass that raised and was caught before the branch ended counts as a whole contribution",
-        lambda draw: any(p.fails == "caught" and p.how != "mixer" for p in passes_of(draw)),
-        lambda draw: _each_pass(draw, lambda one: replace(one, fails=None if one.fails == "caught" else one.fails)),
-        Draw((Step((SFT, replace(SFT, seed=3, how="weight", fails="caught"))),)),
+        lambda draw: _each_pass(
+            draw.with_steps(tuple(replace(s, clear="none") for s in draw.steps)), lambda one: replace(one, before=None)
+        ),
+        Draw((Step((replace(SFT, how="weight"), replace(RL, how="weight", before="clear"))),), hooks=False),
     ),
 )

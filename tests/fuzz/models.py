@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ class Net(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(stages)
         self.ids = ids
+        self.autocast = False
 
     def forward(self, seed: int, kind: str | None = None, fails_at: int | None = None) -> Tensor:
         """The outputs of a pass; ``kind`` of checkpointing for all stages but the first, an error at the output of a
@@ -171,17 +173,39 @@ def _built(kind: str, dtype: str, seed: int) -> Net:
             "adapter": Adapter,
             "experts": Experts,
             "odd": Odd,
+            "autocast": linear,
             "mixed": lambda: Cast(nn.Linear(WIDTH, WIDTH), torch.bfloat16),
         }[kind]
         stages = [linear(), middle(), Plain(nn.Linear(WIDTH, 2), lambda x: x)]
     net = Net(*stages, ids=kind in ("tied", "sparse"))
+    net.autocast = kind == "autocast"
     return net if kind == "mixed" else net.to(getattr(torch, dtype))
+
+
+def run_backward(losses: list[Tensor], one, parameters: list[nn.Parameter]) -> None:
+    """The backward pass, or both, of weighted losses in the style of a pass."""
+    if one.style == "twice":
+        losses[0].backward(retain_graph=True)
+    torch.autograd.backward(
+        losses,
+        create_graph=one.style == "graph",
+        inputs=parameters[::2] if one.style == "inputs" else None,
+    )
+
+
+def losses_of(net: Net, one, *, plain: bool = False) -> list[Tensor]:
+    """The loss of a pass, or its two parts."""
+    found = [loss_of(net, one, plain=plain)]
+    if one.style == "parts":
+        found.append(loss_of(net, replace(one, seed=one.seed + 3), plain=plain))
+    return found
 
 
 def loss_of(net: Net, one, *, plain: bool = False) -> Tensor:
     """The loss of a pass, unweighted; ``plain`` leaves out checkpoints and errors."""
     fails_at = one.seed % len(net.stages) if one.fails and not plain else None
-    outputs = net(one.seed, None if plain else one.checkpoint, fails_at)
+    with torch.autocast("cpu", torch.bfloat16, enabled=getattr(net, "autocast", False)):
+        outputs = net(one.seed, None if plain else one.checkpoint, fails_at)
     wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
     return (wide - (1.0 if one.branch == "sft" else -1.0)).square().mean() * one.size
 
@@ -202,7 +226,7 @@ def warm_up(net: Net, optimizer: torch.optim.Optimizer, steps: int) -> None:
 
 
 class _WarmUp:
-    branch, size, checkpoint, fails = "sft", 1.0, None, None
+    branch, size, checkpoint, fails, style = "sft", 1.0, None, None, None
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

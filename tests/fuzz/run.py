@@ -7,7 +7,7 @@ import linecache
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import gac
+from gac.statistics import Branch
 from tests.fuzz.draw import TOLD, Draw, Pass, Step
-from tests.fuzz.models import Net, Planted, build, loss_of, make_optimizer, warm_up
+from tests.fuzz.models import Net, Planted, build, loss_of, losses_of, make_optimizer, run_backward, warm_up
 
 OURS = tuple(str(Path(gac.__file__).parents[1] / package) for package in ("gac", "gac_kernels"))
 
@@ -119,7 +120,7 @@ class Session:
             self.happen(event, step)
         found = Found()
         self.passes(step, found)
-        found.gradients = [None if p.grad is None else whole(p.grad).clone() for p in self.parameters]
+        found.gradients = [None if p.grad is None else whole(p.grad).detach().clone() for p in self.parameters]
         found.layouts = [ledger.layout for ledger in self.mixer._observer.ledgers]
         self.end(step)
         found.statistics, found.modules = self.mixer.statistics, self.mixer.modules
@@ -151,7 +152,8 @@ class Session:
                 stack.enter_context(getattr(self.mixer, one.branch)(**({"tokens": one.tokens} if told else {})))
             last = one.branch
             before_pass(one, self.net, self.parameters)
-            found.weights.append(self.mixer.weight.clone())
+            # not by mixer.weight: that somebody reads it is how gac knows that losses are weighted
+            found.weights.append(self.mixer._branches.weights.of[Branch(one.branch)].clone())
             found.failed.append(False)
             try:
                 self.backward(one)
@@ -164,13 +166,14 @@ class Session:
         stack.close()
 
     def backward(self, one: Pass) -> None:
-        loss = loss_of(self.net, shifted(one, self.rank))
+        losses = losses_of(self.net, shifted(one, self.rank))
         if self.scaler is not None:
-            loss = self.scaler.scale(loss)
+            losses = [self.scaler.scale(loss) for loss in losses]
         if one.how == "mixer" and self.draw.hooks:
-            self.mixer.backward(loss, **({} if one.tokens is None else {"tokens": one.tokens}))
+            self.mixer.backward(losses[0], **({} if one.tokens is None else {"tokens": one.tokens}))
         else:
-            (loss if one.how == "unweighted" else self.mixer.weight * loss).backward()
+            weighted = losses if one.how == "unweighted" else [self.mixer.weight * loss for loss in losses]
+            run_backward(weighted, one, self.parameters)
         if not self.draw.hooks:
             self.mixer.observe("grad")
 
@@ -191,6 +194,12 @@ class Session:
             with self.mixer.aside():
                 loss_of(self.net, Pass("sft", 1)).backward()
             clear_gradients(self.parameters)
+        elif event == "empty":
+            with self.mixer.rl():
+                pass
+        elif event == "loose":
+            with suppress(Planted), self.mixer.sft():
+                raise Planted
         else:
             self.misuse(event)
 
@@ -198,6 +207,7 @@ class Session:
         """Does what must be refused; it is written down where it was not, and the run goes on as if nothing was."""
         mixer = self.mixer
         inside, call = {
+            "step_again": (False, lambda: mixer.step(**TOLD.get(self.draw.law, {}))),
             "nested": (True, lambda: mixer.rl().__enter__()),
             "step_inside": (True, lambda: mixer.step(**TOLD.get(self.draw.law, {}))),
             "backward_outside": (False, lambda: mixer.backward(loss_of(self.net, Pass("sft", 1)))),
@@ -242,9 +252,10 @@ def before_pass(one: Pass, net: nn.Module, parameters: list[nn.Parameter]) -> No
 def finish_gradients(step: Step, parameters: list[nn.Parameter], scale: float | None) -> None:
     """Unscales and clips before the optimizer steps."""
     if scale is not None:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad.div_(scale)
+        with torch.no_grad():
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale)
     if step.clip:
         torch.nn.utils.clip_grad_norm_(parameters, 0.5)
 
@@ -258,6 +269,6 @@ def clear(step: Step, parameters: list[nn.Parameter]) -> None:
 def clear_gradients(parameters: list[nn.Parameter], *, zero: bool = False) -> None:
     for parameter in parameters:
         if zero and parameter.grad is not None:
-            parameter.grad.zero_()
+            parameter.grad.detach_().zero_()
         else:
             parameter.grad = None

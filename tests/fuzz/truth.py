@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from tests.fuzz.draw import Draw, Pass, Step
-from tests.fuzz.models import Net, Planted, build, loss_of, make_optimizer, warm_up
+from tests.fuzz.models import Net, Planted, build, losses_of, make_optimizer, run_backward, warm_up
 from tests.fuzz.run import Outcome, before_pass, clear, clear_gradients, finish_gradients, shifted, whole
 
 WARM_UP = 10  # steps of Adam before its space is measured in, as documented
@@ -106,32 +106,38 @@ class Replay:
     def _pass(self, one: Pass, weight: Tensor, failed: bool, space: Tensor | None, expected: Expected) -> None:
         before_pass(one, self.net, self.parameters)
         factor = torch.ones(()) if one.how == "unweighted" else weight
-        loss = lambda plain: factor * self._scaled(loss_of(self.net, one, plain=plain))
-        before = self._accumulated()
+        losses = lambda plain: [factor * self._scaled(part) for part in losses_of(self.net, one, plain=plain)]
         if failed:
             arrived: list[nn.Parameter] = []
             hooks = [p.register_post_accumulate_grad_hook(arrived.append) for p in self.parameters]
             with contextlib.suppress(Planted):
-                loss(False).backward()
+                run_backward(losses(False), one, self.parameters)
             for hook in hooks:
                 hook.remove()
             expected.broken |= bool(arrived)
             return
-        gradients = torch.autograd.grad(loss(True), self.parameters, allow_unused=True)
-        if one.checkpoint is None:
-            self._accumulate(gradients)
-        else:
-            loss(False).backward()
-            expected.exact &= one.checkpoint == "plain" or self.draw.model not in ("tied", "reused")
-        after = self._accumulated()
+        gradients = torch.autograd.grad(losses(True), self.parameters, allow_unused=True)
+        if one.style == "inputs":
+            gradients = tuple(g if k % 2 == 0 else None for k, g in enumerate(gradients))
+        own = self._contributions(flat(gradients, self.parameters))
         value = float(factor) * (self.draw.scale or 1.0)
         undone = 1.0 / value if value else 0.0
         scale = undone if space is None else undone * space
-        for x in self._contributions(flat(gradients, self.parameters)):
-            expected.nonfinite |= not bool(torch.isfinite(after if self.draw.running else x).all())
-            expected.contributions.append(
-                Contribution(one.branch, x * scale, before * scale, after * scale, one.tokens, float(weight))
-            )
+        for _ in range(2 if one.style == "twice" else 1):
+            before = self._accumulated()
+            if one.checkpoint is None:
+                self._accumulate(gradients)
+            else:
+                run_backward(
+                    losses(False), replace(one, style=one.style if one.style == "inputs" else None), self.parameters
+                )
+                expected.exact &= one.checkpoint == "plain" or self.draw.model not in ("tied", "reused")
+            after = self._accumulated()
+            for x in own:
+                expected.nonfinite |= not bool(torch.isfinite(after if self.draw.running else x).all())
+                expected.contributions.append(
+                    Contribution(one.branch, x * scale, before * scale, after * scale, one.tokens, float(weight))
+                )
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.draw.scale is None else loss * torch.full((), self.draw.scale)
@@ -173,7 +179,7 @@ class Replay:
 
 def flat(gradients, parameters: list[nn.Parameter]) -> Tensor:
     parts = [
-        torch.zeros(p.numel(), dtype=torch.float64) if g is None else whole(g).double().reshape(-1)
+        torch.zeros(p.numel(), dtype=torch.float64) if g is None else whole(g).detach().double().reshape(-1)
         for g, p in zip(gradients, parameters, strict=True)
     ]
     return torch.cat(parts)

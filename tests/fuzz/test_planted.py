@@ -1,0 +1,188 @@
+"""Faults that are planted, in the package and in the kernels: the fuzzer finds each within a few draws."""
+
+from __future__ import annotations
+
+import textwrap
+
+import pytest
+import torch
+
+import gac
+from gac import weights
+from gac.laws.gac import GacLaw
+from gac.observe import contribution, observer, pending
+from gac.observe.ledger import Ledger
+from gac.statistics import Branch
+from gac_kernels import cpu
+from tests.fuzz import kernels
+from tests.fuzz.__main__ import main
+from tests.fuzz.draw import drawn
+from tests.fuzz.judge import judge, known_as, shrunk
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _wrong_weight(monkeypatch):
+    real = weights.Weights.__init__
+
+    def swapped(self, mu):
+        real(self, mu)
+        self.of = dict(zip(self.of, reversed(self.of.values()), strict=True))
+
+    monkeypatch.setattr(weights.Weights, "__init__", swapped)
+
+
+def _weight_not_undone(monkeypatch):
+    real = weights.Weights.__init__
+
+    def kept(self, mu):
+        real(self, mu)
+        self.undone = {branch: torch.ones(()) for branch in self.undone}
+
+    monkeypatch.setattr(weights.Weights, "__init__", kept)
+
+
+def _branches_swapped(monkeypatch):
+    real = Ledger.end
+    other = {Branch.SFT: Branch.RL, Branch.RL: Branch.SFT}
+    monkeypatch.setattr(Ledger, "end", lambda self, branch, scale: real(self, other[branch], scale))
+
+
+def _previous_forgotten(monkeypatch):
+    real = Ledger.begin
+
+    def begin(self):
+        real(self)
+        if self.previous is not None:
+            self.previous.zero_()
+
+    monkeypatch.setattr(Ledger, "begin", begin)
+
+
+def _tokens_ignored(monkeypatch):
+    real = contribution.Contribution
+    monkeypatch.setattr(observer, "Contribution", lambda branch, tokens: real(branch, None))
+
+
+def _gradients_lost(monkeypatch):
+    """A pass that reaches fewer parameters than the first one of its kind leaves out one of them."""
+    real = pending.Pending.take
+
+    def take(self, moments):
+        if len(self.gradients) > 1:
+            self.gradients.pop(next(iter(self.gradients)))
+        return real(self, moments)
+
+    monkeypatch.setattr(pending.Pending, "take", take)
+
+
+def _gradient_changed(monkeypatch):
+    real = observer.Observer.finish
+
+    def finish(self):
+        real(self)
+        for parameter in self.parameters[:1]:
+            if parameter.grad is not None and not parameter.grad.is_sparse:
+                parameter.grad.mul_(1.001)
+
+    monkeypatch.setattr(observer.Observer, "finish", finish)
+
+
+def _momentum_ignored(monkeypatch):
+    monkeypatch.setattr(gac.Mixer, "_measure_by", lambda self, optimizer: self._measurement.follow(optimizer))
+
+
+def _state_forgotten(monkeypatch):
+    monkeypatch.setattr(gac.Controller, "load_state_dict", lambda self, state: None)
+
+
+def _foreign_error(monkeypatch):
+    monkeypatch.setattr(GacLaw, "update", lambda self, statistics, step: {}["mu"])
+
+
+FAULTS = {
+    fault.__name__.strip("_").replace("_", " "): fault
+    for fault in (
+        _wrong_weight,
+        _weight_not_undone,
+        _branches_swapped,
+        _previous_forgotten,
+        _tokens_ignored,
+        _gradients_lost,
+        _gradient_changed,
+        _momentum_ignored,
+        _state_forgotten,
+        _foreign_error,
+    )
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_faults_are_found(name, monkeypatch):
+    """Within 150 draws, as nothing that is known; and what is shrunk still shows it."""
+    FAULTS[name](monkeypatch)
+    for number in range(150):
+        failure = judge(drawn(20_000, number))
+        if failure is not None and not known_as(failure):
+            break
+    else:
+        pytest.fail("not found")
+    least = shrunk(failure, limit=60)
+    assert judge(least.draw) is not None
+    print(f"{name}: draw {number}, {least.kind}: {least.what[:200]}")
+
+
+def test_a_failure_fails_the_command_and_says_how_to_repeat_it(monkeypatch, capsys):
+    _weight_not_undone(monkeypatch)
+    assert main(["--target", "mixer", "--number", "0", "--seed", "20000"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED different, draw 0 of seed 20000" in out
+    code = out[out.index("    from tests.fuzz.draw") : out.index("  1 new findings")]
+    exec(textwrap.dedent(code))
+    assert "Failure(" in capsys.readouterr().out, "the code shows it again"
+
+
+def _off(function, change):
+    """An operation whose result is changed on the way out."""
+
+    def wrapped(*arguments, **options):
+        got = function(*arguments, **options)
+        return got if got is None else change(got)
+
+    return wrapped
+
+
+KERNEL_FAULTS = {
+    "moments": lambda got: got * (1 + 1e-9),
+    "pair_moments": lambda got: got * (1 + 1e-9),
+    "sketch": lambda got: got * (1 + 1e-4),
+    "absorb_": lambda got: got * (1 + 1e-9),
+    "token_moments": lambda got: got * (1 + 1e-9),
+}
+
+
+@pytest.mark.parametrize("operation", KERNEL_FAULTS)
+def test_planted_faults_of_kernels_are_found(operation, monkeypatch):
+    monkeypatch.setattr(cpu, operation, _off(getattr(cpu, operation), KERNEL_FAULTS[operation]))
+    tally = kernels.fuzz(20_000, range(150), backend="cpu")
+    assert tally.failures, operation
+    assert all(f"operation={operation!r}" in failure for failure in tally.failures)
+
+
+def test_a_sketch_with_a_wrong_sign_is_found(monkeypatch):
+    real = cpu.sketch
+
+    def wrong(tensors, out, **options):
+        got = real(tensors, out, **options)
+        if out.numel():
+            out[-1] = -out[-1]
+        return got
+
+    monkeypatch.setattr(cpu, "sketch", wrong)
+    assert kernels.fuzz(20_000, range(100), backend="cpu").failures
