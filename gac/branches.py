@@ -116,6 +116,11 @@ class Branches:
             raise RuntimeError("mixer.observe beside hooks would count gradients twice: patch with hooks=False")
         if observer.branch is None:
             raise RuntimeError("mixer.observe belongs to a branch: call it inside `with mixer.sft():` or `mixer.rl()`")
+        if observer.branch not in observer.seen.weighted:
+            raise RuntimeError(
+                f"mixer.observe in the {observer.branch.value} branch, whose weight nobody has read: the loss lacks "
+                "it. Multiply it by mixer.weight"
+            )
         if observer.measuring:
             found = resolve_buffers(buffers, observer.names, parameters)
             with torch.no_grad(), observer.contribution(tokens):

@@ -15,6 +15,7 @@ from gac.observe.reduction import Reduction, gather_rows, reduce_step
 from gac.observe.temporal import MovingMeans, noise_from_time, take_in
 from gac.observe.topology import Topology, local_numel
 from gac.options import Options
+from gac.silence import ABSENT, Silence
 from gac.statistics.branch import Branch
 from gac.statistics.by_module import ModuleStatistics, take_apart
 from gac.statistics.coefficient import sequence_rows, statistics_from_rows
@@ -74,6 +75,7 @@ class Measurement:
         )
         self._means = [MovingMeans(ledger.device) for ledger in self.observer.ledgers]
         self._errors = StandardErrors(self.device, self._dtype)
+        self._absent = Silence(ABSENT)
         self._rows: list[Tensor] = []  # of the coefficient estimator
         self._reduction: Reduction | None = None  # on its way
         self.confirmed = topology.ranks == 1
@@ -133,7 +135,10 @@ class Measurement:
         observer = self.observer
         self.coefficient = self._from_tokens()
         if observer.measuring:
-            silent = observer.seen.entered and not observer.alive
+            if self.topology.ranks == 1:  # a rank of several may lack data
+                for branch in observer.seen.entered:
+                    self._absent.take(branch, silent=observer.seen.counts[branch] == 0)
+            silent = bool(observer.seen.entered) and not observer.alive
             self._reduction = reduce_step(
                 observer, self.device, self.topology, time_noise=self._noise_from_time(), silent=silent
             )

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from gac.silence import ZERO, Silence
+from gac.statistics.branch import Branch
 from gac.statistics.step import NAN, Statistics
 
 OF_LAW = {"mu_raw": "raw", "mu_se": "mu_se", "prior": "prior"}
@@ -14,6 +16,9 @@ OF_LAW = {"mu_raw": "raw", "mu_se": "mu_se", "prior": "prior"}
 
 NAMES = ("mu", *OF_LAW, "skipped", *Statistics.names(), "cosine")
 """What travels to the host, in this order; :meth:`gac.Mixer.metrics` says what each is."""
+
+
+_LETTERS = {Branch.SFT: "s", Branch.RL: "r"}
 
 
 class StepMetrics:
@@ -25,6 +30,8 @@ class StepMetrics:
 
     def __init__(self, device: torch.device) -> None:
         self._mirror = HostMirror(device)
+        self._zero = Silence(ZERO)
+        self._looked_at = -1
         self._not_measured = _row(Statistics(n_s=torch.zeros((), device=device)))
         self._unknown: Tensor | None = None
         self._host: dict[int, dict[str, float | str]] = {}  # of the last steps
@@ -48,6 +55,7 @@ class StepMetrics:
             statistics: None where the step was not measured.
             seconds: host time spent in GAC. estimator: what the step was measured with.
         """
+        self.latest(wait=False)  # of the steps before: whether a branch is silent
         dtype = law["mu"].dtype
         if self._unknown is None:
             self._unknown = torch.full_like(law["mu"], NAN)
@@ -63,7 +71,14 @@ class StepMetrics:
         if latest is None:
             return {}
         step, values = latest
-        return dict(zip(NAMES, values, strict=True)) | self._host[step] | {"step": step}
+        numbers = dict(zip(NAMES, values, strict=True))
+        if step > self._looked_at:
+            self._looked_at = step
+            for branch, letter in _LETTERS.items():
+                if numbers[f"n_{letter}"] > 0 and numbers[f"norm_{letter}2"] == numbers[f"norm_{letter}2"]:
+                    self._zero.take(branch, silent=numbers[f"norm_{letter}2"] == 0)
+        silent = {f"silent_{letter}": float(self._zero.counts[branch]) for branch, letter in _LETTERS.items()}
+        return numbers | silent | self._host[step] | {"step": step}
 
 
 def _row(statistics: Statistics) -> Tensor:

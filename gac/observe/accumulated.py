@@ -53,8 +53,8 @@ class Accumulated:
             present = parameter.grad
             if k == index and noted is not None:
                 version += 1
-            if k == index and noted is None:
-                continue  # its first gradient
+            if k == index and (noted is None or (present is not None and present.requires_grad)):
+                continue  # its first gradient, or (create_graph) a new tensor for the sum
             if present is not noted or (present is not None and present._version != version):
                 found.append(k)
         return found

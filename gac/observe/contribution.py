@@ -28,7 +28,7 @@ class Seen:
     Attributes:
         contributions: in order.
         fired: whether a hook ran, or a branch was entered in a step without hooks.
-        entered: whether a branch was entered.
+        entered: the branches that were entered.
         outside: whether backward passes outside a branch are expected: their losses were mixed before.
         broken: whether a backward pass raised: the step's sums are incomplete.
         weighted: branches whose weight was read: their losses may have it.
@@ -36,7 +36,7 @@ class Seen:
 
     contributions: list[Contribution] = field(default_factory=list)
     fired: bool = False
-    entered: bool = False
+    entered: set[Branch] = field(default_factory=set)
     outside: bool = False
     broken: bool = False
     weighted: set[Branch] = field(default_factory=set)

@@ -150,7 +150,7 @@ class Observer:
         """Contributions from now on belong to ``branch``; ``scale`` undoes the weight of its loss."""
         self.branch = branch
         self._tokens = tokens
-        self.seen.entered = True
+        self.seen.entered.add(branch)
         self.seen.fired |= not self.measuring
         self._scales = [
             scale if scale.device == ledger.device else scale.to(ledger.device, non_blocking=True)

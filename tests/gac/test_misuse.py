@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import threading
+import warnings
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import gac
 from gac.observe.optimizer_space import WARM_UP
 from gac.observe.passes import outermost_call
+from gac.silence import SILENT_STEPS
 
 ESTIMATORS = ["exact", "sketch"]
 MICRO_BATCHES = 3
@@ -608,3 +610,72 @@ def test_plain_passes_of_two_threads_at_once_are_refused():
     step(model, mixer)
     mixer.step()
     assert mixer.metrics(wait=True)["skipped"] == 1
+
+
+# ------------------------------------------------------------------------------------------------- silent branches
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_branch_whose_gradient_is_zero_is_named_once(estimator):
+    model = mlp()
+    mixer = gac.patch(model, estimator=estimator)
+
+    def one(factor):
+        for branch, size in (("sft", 1.0), ("rl", factor)):
+            with getattr(mixer, branch)():
+                for x in inputs(branch):
+                    mixer.backward(size * loss(model, x, branch))
+        mixer.step()
+        clear(model)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(SILENT_STEPS - 1):
+            one(0.0)
+        assert mixer.metrics()["silent_r"] == SILENT_STEPS - 1
+        one(1.0)  # a step that trains: counted from the beginning
+        for _ in range(SILENT_STEPS - 1):
+            one(0.0)
+    one(0.0)
+    with pytest.warns(UserWarning, match="gradient of the RL branch was exactly 0 in 5 measured steps"):
+        numbers = mixer.metrics(wait=True)
+    assert (numbers["silent_s"], numbers["silent_r"]) == (0, SILENT_STEPS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one(0.0)
+        assert mixer.metrics(wait=True)["silent_r"] == SILENT_STEPS + 1
+
+
+def test_float16_gradients_that_underflow_are_said():
+    model = mlp().half()
+    mixer = gac.patch(model)
+
+    def train():
+        for _ in range(SILENT_STEPS + 1):
+            for branch, size in (("sft", 1e-8), ("rl", 1.0)):
+                with getattr(mixer, branch)():
+                    for x in inputs(branch):
+                        mixer.backward(size * loss(model, x.half(), branch).float())
+            mixer.step()
+            clear(model)
+
+    with pytest.warns(UserWarning, match="SFT branch was exactly 0.*float16 without a scaler"):
+        train()
+
+
+def test_a_branch_whose_loss_never_reaches_backward_is_named():
+    model = mlp()
+    mixer = gac.patch(model)
+
+    def train():
+        for _ in range(SILENT_STEPS):
+            with mixer.sft():
+                loss(model, inputs("sft")[0], "sft").item()  # logged, and that is all
+            with mixer.rl():
+                for x in inputs("rl"):
+                    mixer.backward(loss(model, x, "rl"))
+            mixer.step()
+            clear(model)
+
+    with pytest.warns(UserWarning, match="inside the SFT branch reached a watched parameter in 5 measured steps"):
+        train()
