@@ -53,6 +53,9 @@ class LoggedGRPOTrainer(CheckpointedGRPOTrainer):
             if losses:
                 mean = torch.stack([loss.float() for loss in losses]).mean()
                 self._metrics["train"]["gac/sft_loss"] = [self.accelerator.gather(mean).mean().item()]
+            constant = self._metrics["train"].get("frac_reward_zero_std")  # of groups, at each generation
+            if constant:
+                self._metrics["train"]["gac/informative_groups"] = [1.0 - sum(constant) / len(constant)]
             # what was not measured (NaN) is left out rather than logged as a number
             for name in [key for key, values in self._metrics["train"].items() if key.startswith("gac/")]:
                 if all(value != value for value in self._metrics["train"][name]):

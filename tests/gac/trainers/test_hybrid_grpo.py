@@ -116,6 +116,8 @@ def test_metrics_reach_the_logger_and_the_model_is_left_without_hooks(trainer):
     assert abs(entry["gac/mu"] - 0.3) > 0
     assert float(run.mixer.mu) == pytest.approx(entry["gac/mu"])
     assert "gac/prior" not in entry  # not measured: absent, not a number
+    assert entry["gac/informative_groups"] == pytest.approx(1 - entry["frac_reward_zero_std"])
+    assert (entry["gac/silent_s"], entry["gac/silent_r"]) == (0, 0)
     parameters = list(run.model.parameters())
     assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
     run.model(input_ids=torch.ones(1, 2, dtype=torch.int64)).logits.sum().backward()
