@@ -348,11 +348,12 @@ class Mixer:
             for non-finite gradients so far), ``silent_s`` and ``silent_r`` (measured steps in a row, up to now, whose
             gradient was exactly 0 though the branch took part; at 5 a warning names it), ``seconds`` (host time spent
             in GAC during the step), ``step`` and the name of the ``estimator`` (with ``+time`` where a lone
-            contribution was compared with earlier steps). NaN: not measured.
+            contribution was compared with earlier steps). NaN: not measured. Behind ``name/`` where the mixer has one.
         """
         if wait:
             self._settle()
-        return self._metrics.latest(wait=wait)
+        prefix = "" if self._options.name is None else f"{self._options.name}/"
+        return {prefix + name: value for name, value in self._metrics.latest(wait=wait).items()}
 
     # -- state ----------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ class Options:
     scaler: torch.amp.GradScaler | None
     hooks: bool
     carries_out_rules: bool
+    name: str | None = None
 
     def __post_init__(self) -> None:
         _require_name("estimator", self.estimator, ESTIMATORS)
@@ -46,6 +47,8 @@ class Options:
         _require_steps("interval", self.interval)
         if self.report_interval is not None:
             _require_steps("report_interval", self.report_interval)
+        if self.name is not None and (not isinstance(self.name, str) or not self.name):
+            raise ValueError(f"name must be a text that is not empty, or None, got {self.name!r}")
         if self.optimizer is not None and not hasattr(self.optimizer, "register_step_post_hook"):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(self.optimizer).__name__}")
         if self.in_optimizer_space and self.estimator == "coefficient":

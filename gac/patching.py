@@ -28,6 +28,7 @@ def patch(
     scaler: torch.amp.GradScaler | None = None,
     hooks: bool = True,
     carries_out_rules: bool = False,
+    name: str | None = None,
     **law_options: Any,
 ) -> Mixer:
     """Watches the gradients of ``model`` and sets the weight ``mu`` of its SFT branch from them.
@@ -65,6 +66,7 @@ def patch(
             :meth:`Mixer.observe` after each backward pass.
         carries_out_rules: for trainers that carry out, per prompt or token, what the laws of docs/rules.md ask for;
             nobody else can use these laws.
+        name: put before the names of the mixer's metrics (``critic/mu``), to tell several mixers of a process apart.
         **law_options: options of the law.
 
     Returns:
@@ -87,6 +89,7 @@ def patch(
         scaler=scaler,
         hooks=hooks,
         carries_out_rules=carries_out_rules,
+        name=name,
     )
     return Mixer(model, options)
 

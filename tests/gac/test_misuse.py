@@ -536,7 +536,7 @@ def test_a_mixer_that_nobody_holds_leaves_nothing_behind():
 def test_actor_and_critic_go_by_their_own_optimizers():
     actor, critic = mlp(0), mlp(1)
     expected = truth(actor), truth(critic)
-    mixers = [gac.patch(m, estimator="sketch") for m in (actor, critic)]
+    mixers = [gac.patch(m, estimator="sketch", name=n) for m, n in ((actor, None), (critic, "critic"))]
     optimizers = [
         torch.optim.AdamW(actor.parameters(), lr=0.0, weight_decay=0.0, betas=(0.7, 0.9)),
         torch.optim.SGD(critic.parameters(), lr=0.0, momentum=0.5),
@@ -551,6 +551,11 @@ def test_actor_and_critic_go_by_their_own_optimizers():
         for mixer, right in zip(mixers, expected, strict=True):
             assert_right(mixer, right)
     assert [m.controller.law.momentum for m in mixers] == [0.7, 0.5]
+    own, other = (mixer.metrics(wait=True) for mixer in mixers)
+    assert [f"critic/{name}" for name in own] == list(other)
+    assert own["step"] == other["critic/step"] == 1
+    with pytest.raises(ValueError, match="name must be a text"):
+        gac.patch(mlp(), name=3)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
