@@ -10,7 +10,7 @@ import torch
 import gac
 from gac import weights
 from gac.laws.gac import GacLaw
-from gac.observe import contribution, observer, pending
+from gac.observe import contribution, observer, pending, structure
 from gac.observe.ledger import Ledger
 from gac.statistics import Branch
 from gac_kernels import cpu
@@ -102,6 +102,15 @@ def _state_forgotten(monkeypatch):
     monkeypatch.setattr(gac.Controller, "load_state_dict", lambda self, state: None)
 
 
+def _thaw_unnoticed(monkeypatch):
+    monkeypatch.setattr(structure.Structure, "check", lambda self: None)
+
+
+def _unfreezing_forgotten(monkeypatch):
+    monkeypatch.setattr(gac.Mixer, "repatch", lambda self: None)
+    monkeypatch.setattr(structure.Structure, "check", lambda self: None)
+
+
 def _foreign_error(monkeypatch):
     monkeypatch.setattr(GacLaw, "update", lambda self, statistics, step: {}["mu"])
 
@@ -118,6 +127,8 @@ FAULTS = {
         _gradient_changed,
         _momentum_ignored,
         _state_forgotten,
+        _thaw_unnoticed,
+        _unfreezing_forgotten,
         _foreign_error,
     )
 }
