@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,3 +200,24 @@ def test_a_sketch_with_a_wrong_sign_is_found(monkeypatch):
 
     monkeypatch.setattr(cpu, "sketch", wrong)
     assert kernels.fuzz(20_000, range(100), backend="cpu").failures
+
+
+def test_the_command_by_two_processes():
+    """As `make fuzz` starts it."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.fuzz",
+        "--draws",
+        "6",
+        "--seconds",
+        "100",
+        "--workers",
+        "2",
+        "--seed",
+        "20000",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    assert "mixer: 6 draws" in done.stdout
+    assert "kernels: 6 draws" in done.stdout
