@@ -43,6 +43,7 @@ class Branches:
         self._checks = _CHECKED_LOSSES
         self._measurement = measurement
         self._observer = measurement.observer
+        self._observer.tells_weights = True
         self._engine = engine
         self._scaler = scaler
 

@@ -40,6 +40,8 @@ class Observer:
 
     Attributes:
         second_moments: measure in the space of the optimizer that has these; None: in that of the gradients.
+        measuring, by_module: whether this step is measured, and also module by module.
+        tells_weights: whether ``seen.weighted`` is kept: plain passes of other branches are then refused.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Observer:
         self.running = running
         self.hooks = hooks
         self.second_moments: SecondMoments | None = None
+        self.tells_weights = False
         named = list(parameters)
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
@@ -103,9 +106,7 @@ class Observer:
         self._incoming: dict[int, Tensor] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._handles: list[RemovableHandle] = []
-        self.measuring = False
-        """Whether this step is measured."""
-        self.by_module = False
+        self.measuring = self.by_module = False
         self.measure(True)
 
     def _attach(self) -> None:
@@ -297,7 +298,7 @@ class Observer:
             )
         self._close(note=False)  # this pass has written already
         self._passes.opened(call)
-        if self.branch not in self.seen.weighted:
+        if self.tells_weights and self.branch not in self.seen.weighted:
             raise RuntimeError(
                 f"a backward pass in the {self.branch.value} branch, whose weight nobody has read: the loss lacks it. "
                 "Call mixer.backward(loss), or (mixer.weight * loss).backward()"

@@ -54,7 +54,7 @@ class SuccessiveDifferences:
     RANGES: ClassVar[dict[str, Range]] = {
         "last": Range(unknown=True),
         "level": Range(low=0.0),
-        "average": Range(low=0.0, high=math.inf),  # relative to a level that may be close to 0
+        "average": Range(low=0.0, high=math.inf, unknown=True),  # relative to a level that may be 5e-324
         "count": Range(low=0.0, whole=True),
     }
     """Of a state that was saved."""

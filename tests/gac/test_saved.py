@@ -211,7 +211,7 @@ def test_what_counts_in_tensors_cannot_be(place, value):
         ("law paper", ("controller", "state", "last_refresh"), (), NAN),
         ("law paper", ("controller", "state", "last_refresh"), (), INF),
         ("exact", ("uncertainty", "level"), (0,), -1.0),
-        ("exact", ("uncertainty", "average"), (0,), NAN),
+        ("exact", ("uncertainty", "average"), (0,), -1.0),
         ("exact", ("uncertainty", "last"), (0,), INF),
         ("sketch, by time", ("means", 0, "rl.mean"), (3,), NAN),
         ("sketch, by time", ("means", 0, "rl.weight"), (), 1.5),
@@ -233,6 +233,7 @@ def test_numbers_out_of_range(case, place, index, value):
         ("exact", ("controller", "state", "mu_se"), (), INF),
         ("exact", ("controller", "state", "mus"), (1,), NAN),
         ("exact", ("uncertainty", "last"), (2,), NAN),
+        ("exact", ("uncertainty", "average"), (2,), NAN),
         ("alpha follows kl", ("controller", "state", "kl"), (), NAN),
         ("law paper", ("controller", "state", "last_refresh"), (), -INF),
         ("law paper", ("controller", "state", "average"), (2,), NAN),
@@ -376,9 +377,10 @@ def mine():
 def test_a_law_that_declares_nothing(mine):
     """Names, shapes, dtypes; finite numbers, and NaN where the law begins with it."""
     controller = gac.Controller("mine")
-    for _ in range(2):  # its integers become floats with the first statistics
-        controller.load_state_dict(controller.state_dict())
-        controller.law.to(torch.device("cpu"))
+    state = controller.state_dict()
+    state["state"]["seen"] = torch.tensor([0.5, 1.0])  # its integers are floats from the beginning, as they are later
+    controller.load_state_dict(state)
+    assert controller.law.state["seen"].tolist() == [0.5, 1.0]
     for name, value in (("total", NAN), ("total", INF), ("last", INF), ("mu", 7.0)):
         state = controller.state_dict()
         state["state"][name].fill_(value)

@@ -81,6 +81,22 @@ def test_any_numbers(case, rows):
         last = mu
 
 
+@every_law
+@settings(max_examples=25, deadline=None)
+@given(rows=steps)
+def test_what_a_law_comes_to_is_never_refused_as_a_state(case, rows):
+    name, options, _ = LAWS[case]
+    controller = gac.Controller(name, **options)
+    for row in rows:
+        kl, entropy = (row[8], row[9]) if row else (0.0, 0.0)
+        controller.update(statistics(row) if row else None, kl=kl, entropy=entropy)
+        other = gac.Controller(name, **options)
+        other.load_state_dict(controller.state_dict())
+        assert other.steps == controller.steps
+        for entry, value in controller.law.state.items():
+            torch.testing.assert_close(other.law.state[entry], value, rtol=0, atol=0, equal_nan=True)
+
+
 def measured(x_s: list[float], x_r: list[float]) -> S:
     """Statistics of one-dimensional contributions, by the package's own formulas."""
     values = {}

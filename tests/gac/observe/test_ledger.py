@@ -153,7 +153,6 @@ for lossless, running in ((True, False), (False, True), (False, False)):
     model.zero_grad(set_to_none=True)
     observer = gac.observe.observer.Observer(model.named_parameters(), lossless=lossless, running=running, seed=0)
     observer.enter(Branch.SFT, torch.tensor(1.0))
-    observer.seen.weighted.add(Branch.SFT)
     for _ in range(3):
         count = 0
         model(torch.randn(4, 32)).square().sum().backward()

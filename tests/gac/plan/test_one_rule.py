@@ -68,6 +68,7 @@ def test_the_size_of_buckets_is_one(name, ranks, recorded, monkeypatch):
     for size in (2**30, 2**22):
         monkeypatch.setattr(f"gac.observe.pending.{name}", size)
         recorded.clear()
+        model.zero_grad()
         with gac.patch(model, estimator="sketch") as mixer, mixer.sft():
             mixer.backward(model())
         calls.append((sum(operation == "sketch" for operation, _ in recorded), make_plan(setup).calls_per_backward))

@@ -64,6 +64,7 @@ def test_second_moments_are_read_too(recorded):
         optimizer.step()
     for state in optimizer.state.values():
         state["exp_avg_sq"] = state["exp_avg_sq"].float()
+    optimizer.zero_grad()
     with gac.patch(model, estimator="sketch", metric="optimizer") as mixer:
         mixer.follow(optimizer)
         with mixer.sft():

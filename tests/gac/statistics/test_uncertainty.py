@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import gac
+from gac.state import Table, like
 from gac.statistics.uncertainty import HALF_LIFE, LEVEL_HALF_LIFE, SuccessiveDifferences, degrees_of_freedom
 
 CPU = torch.device("cpu")
 YES, NO = torch.tensor(True), torch.tensor(False)
+WRONG = (math.nan, math.inf, -math.inf)
 NAMES = ("sigma_s2", "sigma_r2", "distance2", "delta_g2")
 
 
@@ -42,6 +47,24 @@ def by_hand(values: list[float]) -> float:
     w = weights(HALF_LIFE, len(squares))
     x = sum(a * a for a in w) + sum(a * b for a, b in itertools.pairwise(w)) / 2
     return level(len(values)) * math.sqrt(average) * (1 + x / 2 + x**2 / 4 + x**3 / 16)
+
+
+extreme = st.one_of(
+    st.sampled_from([0.0, -0.0, 5e-324, -5e-324, sys.float_info.max, -sys.float_info.max, 1e-160, 1e160, *WRONG]),
+    st.floats(-30, 30).map(lambda x: 10.0**x),
+)
+
+
+@settings(deadline=None)
+@given(rows=st.lists(st.tuples(extreme, extreme, extreme, st.booleans()), min_size=1, max_size=8))
+def test_what_it_comes_to_is_never_refused_as_a_state(rows):
+    differences = SuccessiveDifferences(3, CPU, torch.float64)
+    for *values, healthy in rows:
+        differences.update(torch.tensor(values, dtype=torch.float64), torch.tensor(healthy))
+        state = differences.state
+        read = Table(like(state, SuccessiveDifferences.RANGES)).read(state, "state")
+        for name, value in state.items():
+            torch.testing.assert_close(read[name], value, rtol=0, atol=0, equal_nan=True)
 
 
 def test_by_hand():
