@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import multiprocessing
 import sys
-import warnings
-from time import monotonic
 
-import torch
-
-from tests.fuzz.report import Tally
+from tests.fuzz.share import work
 
 TARGETS = ("mixer", "kernels")
 
@@ -29,28 +24,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--backend", choices=("cpu", "fallback", "reference", "triton"), default=None, help="of kernels; all but triton"
     )
     return parser.parse_args(arguments)
-
-
-def work(target: str, options: argparse.Namespace, worker: int, seconds: float) -> Tally:
-    """One process' share of a target: every ``workers``-th number."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    if options.number is not None:
-        numbers = [options.number] if worker == 0 else []
-    else:
-        numbers = itertools.takewhile(lambda n: n < options.draws, itertools.count(worker, options.workers))
-    until = monotonic() + seconds
-    if target == "kernels":
-        from tests.fuzz import kernels
-
-        return kernels.fuzz(options.seed, numbers, until=until, backend=options.backend)
-    if options.engine != "one":
-        from tests.fuzz import ranks
-
-        return ranks.fuzz(options.engine, options.seed, numbers, until=until)
-    from tests.fuzz import mixer
-
-    return mixer.fuzz(options.seed, numbers, until=until)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -71,6 +71,10 @@ class Comparison:
     def _start(self) -> None:
         self.law = self._controller()
         self.number = 0
+        self._compare_anew()
+
+    def _compare_anew(self) -> None:
+        """Lone contributions have no earlier steps to be compared with."""
         self.past = {kind: {b: Past() for b in BRANCHES} for kind in (True, False)}
 
     def _controller(self) -> gac.Controller:
@@ -85,6 +89,8 @@ class Comparison:
             for event in step.before:
                 if event == "repatch":
                     self._start()
+                elif event in ("watch", "unfreeze"):
+                    self._compare_anew()
                 elif event == "save":
                     state, self.law = self.law.state_dict(), self._controller()
                     self.law.load_state_dict(state)
@@ -176,7 +182,7 @@ class Comparison:
     def _sums(self, own: list[Contribution], found: Found, differences: bool) -> Sums:
         present = [c for c in own if c.weight > 0 or self.draw.running]
         n = sum(c.weight > 0 and (c.tokens is None or c.tokens > 0) for c in own)
-        size = sum(p.numel() for p in self.replay.parameters)
+        size = len(own[0].x) if own else 1
         total, slack, sizes = torch.zeros(size, dtype=torch.float64), 0.0, 0.0
         power = power_error = 0.0
         tokens = sum(1.0 if c.tokens is None else c.tokens for c in own)

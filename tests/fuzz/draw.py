@@ -30,6 +30,7 @@ TOLD = {"kl-ctrl": {"kl": 0.03}, "entropy-ctrl": {"entropy": 1.5}}
 """What a law has to be told in every step."""
 
 MISUSES = (
+    "step_again",
     "nested",
     "step_inside",
     "backward_outside",
@@ -78,7 +79,8 @@ class Step:
     Attributes:
         passes: in order.
         before: what happens before it: ``repatch``, ``save`` (state to a new mixer), ``aside``, an ``empty`` branch, a
-            ``loose`` error in a branch without a pass, or a misuse.
+            ``loose`` error in a branch without a pass, ``watch`` (``mixer.repatch()``), ``unfreeze`` (all parameters
+            train from now on, and ``mixer.repatch()``), ``thaw`` (the same without a word to gac), or a misuse.
         clip: the gradient's norm at the end. update: the optimizer steps.
         clear: ``none``, ``zero`` (``set_to_none=False``) or ``missing``. early: cleared before ``mixer.step()``.
     """
@@ -136,6 +138,8 @@ def ingredients(draw: Draw) -> set[str]:
         again = number + 1 < len(draw.steps)
         if step.clear == "missing" and again and draw.running:
             found.add("uncleared")
+        if "thaw" in step.before:
+            found.add("thaw")
         for one in step.passes:
             if one.how == "unweighted":
                 found.add("unweighted")
@@ -161,7 +165,8 @@ def is_valid(draw: Draw) -> bool:
         for step in draw.steps
         for one in step.passes
     )
-    return ends and told and adam and dense and single and half and passes
+    frozen = draw.model in ("frozen", "adapter") or not any({"thaw", "unfreeze"} & {*s.before} for s in draw.steps)
+    return frozen and ends and told and adam and dense and single and half and passes
 
 
 def drawn(seed: int, number: int, *, engine: str = "one") -> Draw:
@@ -241,11 +246,10 @@ def _step(r: random.Random, hazard: float, *, model: str, hooks: bool, named: st
                 style=r.choice(("graph", "twice", "parts", "inputs")) if plain and rare(0.1) else None,
             )
         )
-    events = (
-        [event for event in ("repatch", "save", "aside", *MISUSES, "empty", "loose") if rare(0.04)]
-        if engine == "one"
-        else []
-    )
+    kinds = ("repatch", "save", "aside", "watch", *MISUSES, "empty", "loose") if engine == "one" else ()
+    events = [kind for kind in kinds if rare(0.04)]
+    if kinds and model in ("frozen", "adapter") and rare(0.35):
+        events.insert(0, r.choice(("unfreeze", "thaw")))  # before a branch is entered
     clear = r.choice(("none", "none", "zero"))
     if 0.12 <= hazard < 0.15:
         clear = "missing"

@@ -35,6 +35,8 @@ def judge(draw: Draw) -> Failure | None:
     hazards = ingredients(draw)
     if outcome.error is not None:
         return None if hazards else Failure(draw, "refused", told(outcome))
+    if _thawed_and_measured(draw, outcome) and not outcome.said:
+        return Failure(draw, "accepted", "parameters became trainable without a word")
     differences = compare(draw, outcome)
     if not differences or (hazards and outcome.said):
         return None
@@ -48,6 +50,20 @@ def known_as(failure: Failure) -> list[Known]:
     for known in present:
         without = known.without(without)
     return present if present and judge(without) is None else []
+
+
+def _thawed_and_measured(draw: Draw, outcome: Outcome) -> bool:
+    """Whether some step has statistics that parameters which began to train before it are no part of."""
+    thawed, frozen = False, True
+    for step, found in zip(draw.steps, outcome.steps, strict=False):
+        for event in step.before:
+            if event == "thaw":
+                thawed, frozen = thawed or frozen, False
+            elif event in ("repatch", "save", "watch", "unfreeze"):
+                thawed, frozen = False, frozen and event != "unfreeze"
+        if thawed and found.statistics is not None:
+            return True
+    return False
 
 
 def told(outcome: Outcome) -> str:

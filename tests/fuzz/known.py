@@ -74,6 +74,15 @@ KNOWN: tuple[Known, ...] = (
         Draw((Step((replace(SFT, how="unweighted"),)),), hooks=False),
     ),
     Known(
+        "thawed under buffers",
+        "with hooks=False nobody notices that parameters became trainable: their buffers are left out",
+        lambda draw: not draw.hooks and any("thaw" in step.before for step in draw.steps),
+        lambda draw: draw.with_steps(
+            tuple(replace(s, before=tuple(e for e in s.before if e != "thaw")) for s in draw.steps)
+        ),
+        Draw((Step((replace(SFT, how="weight"),), before=("thaw",)),), model="frozen", hooks=False),
+    ),
+    Known(
         "buffers changed between passes",
         "buffers handed over by mixer.observe are differences too: what is clipped or cleared between two of them, or "
         "was never cleared, makes the next one wrong",

@@ -197,6 +197,12 @@ class Session:
         elif event == "empty":
             with self.mixer.rl():
                 pass
+        elif event == "watch":
+            self.mixer.repatch()
+        elif event in ("unfreeze", "thaw"):
+            self.parameters = unfreeze(self.net, self.optimizer)
+            if event == "unfreeze":
+                self.mixer.repatch()
         elif event == "loose":
             with suppress(Planted), self.mixer.sft():
                 raise Planted
@@ -225,6 +231,16 @@ class Session:
                     raise
             else:
                 self.outcome.broken.append(f"misuse {kind!r} was accepted without a word")
+
+
+def unfreeze(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Lets all parameters of a model train, and the optimizer step them; returns them."""
+    new = [p for p in net.parameters() if not p.requires_grad]
+    for parameter in new:
+        parameter.requires_grad_(True)
+    if new:
+        optimizer.add_param_group({"params": new})
+    return list(net.parameters())
 
 
 def whole(gradient: Tensor) -> Tensor:

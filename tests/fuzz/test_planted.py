@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ import torch
 import gac
 from gac import weights
 from gac.laws.gac import GacLaw
-from gac.observe import contribution, observer, pending
+from gac.observe import contribution, observer, pending, structure
 from gac.observe.ledger import Ledger
 from gac.statistics import Branch
 from gac_kernels import cpu
@@ -102,6 +105,15 @@ def _state_forgotten(monkeypatch):
     monkeypatch.setattr(gac.Controller, "load_state_dict", lambda self, state: None)
 
 
+def _thaw_unnoticed(monkeypatch):
+    monkeypatch.setattr(structure.Structure, "check", lambda self: None)
+
+
+def _unfreezing_forgotten(monkeypatch):
+    monkeypatch.setattr(gac.Mixer, "repatch", lambda self: None)
+    monkeypatch.setattr(structure.Structure, "check", lambda self: None)
+
+
 def _foreign_error(monkeypatch):
     monkeypatch.setattr(GacLaw, "update", lambda self, statistics, step: {}["mu"])
 
@@ -118,6 +130,8 @@ FAULTS = {
         _gradient_changed,
         _momentum_ignored,
         _state_forgotten,
+        _thaw_unnoticed,
+        _unfreezing_forgotten,
         _foreign_error,
     )
 }
@@ -186,3 +200,24 @@ def test_a_sketch_with_a_wrong_sign_is_found(monkeypatch):
 
     monkeypatch.setattr(cpu, "sketch", wrong)
     assert kernels.fuzz(20_000, range(100), backend="cpu").failures
+
+
+def test_the_command_by_two_processes():
+    """As `make fuzz` starts it."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.fuzz",
+        "--draws",
+        "6",
+        "--seconds",
+        "100",
+        "--workers",
+        "2",
+        "--seed",
+        "20000",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    assert "mixer: 6 draws" in done.stdout
+    assert "kernels: 6 draws" in done.stdout

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.fuzz.draw import Draw, Pass, Step
 from tests.fuzz.models import Net, Planted, build, losses_of, make_optimizer, run_backward, warm_up
-from tests.fuzz.run import Outcome, before_pass, clear, clear_gradients, finish_gradients, shifted, whole
+from tests.fuzz.run import Outcome, before_pass, clear, clear_gradients, finish_gradients, shifted, unfreeze, whole
 
 WARM_UP = 10  # steps of Adam before its space is measured in, as documented
 
@@ -81,6 +81,8 @@ class Replay:
         for event in step.before:
             if event == "aside":
                 clear_gradients(self.parameters)
+            elif event in ("unfreeze", "thaw"):
+                self.parameters = unfreeze(self.net, self.optimizer)
             elif event in ("repatch", "save"):
                 self.number *= event == "save"
                 self.known = self.draw.named != "found"
