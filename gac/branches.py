@@ -75,7 +75,7 @@ class Branches:
         self.require_none(f"`with mixer.{branch.value}():`", then)
         if tokens is not None:  # passes inside may be told their own
             observer.seen.check_tokens(branch, tokens)
-        self._engine.enter(branch, measuring=observer.measuring and observer.hooks)
+        self._engine.enter(branch, measuring=observer.measuring)
         scale = self._measurement.scaled(self.weights.undone[branch])
         if self._scaler is not None and observer.measuring:
             scale = scale / self._scaler.scale(torch.ones_like(scale))

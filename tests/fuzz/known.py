@@ -51,36 +51,12 @@ SFT, RL = Pass("sft", 1), Pass("rl", 2)
 
 KNOWN: tuple[Known, ...] = (
     Known(
-        "create_graph under running sums",
-        "a pass with create_graph=True is refused after another one: autograd then accumulates into a new tensor, "
-        "which passes for a gradient that somebody replaced",
-        lambda draw: draw.running and draw.hooks and any(p.style == "graph" for p in passes_of(draw)),
-        lambda draw: _each_pass(draw, lambda one: replace(one, style=None if one.style == "graph" else one.style)),
-        Draw((Step((SFT, replace(SFT, how="weight", style="graph"))),), estimator="sketch"),
-    ),
-    Known(
         "unweighted after weighted",
         "a loss without its weight is taken for one with it, 1/weight too large, where an earlier loss of its branch "
         "in the step had read the weight",
         lambda draw: any(map(_unweighted_after_weighted, draw.steps)),
         lambda draw: _each_pass(draw, lambda one: replace(one, how="weight" if one.how == "unweighted" else one.how)),
         Draw((Step((replace(SFT, how="weight"), replace(SFT, how="unweighted"))),)),
-    ),
-    Known(
-        "unweighted into buffers",
-        "mixer.observe takes a loss without its weight for one with it: nobody looks whether the weight was read",
-        lambda draw: not draw.hooks and any(p.how == "unweighted" for p in passes_of(draw)),
-        lambda draw: _each_pass(draw, lambda one: replace(one, how="weight")),
-        Draw((Step((replace(SFT, how="unweighted"),)),), hooks=False),
-    ),
-    Known(
-        "thawed under buffers",
-        "with hooks=False nobody notices that parameters became trainable: their buffers are left out",
-        lambda draw: not draw.hooks and any("thaw" in step.before for step in draw.steps),
-        lambda draw: draw.with_steps(
-            tuple(replace(s, before=tuple(e for e in s.before if e != "thaw")) for s in draw.steps)
-        ),
-        Draw((Step((replace(SFT, how="weight"),), before=("thaw",)),), model="frozen", hooks=False),
     ),
     Known(
         "buffers changed between passes",
