@@ -18,7 +18,7 @@ NAMES = ("mu", *OF_LAW, "skipped", *Statistics.names(), "cosine")
 """What travels to the host, in this order; :meth:`gac.Mixer.metrics` says what each is."""
 
 
-_LETTERS = {Branch.SFT: "s", Branch.RL: "r"}
+_LETTERS = {"s": Branch.SFT, "r": Branch.RL}
 
 
 class StepMetrics:
@@ -72,12 +72,12 @@ class StepMetrics:
             return {}
         step, values = latest
         numbers = dict(zip(NAMES, values, strict=True))
+        silent = {f"silent_{x}": float(numbers[f"n_{x}"] > 0 and numbers[f"norm_{x}2"] == 0) for x in _LETTERS}
         if step > self._looked_at:
             self._looked_at = step
-            for branch, letter in _LETTERS.items():
-                if numbers[f"n_{letter}"] > 0 and numbers[f"norm_{letter}2"] == numbers[f"norm_{letter}2"]:
-                    self._zero.take(branch, silent=numbers[f"norm_{letter}2"] == 0)
-        silent = {f"silent_{letter}": float(self._zero.counts[branch]) for branch, letter in _LETTERS.items()}
+            for x, branch in _LETTERS.items():
+                if numbers[f"n_{x}"] > 0:
+                    self._zero.take(branch, silent=bool(silent[f"silent_{x}"]))
         return numbers | silent | self._host[step] | {"step": step}
 
 
@@ -115,8 +115,11 @@ class HostMirror:
 
     def latest(self, *, wait: bool = False) -> tuple[int, list[float]] | None:
         """Tag and numbers of the newest finished copy; None before the first. ``wait`` waits for the newest."""
-        slots = sorted((s for s in self._slots if s is not None), key=lambda s: s[0], reverse=True)
-        for tag, host, event in slots:
+        for back in (1, 2):
+            slot = self._slots[(self._published - back) % 2]
+            if slot is None:
+                continue
+            tag, host, event = slot
             if event is not None:
                 if wait:
                     event.synchronize()

@@ -345,8 +345,8 @@ class Mixer:
         Returns:
             ``mu`` (of the step to come), ``mu_raw`` (the law's estimate before prior and guardrails), ``mu_se`` (its
             standard error), ``prior``, the fields of :class:`gac.Statistics`, ``cosine``, ``skipped`` (steps dropped
-            for non-finite gradients so far), ``silent_s`` and ``silent_r`` (measured steps in a row, up to now, whose
-            gradient was exactly 0 though the branch took part; at 5 a warning names it), ``seconds`` (host time spent
+            for non-finite gradients so far), ``silent_s`` and ``silent_r`` (1 where the branch took part and its
+            gradient was exactly 0, else 0; after 5 steps in a row a warning names it), ``seconds`` (host time spent
             in GAC during the step), ``step`` and the name of the ``estimator`` (with ``+time`` where a lone
             contribution was compared with earlier steps). NaN: not measured. Behind ``name/`` where the mixer has one.
         """

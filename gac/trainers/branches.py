@@ -135,13 +135,14 @@ class BranchedGRPOTrainer(PatchedGRPOTrainer):
         # A supervised backward that follows is the one that may synchronise. Both contexts nest inside the trainer's.
         with self._mixer_of_run.rl(tokens=tokens), self._no_sync(model, last=not self._rule.supervises):
             self._rl_weighted = False
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        if not self._rl_weighted:
-            raise RuntimeError(
-                "the RL loss did not pass through compute_loss, so it was not weighted; this version of TRL or one of "
-                "its options (a fused loss?) is not supported"
-            )
-        return loss
+            try:
+                return super().training_step(model, inputs, num_items_in_batch)
+            finally:
+                if not self._rl_weighted:
+                    raise RuntimeError(
+                        "the RL loss did not pass through compute_loss, so it was not weighted; this version of TRL or "
+                        "one of its options (a fused loss?) is not supported"
+                    )
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None) -> Any:
         """TRL's loss, with the rule's terms and weighted with ``1 - mu`` in training, as it is in evaluation."""
