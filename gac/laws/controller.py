@@ -55,6 +55,8 @@ class Controller:
             prior, alpha: replace the law's own prior and alpha in this update; in [0, 1].
             kl, entropy: of the policy in this step, in nats per token, for the laws that need them.
 
+        Raises TypeError, ValueError for what is none of these, or where a law lacks what it follows.
+
         Returns:
             The next mu, 0-dim, on the statistics' device.
         """
@@ -63,6 +65,8 @@ class Controller:
         for name, value in (("prior", prior), ("alpha", alpha)):
             if value is not None and not isinstance(value, Tensor) and not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
+        if step is not None and (isinstance(step, bool) or int(step) != step or step < 0):
+            raise ValueError(f"step must be a whole number from 0 on, got {step!r}")
         told = Step(self.steps if step is None else int(step), prior, alpha, kl, entropy)
         for name in self.law.needs:
             if getattr(told, name) is None:

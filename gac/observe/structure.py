@@ -49,9 +49,9 @@ class Structure:
             return
         raise RuntimeError(
             f"since gac.patch parameters became trainable, were added, replaced or resized ({some(new + changed)}): "
-            "no statistic would hold their gradients. load_state_dict(assign=True) and fully_shard replace them all: patch "
-            "the model after any of these. Otherwise freeze them, or call mixer.repatch() between optimizer steps, which "
-            "watches what is trainable then and keeps the law's state"
+            "no statistic would hold their gradients. load_state_dict(assign=True) and fully_shard replace them all: "
+            "patch the model after any of these. Otherwise freeze them, or call mixer.repatch() between optimizer "
+            "steps, which watches what is trainable then and keeps the law's state"
         )
 
     def _as_it_was(self) -> bool:

@@ -686,3 +686,9 @@ def test_a_branch_whose_loss_never_reaches_backward_is_named():
 
     with pytest.warns(UserWarning, match="inside the SFT branch reached a watched parameter in 5 measured steps"):
         train()
+
+
+@pytest.mark.parametrize("number", [-1, 1.5, True])
+def test_a_step_that_is_no_number_of_a_step_is_refused(number):
+    with pytest.raises(ValueError, match="step must be a whole number from 0 on"):
+        gac.Controller("gac").update(None, step=number)
