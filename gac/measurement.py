@@ -142,6 +142,7 @@ class Measurement:
             self._reduction = reduce_step(
                 observer, self.device, self.topology, time_noise=self._noise_from_time(), silent=silent
             )
+            observer.let_go()
 
     def finish(self, present: Tensor, step: int) -> Statistics | None:
         """Statistics of the step, of the estimator that applies to it; None when it was not measured.

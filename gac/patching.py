@@ -36,7 +36,7 @@ def patch(
     Hooks are put on the parameters that require gradients now; the model's outputs, parameters and ``state_dict`` stay
     as they are, and the accumulated gradient is bit for bit that of ``(weight * loss).backward()``. Patch before
     wrapping in ``torch.compile`` or after, but after freezing parameters, adding adapters and moving the model to its
-    device. Gradients must be cleared between optimizer steps, as every training loop does.
+    device. Gradients that are there when a step begins, or that somebody writes between its passes, are read once more.
 
     Args:
         model: any module with floating-point parameters on one or several devices.

@@ -213,10 +213,7 @@ class Observer:
             self._pending.gradients.update((k, None) for k, p in enumerate(self.parameters) if p.grad is not None)
             batches = self._pending.take(self.second_moments)
             for ledger, batch in zip(self.ledgers, batches, strict=True):
-                if self.second_moments is None:
-                    ledger.know(batch.regions, batch.gradients)
-                else:
-                    ledger.know(batch.regions, batch.gradients, batch.moments, self.second_moments.eps)
+                ledger.know(batch.regions, batch.gradients, batch.moments or None, batch.eps)
         self._accumulated.note()
         self._pending.now.seconds += perf_counter() - start
 
@@ -377,10 +374,8 @@ class Observer:
         for ledger, scale, batch in zip(
             self.ledgers, self._scales, self._pending.take(self.second_moments), strict=True
         ):
-            if batch.regions and self.second_moments is None:
-                ledger.read(self.branch, batch.regions, batch.gradients, scale)
-            elif batch.regions:
-                ledger.read(self.branch, batch.regions, batch.gradients, scale, batch.moments, self.second_moments.eps)
+            if batch.regions:
+                ledger.read(self.branch, batch.regions, batch.gradients, scale, batch.moments or None, batch.eps)
 
     def _drop(self) -> None:
         self._pending.clear()
@@ -388,6 +383,10 @@ class Observer:
         self._met.clear()
         self._open = False
         self._passes.close()
+
+    def let_go(self) -> None:
+        """The step's passes are over: what it kept of ``p.grad`` may be freed."""
+        self._accumulated.forget()
 
     def clear(self) -> None:
         """Forgets the step: sums, counts and host time."""

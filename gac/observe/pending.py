@@ -37,12 +37,13 @@ class Batch(NamedTuple):
 
     Attributes:
         regions: of the ledger's layout. gradients: one for each. moments: second moments, one for each; none of them
-            in the space of gradients.
+            in the space of gradients. eps: added to their roots.
     """
 
     regions: list[int]
     gradients: list[Tensor]
     moments: list[Tensor]
+    eps: float = 0.0
 
 
 class Pass:
@@ -150,7 +151,8 @@ class Pending:
         return result
 
     def _batches(self, second_moments: SecondMoments | None) -> list[Batch]:
-        batches = [Batch([], [], []) for _ in range(self._ledgers)]
+        eps = 0.0 if second_moments is None else second_moments.eps
+        batches = [Batch([], [], [], eps) for _ in range(self._ledgers)]
         for index, gradient in self.gradients.items():
             which, region = self._places[index]
             batch = batches[which]

@@ -83,7 +83,7 @@ def _refused(call: Call, backend: ModuleType) -> str | None:
     elif call.wrong == "scale":
         options["scale"] = "large"
     else:
-        options |= {"layout": SketchLayout((1,), 1)}
+        options |= {"layout": SketchLayout((out.numel() + 1,), 1)}
     calls = {
         "moments": lambda: backend.moments(tensors),
         "pair_moments": lambda: backend.pair_moments(tensors, other),
