@@ -206,16 +206,19 @@ class Observer:
 
     def _look_again(self) -> None:
         """Where others wrote the running sums since they were read, what is there now is what is known."""
-        if not (self.running and self.hooks and self.measuring) or self._open or not self._accumulated.changed():
+        if not (self.running and self.hooks and self.measuring) or self._open:
             return
         start = perf_counter()
-        with torch.no_grad():
-            self._pending.gradients.update((k, None) for k, p in enumerate(self.parameters) if p.grad is not None)
-            batches = self._pending.take(self.second_moments)
-            for ledger, batch in zip(self.ledgers, batches, strict=True):
-                ledger.know(batch.regions, batch.gradients, batch.moments or None, batch.eps)
-        self._accumulated.note()
+        if self._accumulated.changed():
+            self._read_again()
         self._pending.now.seconds += perf_counter() - start
+
+    @torch.no_grad()
+    def _read_again(self) -> None:
+        self._pending.gradients.update((k, None) for k, p in enumerate(self.parameters) if p.grad is not None)
+        for ledger, batch in zip(self.ledgers, self._pending.take(self.second_moments), strict=True):
+            ledger.know(batch.regions, batch.gradients, batch.moments or None, batch.eps)
+        self._accumulated.note()
 
     # -- hooks ----------------------------------------------------------------------------------------------------
 
