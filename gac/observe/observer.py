@@ -106,7 +106,6 @@ class Observer:
         self._incoming: dict[int, Tensor] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._handles: list[RemovableHandle] = []
-        self.measuring = self.by_module = False
         self.measure(True)
 
     def _attach(self) -> None:
@@ -118,9 +117,8 @@ class Observer:
 
     def remove(self) -> None:
         """Takes the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        while self._handles:
+            self._handles.pop().remove()
 
     def measure(self, measuring: bool, *, by_module: bool = False) -> None:
         """Whether the step to come is measured, and also module by module.
