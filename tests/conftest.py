@@ -33,8 +33,10 @@ SLOW = (
     "gac/statistics/test_standard_errors.py",
     "gac/statistics/test_unbiased.py",
     # a thousand cases
-    "fuzz/test_planted.py",
+    "fuzz",
+    "gac/test_saved.py",
     "gac_kernels/test_cpu_library.py",
+    "gac_kernels/test_fallback.py",
 )
 """Folders and modules that take long for what they say about a small change; `make test` runs them too."""
 
