@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from gac.accumulation import Accumulation, accumulation_of
 from gac.silence import ZERO, Silence
 from gac.statistics.branch import Branch
 from gac.statistics.step import NAN, Statistics
@@ -31,6 +32,7 @@ class StepMetrics:
     def __init__(self, device: torch.device) -> None:
         self._mirror = HostMirror(device)
         self._zero = Silence(ZERO)
+        self._accumulation = {x: Accumulation(branch.value.upper()) for x, branch in _LETTERS.items()}
         self._looked_at = -1
         self._not_measured = _row(Statistics(n_s=torch.zeros((), device=device)))
         self._unknown: Tensor | None = None
@@ -78,6 +80,7 @@ class StepMetrics:
             for x, branch in _LETTERS.items():
                 if numbers[f"n_{x}"] > 0:
                     self._zero.take(branch, silent=bool(silent[f"silent_{x}"]))
+                    self._accumulation[x].take(*accumulation_of(numbers, x))
         return numbers | silent | self._host[step] | {"step": step}
 
 

@@ -692,3 +692,30 @@ def test_a_branch_whose_loss_never_reaches_backward_is_named():
 def test_a_step_that_is_no_number_of_a_step_is_refused(number):
     with pytest.raises(ValueError, match="step must be a whole number from 0 on"):
         gac.Controller("gac").update(None, step=number)
+
+
+# ---------------------------------------------------------------------------------------------------- accumulation
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(("power", "said"), [(0, False), (1, False), (2, True)])
+def test_a_loss_divided_twice_by_the_accumulation_is_said(estimator, power, said):
+    """Steps of 2 and of 6 micro-batches; the loss of each is divided by their number once, twice or not at all."""
+    model = mlp()
+    mixer = gac.patch(model, estimator=estimator, report_interval=None)
+    generator = torch.Generator().manual_seed(0)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for number in range(60):
+            count = 6 if number % 5 == 4 else 2  # the last window of an epoch
+            for branch, division in (("sft", power), ("rl", 1)):
+                with getattr(mixer, branch)():
+                    for _ in range(count):
+                        x = torch.randn(6, 8, generator=generator)
+                        mixer.backward(loss(model, x, branch) * MICRO_BATCHES / count**division)
+            mixer.step()
+            clear(model)
+        mixer.metrics(wait=True)
+    found = [str(warning.message) for warning in seen if "divided by the accumulation twice" in str(warning.message)]
+    assert len(found) == said
+    assert all("SFT branch shrink with the power -2" in text or "power -1.9" in text for text in found)
