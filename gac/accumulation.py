@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-FEWEST = 4
+FEWEST = 8
 """Steps of one ``n`` before their mean counts."""
 
 STEEPEST = -3.0
