@@ -34,6 +34,8 @@ SLOW = (
     "gac/statistics/test_unbiased.py",
     # a thousand cases
     "fuzz",
+    "gac/laws/test_edges.py",
+    "gac/test_misuse.py",
     "gac/test_saved.py",
     "gac_kernels/test_cpu_library.py",
     "gac_kernels/test_fallback.py",
