@@ -39,6 +39,7 @@ SLOW = (
     "gac/test_saved.py",
     "gac_kernels/test_cpu_library.py",
     "gac_kernels/test_fallback.py",
+    "gac_kernels/test_ops.py",
 )
 """Folders and modules that take long for what they say about a small change; `make test` runs them too."""
 

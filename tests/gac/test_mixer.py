@@ -234,6 +234,7 @@ def test_autograd_grad_is_no_contribution(estimator):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_compiled_models():
     model = tiny_model()
     compiled = torch.compile(model, backend="aot_eager")
