@@ -13,6 +13,10 @@ Tokens = float | Tensor | None
 """What a contribution counts for; see :meth:`gac.Mixer.backward`."""
 
 
+class UnweightedLoss(RuntimeError):
+    """A backward pass of a branch whose weight nobody has read."""
+
+
 @dataclass(frozen=True)
 class Contribution:
     """What one backward pass added to the gradients: its branch, and the tokens that it counts for (None: untold)."""

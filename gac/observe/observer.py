@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gac.observe.accumulated import Accumulated
-from gac.observe.contribution import Contribution, Seen, Tokens
+from gac.observe.contribution import Contribution, Seen, Tokens, UnweightedLoss
 from gac.observe.ledger import Ledger
 from gac.observe.module_names import group_parameters, some
 from gac.observe.optimizer_space import SecondMoments
@@ -174,8 +174,7 @@ class Observer:
         """
         with self._lock:
             self._close()
-            entered_with = self._tokens
-            told = entered_with if tokens is None else tokens
+            entered_with, told = self._tokens, self._tokens if tokens is None else tokens
             self.seen.check_tokens(self.branch, told)
             self._tokens = told
             self._look_again()
@@ -297,7 +296,7 @@ class Observer:
         self._close(note=False)  # this pass has written already
         self._passes.opened(call)
         if self.tells_weights and self.branch not in self.seen.weighted:
-            raise RuntimeError(
+            raise UnweightedLoss(
                 f"a backward pass in the {self.branch.value} branch, whose weight nobody has read: the loss lacks it. "
                 "Call mixer.backward(loss), or (mixer.weight * loss).backward()"
             )
@@ -340,6 +339,7 @@ class Observer:
         self._passes.ended(task)
         if torch._C._current_autograd_node() is None:
             self.finish(note=False)
+            self._incoming.clear()
             _queue_callback(self._accumulated.note)  # after the engine's own: DDP still copies what it has reduced
         elif not self._passes.guided:  # a nested pass: the contribution goes on, and may end without another hook
             self._pending.now.task = -1

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from gac.losses import count_label_tokens
+from gac.observe.contribution import UnweightedLoss
 from gac.trainers.demonstrations import DemonstrationBatch, DemonstrationCollator, EpochSampler, pad_demonstrations
 from gac.trainers.grouped_grpo import TOKEN_SUM_LOSSES, loss_mask
 from gac.trainers.patched import PatchedGRPOTrainer
@@ -29,6 +30,11 @@ from gac.trainers.prompts import TOKENS, demonstrations_of
 from gac.trainers.rules import LossTerms
 from gac.trainers.token_stats import label_logprobs
 from gac.trainers.window import Window
+
+_BYPASSED = (
+    "the RL loss did not pass through compute_loss, so it was not weighted; this version of TRL or one of its options "
+    "(a fused loss?) is not supported"
+)
 
 
 class BranchedGRPOTrainer(PatchedGRPOTrainer):
@@ -136,13 +142,12 @@ class BranchedGRPOTrainer(PatchedGRPOTrainer):
         with self._mixer_of_run.rl(tokens=tokens), self._no_sync(model, last=not self._rule.supervises):
             self._rl_weighted = False
             try:
-                return super().training_step(model, inputs, num_items_in_batch)
-            finally:
-                if not self._rl_weighted:
-                    raise RuntimeError(
-                        "the RL loss did not pass through compute_loss, so it was not weighted; this version of TRL or "
-                        "one of its options (a fused loss?) is not supported"
-                    )
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            except UnweightedLoss as error:
+                raise RuntimeError(_BYPASSED) from error
+        if not self._rl_weighted:  # in a step without hooks nobody else says so
+            raise RuntimeError(_BYPASSED)
+        return loss
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None) -> Any:
         """TRL's loss, with the rule's terms and weighted with ``1 - mu`` in training, as it is in evaluation."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from tests.fuzz import kernels, mixer
 from tests.fuzz.__main__ import main
@@ -13,14 +12,6 @@ from tests.fuzz.known import KNOWN
 from tests.fuzz.report import as_code
 
 DRAWS = 50
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_a_few_draws_find_nothing_new():

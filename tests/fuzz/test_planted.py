@@ -23,14 +23,6 @@ from tests.fuzz.draw import drawn
 from tests.fuzz.judge import judge, known_as, shrunk
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _wrong_weight(monkeypatch):
     real = weights.Weights.__init__
 
