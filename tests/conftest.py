@@ -22,8 +22,10 @@ SLOW = (
     "gac/laws/test_choice.py",
     "gac/laws/test_half_life.py",
     "gac/laws/test_momentum.py",
+    "gac/laws/test_paper_choices.py",
     "gac/laws/test_prior_weight.py",
     "gac/laws/test_standard_error.py",
+    "gac/observe/test_optimizer_space.py",
     "gac/plan",
     "gac/statistics/test_coefficient.py",
     "gac/statistics/test_correlated.py",
@@ -32,6 +34,8 @@ SLOW = (
     "gac/statistics/test_smoothing.py",
     "gac/statistics/test_standard_errors.py",
     "gac/statistics/test_unbiased.py",
+    # pictures
+    "gac/test_plots.py",
     # a thousand cases
     "fuzz",
     "gac/laws/test_edges.py",

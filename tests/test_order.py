@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,11 +69,17 @@ def _imported(node: ast.AST, importer: str, is_package: bool) -> Iterator[tuple[
 
 def place(module: str) -> tuple[int, str]:
     """Floor and entry of a module, by the most specific entry that it lies under; floor -1 where there is none."""
-    entries = {entry: floor for floor, names in enumerate(FLOORS) for entry in names}
-    whole = {entry for entry in entries if not any(other.startswith(f"{entry}.") for other in entries)}
+    entries, whole = _entries()
     under = [entry for entry in entries if module == entry or (entry in whole and module.startswith(f"{entry}."))]
     entry = max(under, key=len, default=module)
     return entries.get(entry, -1), entry
+
+
+@functools.cache
+def _entries() -> tuple[dict[str, int], set[str]]:
+    """The floor of each entry, and the entries that stand for all that lies under them."""
+    entries = {entry: floor for floor, names in enumerate(FLOORS) for entry in names}
+    return entries, {entry for entry in entries if not any(other.startswith(f"{entry}.") for other in entries)}
 
 
 def faults(root: Path) -> list[str]:

@@ -392,6 +392,7 @@ def test_rich_shows_the_same_numbers(deep):
         assert all(cell in text for cell in cells)
 
 
+@pytest.mark.slow  # matplotlib
 def test_maps_and_picture(deep, tmp_path):
     maps = deep.maps()
     assert maps["labels"] == [row.label for row in deep.modules]
