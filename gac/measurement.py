@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gac.fused.state import HostState, numbers_of
+from gac.fused.statistics import attach_errors, statistics_of
 from gac.observe.choice import choose_estimator, reads_running_sums
 from gac.observe.observer import Observer
 from gac.observe.optimizer_space import SecondMoments
@@ -26,6 +28,8 @@ from gac_kernels.arguments import accumulator_dtype
 
 MODULE_HISTORY = 512
 """Steps kept of those that were taken apart by module."""
+
+COUNTS = ("n_s", "n_r")
 
 NOTHING_OBSERVED = (
     "mixer.step() with nothing observed: no backward pass reached a patched parameter since the last step. Run the "
@@ -60,8 +64,8 @@ class Measurement:
         self.topology = topology
         self.modules: deque[ModuleStatistics] = deque(maxlen=MODULE_HISTORY)
         self.coefficient: Statistics | None = None
-        self.skipped = torch.zeros((), dtype=accumulator_dtype(self.device), device=self.device)
-        self._dtype = self.skipped.dtype
+        self._dtype = accumulator_dtype(self.device)
+        self._skipped: Tensor | float = torch.zeros((), dtype=self._dtype, device=self.device)
         self._options = options
         exact = self.estimator == "exact"
         watched = self.estimator != "coefficient"
@@ -80,6 +84,13 @@ class Measurement:
         self._reduction: Reduction | None = None  # on its way
         self.confirmed = topology.ranks == 1
         """Whether a first measured step has shown that hooks work on every rank."""
+
+    @property
+    def skipped(self) -> Tensor:
+        """Steps dropped for non-finite gradients so far, 0-dim."""
+        if not isinstance(self._skipped, Tensor):
+            self._skipped = torch.tensor(self._skipped, dtype=self._dtype)
+        return self._skipped
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Takes second moments from ``optimizer`` where gradients are measured in its space.
@@ -154,22 +165,55 @@ class Measurement:
         statistics = None
         if self._reduction is not None:
             sums, self._reduction = self._reduction.finish(), None
-            self._confirm(sums)
+            if not self.confirmed:
+                self._confirm(float(sums.silent), float(sums.n.sum()))
             statistics = self._from_sums(sums, present)
         self.used = self.estimator + ("+time" if self._uses_time() else "")
-        from_tokens = self.estimator == "coefficient" or (
-            self._options.estimator == "auto" and self.observer.seen.outside
-        )
-        if from_tokens:
+        if self.from_tokens:
             statistics, self.used = self.coefficient, "coefficient"
         if statistics is None:
             return None
         healthy = statistics.nonfinite == 0
-        self.skipped = self.skipped + (~healthy).to(self._dtype)
+        self._skipped = self.skipped + (~healthy).to(self._dtype)
         statistics = self._errors.attach(statistics)
-        if self.observer.by_module and not from_tokens:  # tokens say nothing of modules
+        if self.observer.by_module and not self.from_tokens:  # tokens say nothing of modules
             self.modules.append(take_apart(sums, statistics, self.observer.module_labels, step + 1))
         return statistics
+
+    @property
+    def from_tokens(self) -> bool:
+        """Whether this step's statistics are the coefficient estimator's."""
+        return self.estimator == "coefficient" or (self._options.estimator == "auto" and self.observer.seen.outside)
+
+    def finish_on_host(self, present: Sequence[bool], step: int) -> dict[str, float] | None:
+        """:meth:`finish` in numbers, by the names of :class:`gac.Statistics`: for gradients on the CPU."""
+        self.used = self.estimator + ("+time" if self._uses_time() else "")
+        if self._reduction is None:
+            return None
+        reduction, self._reduction = self._reduction, None
+        whole = reduction.finish() if self.observer.by_module else None
+        sums = reduction.finish_on_host() if whole is None else whole.on_host()
+        if not self.confirmed:
+            self._confirm(sums.silent, sum(sums.n))
+        lone = [self._uses_time(branch) for branch in Branch]
+        statistics = statistics_of(sums, present, lone)
+        healthy = statistics["nonfinite"] == 0
+        for k, branch in enumerate(Branch):
+            if lone[k]:
+                known = torch.tensor(healthy and statistics[COUNTS[k]] > 0)
+                take_in(branch, self.observer.ledgers, self._means, known)
+        if not healthy:
+            self._skipped = float(self._skipped) + 1.0
+        state, statistics = attach_errors(numbers_of(self._errors.state), statistics)
+        self._errors.state = HostState(state)
+        if whole is not None:
+            self.modules.append(take_apart(whole, Statistics.of(statistics), self.observer.module_labels, step + 1))
+        return statistics
+
+    @property
+    def skipped_on_host(self) -> float:
+        """:attr:`skipped` as a number; the host waits for a device."""
+        return float(self._skipped)
 
     def taken_apart(self, steps: int) -> list[ModuleStatistics]:
         """Statistics by module, oldest first. Raises RuntimeError where ``steps`` steps have brought none."""
@@ -182,12 +226,14 @@ class Measurement:
 
     # -- estimators -----------------------------------------------------------------------------------------------
 
-    def _confirm(self, sums: StepSums) -> None:
-        """In the first measured step, on every rank: did hooks run on all of them? The only wait for the device."""
-        if self.confirmed:
-            return
-        if float(sums.silent) > 0 or float(sums.n.sum()) == 0:
-            raise RuntimeError(f"{NOTHING_OBSERVED} ({float(sums.silent):.0f} of {self.topology.ranks} ranks)")
+    def _confirm(self, silent: float, n: float) -> None:
+        """In the first measured step, on every rank: did hooks run on all of them? The only wait for the device.
+
+        Args:
+            silent: ranks on which none has run. n: contributions of all ranks.
+        """
+        if silent > 0 or n == 0:
+            raise RuntimeError(f"{NOTHING_OBSERVED} ({silent:.0f} of {self.topology.ranks} ranks)")
         self.confirmed = True
 
     def _uses_time(self, branch: Branch | None = None) -> bool:
@@ -229,7 +275,7 @@ class Measurement:
 
     def go_on_from(self, earlier: Measurement) -> None:
         """Takes over what does not belong to single parameters: counts and the statistics' errors."""
-        self.skipped = earlier.skipped.to(self.device)
+        self._skipped = earlier.skipped.to(self.device)
         self._errors.state = {name: value.to(self.device) for name, value in earlier._errors.state.items()}
         self.confirmed = self.confirmed or earlier.confirmed
 
@@ -252,7 +298,7 @@ class Measurement:
 
     def take_state(self, state: dict) -> None:
         """Continues where :meth:`state_dict` left off: its parts, read as :class:`gac.saved.MixerState` says."""
-        self.skipped = state["skipped"]
+        self._skipped = state["skipped"]
         self._errors.state = state["uncertainty"]
         for k, means in enumerate(self._means):
             means.state = state["means"][k] if state["means"] else {}

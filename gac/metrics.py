@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,15 @@ class StepMetrics:
             self._unknown = torch.full_like(law["mu"], NAN)
         numbers = [mu.to(dtype), *(law.get(name, self._unknown) for name in OF_LAW.values()), skipped.to(dtype)]
         measured = self._not_measured if statistics is None else _row(statistics)
-        self._mirror.publish(step, torch.cat([torch.stack(numbers), measured]))
+        self._keep(step, torch.cat([torch.stack(numbers), measured]), seconds, estimator)
+
+    def publish_numbers(self, step: int, numbers: Sequence[float], *, seconds: float, estimator: str) -> None:
+        """:meth:`publish` for numbers that are on the host: those of :data:`NAMES`, in that order."""
+        self.latest(wait=False)
+        self._keep(step, numbers, seconds, estimator)
+
+    def _keep(self, step: int, numbers: Tensor | Sequence[float], seconds: float, estimator: str) -> None:
+        self._mirror.publish(step, numbers)
         self._host = {k: v for k, v in self._host.items() if k >= step - 1}
         self._host[step] = {"seconds": seconds, "estimator": estimator}
 
@@ -98,14 +107,14 @@ class HostMirror:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._slots: list[tuple[int, Tensor, torch.cuda.Event | None] | None] = [None, None]
+        self._slots: list[tuple[int, Any, torch.cuda.Event | None] | None] = [None, None]
         self._published = 0
 
-    def publish(self, tag: int, vector: Tensor) -> None:
-        """Starts the copy of ``vector`` (1-D), labelled ``tag``."""
+    def publish(self, tag: int, vector: Tensor | Sequence[float]) -> None:
+        """Starts the copy of ``vector`` (1-D), labelled ``tag``; numbers of the host are there already."""
         slot = self._published % 2
         self._published += 1
-        if not self._cuda:
+        if not isinstance(vector, Tensor) or not self._cuda:
             self._slots[slot] = (tag, vector, None)
             return
         with torch.cuda.device(vector.device):
@@ -128,5 +137,5 @@ class HostMirror:
                     event.synchronize()
                 elif not event.query():
                     continue
-            return tag, host.tolist()
+            return tag, host.tolist() if isinstance(host, Tensor) else list(host)
         return None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gac.branches import Branches
+from gac.ending import Ending, present_weights
 from gac.following import Following
 from gac.laws.controller import Controller
 from gac.measurement import Measurement
@@ -27,7 +28,6 @@ from gac.saved import VERSION, MixerState, read_state
 from gac.statistics.branch import Branch
 from gac.statistics.by_module import ModuleStatistics
 from gac.statistics.step import Statistics
-from gac.weights import Weights
 
 if TYPE_CHECKING:
     from gac.report import Report
@@ -59,9 +59,8 @@ class Mixer:
         self._following = Following(self._measure_by)
         weakref.finalize(self, self._following.remove)
         self._told: dict[str, Any] | None = None  # what the law is told of a step that has ended and is not settled
-        self._statistics: Statistics | None = None
         self._watch_parameters()
-        self._metrics = StepMetrics(self.device)
+        self._ending = Ending(self._measurement, self.controller, StepMetrics(self.device))
         if options.optimizer is not None:
             self._following.end_with(options.optimizer, self.step)
         self._measurement.plan(self.controller.steps)
@@ -79,7 +78,8 @@ class Mixer:
         self._parameters = [parameter for _, parameter in parameters]
         self.controller.law.to(self.device)
         engine = EngineChecks(model, self._parameters, topology)
-        self._branches = Branches(self._measurement, engine, options.scaler, Weights(self.controller.mu))
+        weights = present_weights(self.controller, self.device)
+        self._branches = Branches(self._measurement, engine, options.scaler, weights)
         self._patched = self._measurement.observer
         weakref.finalize(self, self._patched.remove)  # nobody could end a step any more
         self._following.look_out(self._parameters, named=options.optimizer)
@@ -122,6 +122,7 @@ class Mixer:
         earlier.observer.remove()
         release(set(watched) - set(self._parameters))
         self._measurement.go_on_from(earlier)
+        self._ending.measurement = self._measurement
         self._measurement.plan(self.controller.steps)
 
     def _measure_by(self, optimizer: torch.optim.Optimizer) -> None:
@@ -286,17 +287,7 @@ class Mixer:
         start = perf_counter()
         try:
             with torch.inference_mode(False), torch.no_grad():
-                self._statistics = self._measurement.finish(self._branches.weights.present, self.controller.steps)
-                self._branches.weights = Weights(self.controller.update(self._statistics, **told))
-                self._metrics.publish(
-                    self.controller.steps - 1,
-                    mu=self._branches.weights.mu,
-                    law=self.controller.law.state,
-                    skipped=self._measurement.skipped,
-                    statistics=self._statistics,
-                    seconds=self._measurement.observer.seconds + perf_counter() - start,
-                    estimator=self._measurement.used,
-                )
+                self._branches.weights = self._ending.end(self._branches.weights, told, start)
         finally:
             self._branches.end_step()
             self._measurement.plan(self.controller.steps)
@@ -307,7 +298,7 @@ class Mixer:
     def statistics(self) -> Statistics | None:
         """Statistics of the last step, as 0-dim tensors on the device; None where it measured none."""
         self._settle()
-        return self._statistics
+        return self._ending.statistics
 
     @property
     def coefficient(self) -> Statistics | None:
@@ -353,7 +344,7 @@ class Mixer:
         if wait:
             self._settle()
         prefix = "" if self._options.name is None else f"{self._options.name}/"
-        return {prefix + name: value for name, value in self._metrics.latest(wait=wait).items()}
+        return {prefix + name: value for name, value in self._ending.metrics.latest(wait=wait).items()}
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -376,7 +367,7 @@ class Mixer:
         state = read_state(state_dict, MixerState(self.controller, self.device, self._measurement.sketches))
         self.controller.load_state_dict(state["controller"])
         self._measurement.take_state(state)
-        self._branches.weights = Weights(self.controller.mu)
+        self._branches.weights = present_weights(self.controller, self.device)
         self._branches.end_step()
         self._measurement.plan(self.controller.steps)
 

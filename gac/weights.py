@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -26,6 +29,37 @@ class Weights:
         self.present = pair > 0
         self.of = dict(zip(Branch, pair.unbind(), strict=True))
         self.undone = dict(zip(Branch, torch.where(self.present, 1.0 / pair, 0.0).unbind(), strict=True))
+
+
+class HostWeights(Weights):
+    """The same from a number, on the CPU.
+
+    Args:
+        mu: of the step to come.
+
+    Attributes:
+        number: ``mu`` as the float32 that it is in losses. present_on_host: ``present`` as numbers.
+    """
+
+    def __init__(self, mu: float) -> None:
+        self.number = _float32(mu)
+        # Differences and quotients of float32 numbers that double precision rounds first come out the same.
+        pair = self.number, _float32(1.0 - self.number)
+        self.present_on_host = pair[0] > 0, pair[1] > 0
+        undone = [_float32(1.0 / weight) if weight > 0 else 0.0 for weight in pair]
+        self.mu = torch.tensor(self.number, dtype=torch.float32)
+        s, r, undone_s, undone_r = torch.tensor([*pair, *undone], dtype=torch.float32).unbind()
+        self.of = {Branch.SFT: s, Branch.RL: r}
+        self.undone = {Branch.SFT: undone_s, Branch.RL: undone_r}
+
+    @cached_property
+    def present(self) -> Tensor:  # type: ignore[override]
+        return torch.tensor(self.present_on_host)
+
+
+def _float32(x: float) -> float:
+    """The nearest float32; beyond them an infinity."""
+    return struct.unpack("f", struct.pack("f", x))[0] if abs(x) < 3.4028235e38 else x * float("inf")
 
 
 _FACTOR_NODES = 32

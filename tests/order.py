@@ -12,9 +12,10 @@ FLOORS = (
     ("gac.statistics",),
     ("gac.plots", "gac.schedules", "gac.version"),  # these import nothing of the package
     ("gac.laws", "gac.observe", "gac.accumulation", "gac.silence"),
+    ("gac.fused",),
     ("gac.metrics", "gac.options", "gac.saved", "gac.weights"),
     ("gac.measurement",),
-    ("gac.branches", "gac.following"),
+    ("gac.branches", "gac.ending", "gac.following"),
     ("gac.report",),  # below the mixer, whose report() makes one when asked
     ("gac.mixer",),
     ("gac.patching",),

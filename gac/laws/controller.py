@@ -62,6 +62,24 @@ class Controller:
         """
         if statistics is not None and not isinstance(statistics, Statistics):
             raise TypeError(f"statistics must be gac.Statistics or None, got {type(statistics).__name__}")
+        told = self.told(step=step, prior=prior, alpha=alpha, kl=kl, entropy=entropy)
+        if statistics is not None and statistics.device != self.law.mu.device:
+            self.law.to(statistics.device)
+        with torch.no_grad():
+            mu = self.law.update(statistics, told)
+        self.steps = told.number + 1
+        return mu
+
+    def told(
+        self,
+        *,
+        step: int | None = None,
+        prior: float | None = None,
+        alpha: float | None = None,
+        kl: float | Tensor | None = None,
+        entropy: float | Tensor | None = None,
+    ) -> Step:
+        """What the law is told of a step, checked; see :meth:`update`."""
         for name, value in (("prior", prior), ("alpha", alpha)):
             if value is not None and not isinstance(value, Tensor) and not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
@@ -71,12 +89,7 @@ class Controller:
         for name in self.law.needs:
             if getattr(told, name) is None:
                 raise ValueError(f"law {self.law.name!r} follows {name}: pass {name}=... in every step")
-        if statistics is not None and statistics.device != self.law.mu.device:
-            self.law.to(statistics.device)
-        with torch.no_grad():
-            mu = self.law.update(statistics, told)
-        self.steps = told.number + 1
-        return mu
+        return told
 
     def state_dict(self) -> dict:
         """Tensors and numbers alone: loads with ``torch.load(..., weights_only=True)``."""

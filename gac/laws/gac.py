@@ -133,9 +133,9 @@ class GacLaw(Law):
         self.mu_min, self.mu_max = bounds(mu_min, mu_max, start=start)
         # [averages, ...], the long one last; columns: sigma_s2, sigma_r2, delta_g2 (in "squares" distance2, which is
         # measured when delta_g2 is). With a step's weight w:
-        rates = [math.log(2) / half_life for half_life in ((SHORT, LONG) if self.chooses else (self.half_life,))]
-        self._rates = torch.tensor(rates, dtype=torch.float64).view(-1, 1, 1)
-        averages = len(rates)
+        self.rates = [math.log(2) / half_life for half_life in ((SHORT, LONG) if self.chooses else (self.half_life,))]
+        self._rates = torch.tensor(self.rates, dtype=torch.float64).view(-1, 1, 1)
+        averages = len(self.rates)
         self.state["sums"] = torch.zeros(averages, 2, 3, dtype=torch.float64)  # of w*value and of w
         self.state["squares"] = torch.zeros(averages, 3, 3, dtype=torch.float64)  # w^2 SE^2; w^2 with known SE; w^2
         self.state["waiting"] = torch.zeros(3, dtype=torch.float64)  # updates since it was measured

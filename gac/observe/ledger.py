@@ -256,6 +256,14 @@ class Ledger:
             return self.module_powers().sum(1)
         return self._scaled(self._rows[:k, 0]) if self.direct else self._rows[:k, self._cells].sum(1)
 
+    def powers_on_host(self) -> list[float]:
+        """:meth:`powers` as numbers; the host waits."""
+        if not self.direct or self.by_module:
+            return self.powers().tolist()
+        scales = {id(scale): float(scale) ** 2 for scale in self._scales}  # one for each branch
+        squares = self._rows[: len(self._scales), 0].tolist()
+        return [square * scales[id(scale)] for square, scale in zip(squares, self._scales, strict=True)]
+
     def module_powers(self) -> Tensor:
         """``[K, modules]``: the part of ``|x_k|^2`` in each module; in a step that is taken apart."""
         return self._scaled(torch.stack(self._module_rows[: len(self._scales)])[..., 0])

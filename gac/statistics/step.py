@@ -6,6 +6,7 @@ contributions, say); laws keep what they knew of such a number.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -62,6 +63,15 @@ class Statistics:
             else:
                 value = torch.full((), float(value), dtype=dtype, device=device)  # no copy from the host
             setattr(self, field.name, value)
+
+    @classmethod
+    def of(cls, numbers: Mapping[str, float]) -> Statistics:
+        """From all fields as numbers by name; 0-dim float64 tensors on the CPU."""
+        found = object.__new__(cls)
+        names = cls.names()
+        vector = torch.tensor([numbers[name] for name in names], dtype=torch.float64)
+        vars(found).update(zip(names, vector.unbind(), strict=True))
+        return found
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+
+class SumsOnHost(NamedTuple):
+    """:class:`StepSums` as Python numbers, without those by module."""
+
+    power: tuple[float, float]
+    tokens: tuple[float, float]
+    n: tuple[float, float]
+    nonfinite: float
+    silent: float
+    norms: tuple[float, float, float]
+    time_noise: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -32,3 +46,9 @@ class StepSums:
     time_noise: Tensor
     module_power: Tensor | None = None
     module_norms: Tensor | None = None
+
+    def on_host(self) -> SumsOnHost:
+        """The same as numbers; the host waits for the device."""
+        pieces = (self.power, self.tokens, self.n, self.nonfinite, self.silent, self.norms, self.time_noise)
+        ps, pr, ts, tr, ns, nr, nonfinite, silent, a, b, d, vs, vr = torch.cat([x.reshape(-1) for x in pieces]).tolist()
+        return SumsOnHost((ps, pr), (ts, tr), (ns, nr), nonfinite, silent, (a, b, d), (vs, vr))

@@ -18,8 +18,8 @@ HALF_LIFE = 30.0
 LEVEL_HALF_LIFE = 7.0
 """Measured steps over which the level is averaged that differences are relative to; as the law's own average."""
 
-_STEADY = 1024
-"""Measurements after which nothing changes any more: 2^(-1024/30) is 5e-11."""
+STEADY = 1024
+"""Measurements after which the weights change no more: 2^(-1024/30) is 5e-11."""
 
 
 class SuccessiveDifferences:
@@ -46,7 +46,7 @@ class SuccessiveDifferences:
     """
 
     def __init__(self, n: int, device: torch.device, dtype: torch.dtype) -> None:
-        self._table = _table().to(device=device, dtype=dtype)
+        self._table = table_of_weights().to(device=device, dtype=dtype)
         zeros = torch.zeros(4, n, dtype=dtype, device=device)
         zeros[0] = float("nan")
         self.state: dict[str, Tensor] = dict(zip(("last", "level", "average", "count"), zeros.unbind(), strict=True))
@@ -74,7 +74,7 @@ class SuccessiveDifferences:
         estimates = estimates.to(last.dtype)
         use = torch.isfinite(estimates) & healthy
         count = count + use
-        of_level, of_average, factor = self._table[count.long().clamp(max=_STEADY)].unbind(-1)
+        of_level, of_average, factor = self._table[count.long().clamp(max=STEADY)].unbind(-1)
         level = torch.where(use, torch.lerp(level, estimates.abs(), of_level), level)
         difference = torch.where(estimates == last, 0.0, (estimates - last) / level)  # 0 / 0 is no difference
         squared = torch.where(use & (count >= 2), difference.square() / 2, average)
@@ -88,12 +88,12 @@ class SuccessiveDifferences:
         return level * average.sqrt() * factor
 
 
-def _table() -> Tensor:
-    """``[_STEADY + 1, 3]``, a row for each number of measurements.
+def table_of_weights() -> Tensor:
+    """``[STEADY + 1, 3]``, a row for each number of measurements.
 
     The weights of the newest value in the averages of levels and of differences, then Student's factor.
     """
-    counts = torch.arange(_STEADY + 1, dtype=torch.float64)
+    counts = torch.arange(STEADY + 1, dtype=torch.float64)
     of_level, of_average = _newest(LEVEL_HALF_LIFE, counts), _newest(HALF_LIFE, counts - 1)
     factor = torch.where(counts >= 2, _student(degrees_of_freedom(counts - 1)), float("nan"))
     return torch.stack([of_level, of_average, factor], dim=1)

@@ -1,7 +1,7 @@
 """The sums of one optimizer step, over contributions, devices and ranks; one collective on its way at most.
 
-Two cases (:class:`gac.observe.topology.Topology`), a class each behind the interface of :class:`Reduction`. The message
-grows with the number of ranks in neither.
+Three cases (:class:`gac.observe.topology.Topology`), a class each behind the interface of :class:`Reduction`. In none
+does the message grow with the number of ranks.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ from torch import Tensor
 
 from gac.observe.observer import Observer
 from gac.observe.reduction.base import Reduction
+from gac.observe.reduction.local import LocalReduction
 from gac.observe.reduction.replica import ReplicaReduction
 from gac.observe.reduction.rows import gather_rows
 from gac.observe.reduction.shard import ShardReduction
 from gac.observe.topology import Topology
 
-__all__ = ["Reduction", "ReplicaReduction", "ShardReduction", "gather_rows", "reduce_step"]
+__all__ = ["LocalReduction", "Reduction", "ReplicaReduction", "ShardReduction", "gather_rows", "reduce_step"]
 
 
 def reduce_step(
     observer: Observer, device: torch.device, topology: Topology, *, time_noise: Tensor, silent: bool
 ) -> Reduction:
     """Posts the sums of a step that has ended; see :class:`Reduction`."""
-    kind = ShardReduction if topology.sharded else ReplicaReduction
+    kind: type[Reduction] = ShardReduction if topology.sharded else ReplicaReduction
+    if topology.ranks == 1 and not topology.sharded and device.type == "cpu":
+        kind = LocalReduction
     return kind(observer, device, topology, time_noise=time_noise, silent=silent)

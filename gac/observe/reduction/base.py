@@ -12,7 +12,7 @@ from torch import Tensor
 from gac.observe.observer import Observer
 from gac.observe.reduction.message import Message
 from gac.observe.topology import Topology
-from gac.statistics.sums import StepSums
+from gac.statistics.sums import StepSums, SumsOnHost
 
 
 class Reduction(ABC):
@@ -46,6 +46,10 @@ class Reduction(ABC):
         """The sums; the device (on a CPU: the host) waits for the collective."""
         found = self._message.unpack()
         return self._unpack(found)
+
+    def finish_on_host(self) -> SumsOnHost:
+        """The sums as numbers, without those by module; the host waits."""
+        return self.finish().on_host()
 
     @abstractmethod
     def _pack(self) -> dict[str, Tensor]:

@@ -1,0 +1,48 @@
+"""One process: the sums are at hand, and nothing travels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gac.observe.observer import Observer
+from gac.observe.reduction.replica import ReplicaReduction
+from gac.statistics.branch import Branch
+from gac.statistics.sums import StepSums, SumsOnHost
+
+
+class LocalReduction(ReplicaReduction):
+    """Sums of a lone process. They are taken when they are asked for: the ledgers must not be cleared before."""
+
+    def __init__(self, observer: Observer, device: torch.device, *arguments: Any, **more: Any) -> None:
+        self._begin = lambda: super(LocalReduction, self).__init__(observer, device, *arguments, **more)
+        self._observer, self._time_noise = observer, more["time_noise"]
+
+    def finish(self) -> StepSums:
+        self._begin()
+        return super().finish()
+
+    def finish_on_host(self) -> SumsOnHost:
+        ledgers, seen = self._observer.ledgers, self._observer.seen
+        of_ledgers = [ledger.powers_on_host() for ledger in ledgers]
+        powers = [sum(parts) for parts in zip(*of_ledgers, strict=True)]
+        power, tokens, n = {}, {}, {}
+        for branch in Branch:
+            own = [k for k, c in enumerate(seen.contributions) if c.branch is branch]
+            told = [seen.contributions[k].tokens for k in own]
+            counts = [1.0 if t is None else float(t) for t in told]
+            power[branch] = sum(powers[k] * (1.0 / t) for k, t in zip(own, counts, strict=True) if t > 0)
+            tokens[branch] = sum(counts)
+            n[branch] = float(sum(t > 0 for t in counts))
+        norms = [sum(parts) for parts in zip(*(x.inner(x.both_totals).tolist() for x in ledgers), strict=True)]
+        s, r = Branch.SFT, Branch.RL
+        return SumsOnHost(
+            power=(power[s], power[r]),
+            tokens=(tokens[s], tokens[r]),
+            n=(n[s], n[r]),
+            nonfinite=sum(float(ledger.nonfinite()) for ledger in ledgers) + float(seen.broken),
+            silent=0.0,
+            norms=(norms[0], norms[1], norms[2]),
+            time_noise=tuple(self._time_noise.tolist()),
+        )

@@ -1,0 +1,193 @@
+"""Steps that end in one piece against steps that end in torch: statistics, standard errors, weights, metrics, state."""
+
+import math
+import random
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gac
+import gac.ending
+from gac.ending import why_in_torch
+from tests.gac.fused.test_law import same
+
+CASES = {
+    "sketch": {"estimator": "sketch"},
+    "exact": {"estimator": "exact"},
+    "every third step": {"estimator": "sketch", "interval": 3},
+    "by module": {"report_interval": 2},
+    "prior": {"prior": {"warmup": 5, "decay": 30, "peak": 0.9, "valley": 0.1}},
+    "kl": {"alpha": "kl"},
+    "one half-life": {"half_life": 10, "cap": 0.3, "mu_min": 0.0, "mu_max": 1.0},
+    "auto": {"estimator": "auto"},
+}
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+
+    def loss(self, draw: random.Random) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(draw.randrange(2**31))
+        x = torch.randn(4, 6, generator=generator)
+        return (self.layers(x) - torch.randn(4, 3, generator=generator)).square().mean()
+
+
+def train(case: str, steps: int, *, load: dict | None = None, first: int = 0):
+    """The mixer after each step, on draws that depend on the step alone."""
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
+    with gac.patch(model, **CASES[case]) as mixer:
+        if load is not None:
+            mixer.load_state_dict(load)
+        for step in range(first, first + steps):
+            draw = random.Random(f"{case} {step}")
+            kind = draw.choice(["plain", "plain", "tokens", "lone", "no demonstrations", "broken", "mixed"])
+            if kind == "mixed" and case == "auto":
+                rows = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
+                mixer.observe_tokens(-rows.abs(), rows[:, 0], torch.ones(5, 3), torch.arange(5) < 2)
+                mixer.mixed_loss(sft_loss=model.loss(draw), rl_loss=model.loss(draw)).backward()
+            else:
+                for branch in (mixer.sft, mixer.rl):
+                    if kind == "no demonstrations" and branch == mixer.sft:
+                        continue
+                    with branch():
+                        for _ in range(1 if kind == "lone" else draw.choice([2, 3, 5])):
+                            told = {"tokens": float(draw.randrange(5))} if kind == "tokens" else {}
+                            factor = math.inf if kind == "broken" and draw.random() < 0.3 else 1.0
+                            mixer.backward(factor * model.loss(draw), **told)
+            finite = all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad()
+            mixer.step(**({"kl": draw.lognormvariate(-4, 1)} if case == "kl" else {}))
+            yield mixer
+
+
+def everything(mixer: gac.Mixer) -> dict:
+    """What a user can read."""
+    told = {k: v for k, v in mixer.metrics(wait=True).items() if k != "seconds"}
+    statistics = mixer.statistics
+    fields = {} if statistics is None else {k: float(getattr(statistics, k)) for k in gac.Statistics.names()}
+    modules = [] if mixer.modules is None else mixer.modules.values.flatten().tolist()
+    return {"metrics": told, "statistics": fields, "modules": modules, "mu": float(mixer.mu)}
+
+
+def flat(value):
+    if isinstance(value, dict):
+        return [x for name in value for x in (name, *flat(value[name]))]
+    if isinstance(value, (list, tuple)):
+        return [x for item in value for x in flat(item)]
+    return value.flatten().tolist() if isinstance(value, torch.Tensor) else [value]
+
+
+def agree(found, expected):
+    for f, e in zip(flat(found), flat(expected), strict=True):
+        assert same(f, e, 1e-12) if isinstance(e, float) else f == e, (f, e)
+
+
+@pytest.fixture
+def in_torch(monkeypatch):
+    """Makes every step end in torch."""
+
+    def switch(on: bool) -> None:
+        monkeypatch.setattr(gac.ending, "why_in_torch", (lambda *_: "asked for") if on else why_in_torch)
+
+    return switch
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_ways_agree(case, in_torch):
+    in_torch(True)
+    expected = [(everything(mixer), mixer.state_dict()) for mixer in train(case, 60)]
+    in_torch(False)
+    measured = 0
+    for mixer, (seen, state) in zip(train(case, 60), expected, strict=True):
+        agree(everything(mixer), seen)
+        agree(mixer.state_dict(), state)
+        measured += mixer.statistics is not None
+    assert measured >= 20
+    assert why_in_torch(mixer.controller.law, mixer.device) is None
+
+
+@pytest.mark.parametrize("first_in_torch", [True, False])
+def test_a_state_goes_from_one_to_the_other(first_in_torch, in_torch):
+    in_torch(first_in_torch)
+    for mixer in train("sketch", 30):
+        state = mixer.state_dict()
+    expected = [everything(mixer) for mixer in train("sketch", 10, first=30, load=state)]
+    in_torch(not first_in_torch)
+    found = [everything(mixer) for mixer in train("sketch", 10, first=30, load=state)]
+    agree(found, expected)
+
+
+def test_numbers_that_were_handed_out_stay():
+    held = []
+    for mixer in train("sketch", 10):
+        held.append((mixer.mu, float(mixer.mu), mixer.controller.mu, float(mixer.controller.mu)))
+    assert len({value for _, value, _, _ in held}) > 5
+    for mu, value, of_law, value_of_law in held:
+        assert float(mu) == value
+        assert float(of_law) == value_of_law
+
+
+def test_a_state_that_somebody_wrote_into_counts():
+    for step, mixer in enumerate(train("sketch", 3)):
+        if step == 1:
+            mixer.controller.law.state["mu"].fill_(0.2)
+        if step == 2:
+            assert abs(float(mixer.controller.mu) - 0.2) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("law", "reason"),
+    [("gac", None), ("paper", "law 'paper'"), ("chord-mu", "law 'chord-mu'"), ("fixed", "law 'fixed'")],
+)
+def test_what_is_not_served_is_said(law, reason):
+    found = why_in_torch(gac.Controller(law).law, torch.device("cpu"))
+    assert found is None if reason is None else reason in found
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("case", "most"), [("sketch", 20), ("exact", 20), ("prior", 20), ("kl", 20)])
+def test_the_end_of_a_measured_step_is_few_operations(case, most):
+    model = Model()
+    draw = random.Random(0)
+    with gac.patch(model, report_interval=None, **CASES[case]) as mixer:
+        for _ in range(3):
+            for branch in (mixer.sft, mixer.rl):
+                with branch():
+                    for _ in range(4):
+                        mixer.backward(model.loss(draw))
+            with Operations() as seen:
+                mixer.step(kl=0.01)
+    assert 0 < len(seen.names) <= most, seen.names
+
+
+def test_the_end_of_a_step_without_measurement_is_fewer():
+    model = Model()
+    draw = random.Random(0)
+    with gac.patch(model, interval=2) as mixer:
+        for _ in range(4):
+            for branch in (mixer.sft, mixer.rl):
+                with branch():
+                    mixer.backward(model.loss(draw))
+            with Operations() as seen:
+                mixer.step()
+    assert mixer.statistics is None
+    assert len(seen.names) <= 3, seen.names
