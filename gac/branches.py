@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ContextDecorator, contextmanager
+from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gac.measurement import Measurement
-from gac.observe.contribution import Tokens
+from gac.observe.contribution import Seen, Tokens
 from gac.observe.engine import EngineChecks
 from gac.observe.pending import resolve_buffers
 from gac.statistics.branch import Branch
@@ -17,6 +19,33 @@ from gac.weights import Weights, is_factor
 
 _CHECKED_LOSSES = 64
 """Calls of ``backward`` that look for a weight in the loss: those of the first steps."""
+
+
+class Within(ContextDecorator):
+    """The context of a branch.
+
+    Args:
+        ready: gives the branches of the step under way when the context begins.
+        branch: which one. tokens: what its contributions count for.
+        gives: what ``as`` names.
+    """
+
+    def __init__(self, ready: Callable[[], Branches], branch: Branch, tokens: Tokens, gives: Any) -> None:
+        self._ready, self._branch, self._tokens, self._gives = ready, branch, tokens, gives
+
+    def __enter__(self) -> Any:
+        branches = self._ready()
+        self._observer = observer = branches.observer
+        start = perf_counter()
+        branches.enter(self._branch, self._tokens)
+        observer.seconds += perf_counter() - start
+        return self._gives
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        observer, start = self._observer, perf_counter()
+        before = observer.seconds
+        observer.leave(failed=kind is not None)
+        observer.seconds = before + perf_counter() - start  # what it has counted by itself is in this
 
 
 class Branches:
@@ -30,6 +59,7 @@ class Branches:
 
     Attributes:
         weights: of the present step; the mixer replaces them.
+        observer: watches the parameters.
     """
 
     def __init__(
@@ -42,60 +72,64 @@ class Branches:
         self.weights = weights
         self._checks = _CHECKED_LOSSES
         self._measurement = measurement
-        self._observer = measurement.observer
-        self._observer.tells_weights = True
+        self.observer = measurement.observer
+        self.observer.tells_weights = True
         self._engine = engine
         self._scaler = scaler
 
     @property
     def weight(self) -> Tensor:
         """The weight of the branch under way."""
-        if self._observer.branch is None:
+        if self.observer.branch is None:
             raise RuntimeError("mixer.weight belongs to a branch: read it inside `with mixer.sft():` or `mixer.rl()`")
-        self._observer.seen.weighted.add(self._observer.branch)
-        return self.weights.of[self._observer.branch]
+        self.observer.seen.weighted.add(self.observer.branch)
+        return self.weights.of[self.observer.branch]
 
     @property
     def mu(self) -> Tensor:
         """The weight of the SFT branch; read within a branch, what a loss may be weighted with."""
-        if self._observer.branch is not None:
-            self._observer.seen.weighted.add(self._observer.branch)
+        if self.observer.branch is not None:
+            self.observer.seen.weighted.add(self.observer.branch)
         return self.weights.mu
 
     def require_none(self, call: str, then: str) -> None:
         """Raises RuntimeError where ``call`` is made inside a branch."""
-        if self._observer.branch is not None:
-            raise RuntimeError(f"{call} inside `with mixer.{self._observer.branch.value}():`: {then}")
+        if self.observer.branch is not None:
+            raise RuntimeError(f"{call} inside `with mixer.{self.observer.branch.value}():`: {then}")
 
-    @contextmanager
-    def enter(self, branch: Branch, tokens: Tokens) -> Iterator[None]:
-        """A branch, from its beginning to its end."""
-        observer = self._observer
-        then = "leave the first branch before entering another; several backward passes may share one"
-        self.require_none(f"`with mixer.{branch.value}():`", then)
+    def enter(self, branch: Branch, tokens: Tokens) -> None:
+        """A branch begins."""
+        observer = self.observer
+        if observer.branch is not None:
+            then = "leave the first branch before entering another; several backward passes may share one"
+            self.require_none(f"`with mixer.{branch.value}():`", then)
         if tokens is not None:  # passes inside may be told their own
             observer.seen.check_tokens(branch, tokens)
         self._engine.enter(branch, measuring=observer.measuring)
-        scale = self._measurement.scaled(self.weights.undone[branch])
-        if self._scaler is not None and observer.measuring:
-            scale = scale / self._scaler.scale(torch.ones_like(scale))
+        scale = self.weights.undone[branch]
+        if observer.measuring:
+            scale = self._measurement.scaled(scale)
+            if self._scaler is not None:
+                scale = scale / self._scaler.scale(torch.ones_like(scale))
         observer.enter(branch, scale, tokens)
-        try:
-            yield
-        except BaseException:
-            observer.leave(failed=True)
-            raise
-        observer.leave(failed=False)
+
+    def pass_by(self, weights: Weights) -> None:
+        """A step ends that nothing was measured in; ``weights`` are those of the next."""
+        self.weights, self.observer.seen = weights, Seen()
+        self._engine.end_step()
 
     def backward(self, loss: Tensor, tokens: Tokens) -> None:
         """The backward pass of a loss with its weight, as one contribution."""
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss must be a tensor, got {type(loss).__name__}")
-        if self._observer.branch is None:
+        if self.observer.branch is None:
             raise RuntimeError("backward outside a branch: call it inside `with mixer.sft():` or `with mixer.rl():`")
-        self._check_unweighted(loss, self._observer.branch)
-        with self._observer.contribution(tokens):
-            (self.weights.of[self._observer.branch] * loss).backward()
+        self._check_unweighted(loss, self.observer.branch)
+        if not self.observer.measuring:
+            (self.weights.of[self.observer.branch] * loss).backward()
+            return
+        with self.observer.contribution(tokens):
+            (self.weights.of[self.observer.branch] * loss).backward()
 
     def _check_unweighted(self, loss: Tensor, entered: Branch) -> None:
         """Raises ValueError for a loss that has a weight already; in the first steps alone, it walks the graph."""
@@ -111,7 +145,7 @@ class Branches:
 
     def take(self, buffers: object, parameters: list[nn.Parameter], tokens: Tokens) -> None:
         """One contribution from the buffers of a trainer that keeps gradients itself."""
-        observer = self._observer
+        observer = self.observer
         if observer.hooks:
             raise RuntimeError("mixer.observe beside hooks would count gradients twice: patch with hooks=False")
         if observer.branch is None:
@@ -133,13 +167,13 @@ class Branches:
                 got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
                 raise TypeError(f"{name} must be a scalar tensor, got {got}")
         self.require_none("mixer.mixed_loss", "it weights both losses by itself, call it outside")
-        self._observer.seen.outside = self._observer.seen.fired = True
+        self.observer.seen.outside = self.observer.seen.fired = True
         return self.weights.of[Branch.SFT] * sft_loss + self.weights.of[Branch.RL] * rl_loss
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Backward passes inside are no part of the step."""
-        seen = self._observer.seen
+        seen = self.observer.seen
         expected, seen.outside = seen.outside, True
         try:
             yield

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
 
 import torch
 
+from gac.cadence import WARM_UP, BudgetCadence, Cadence, FixedCadence
 from gac.fused import law as fused_law
-from gac.fused.state import HostState, numbers_of
+from gac.fused.state import HostState, Numbers, numbers_of
 from gac.fused.statistics import UNMEASURED, cosine_of
 from gac.laws.base import Law
 from gac.laws.controller import Controller
 from gac.laws.gac import GacLaw
 from gac.measurement import Measurement
 from gac.metrics import StepMetrics
+from gac.options import Options
 from gac.statistics.step import Statistics
 from gac.weights import HostWeights, Weights
 
@@ -30,9 +33,15 @@ class Ending:
     """
 
     def __init__(self, measurement: Measurement, controller: Controller, metrics: StepMetrics) -> None:
-        self.measurement, self.metrics = measurement, metrics
+        self.measurement, self._metrics = measurement, metrics
         self._controller = controller
         self._found: Statistics | Mapping[str, float] | None = None
+        self._since = perf_counter()  # the end of the last step
+        self._left = 0  # steps to come that are not measured
+        self._quiet = 0  # steps that have passed without being ended
+        self._state: HostState | None = None  # the law's, where it can pass steps by itself ...
+        self._mu, self._target = 0.5, 0.5  # ... and the numbers that it moves between
+        self._told_by: tuple[float, float] = (0.0, 0.0)  # momentum and alpha at the last estimate
 
     @property
     def statistics(self) -> Statistics | None:
@@ -40,6 +49,72 @@ class Ending:
         if isinstance(self._found, Mapping):
             self._found = Statistics.of(self._found)
         return self._found
+
+    def metrics(self, *, wait: bool) -> dict[str, float | str]:
+        """Those of :class:`gac.metrics.StepMetrics`."""
+        if self._quiet:  # host time of the steps that were passed by, in equal parts
+            seconds = self.measurement.observer.seconds / self._quiet
+            self._publish(UNMEASURED, self._numbers_of_law(), self._controller.steps - 1, seconds)
+        return self._metrics.latest(wait=wait)
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def plan(self) -> None:
+        """Prepares the step to come, whose number the controller knows."""
+        begin = perf_counter()
+        self.measurement.plan(self._controller.steps)
+        self._left = self.measurement.cadence.until_due(self._controller.steps)
+        self.measurement.observer.seconds = perf_counter() - begin
+
+    def pass_by(self, weights: Weights, since: float) -> Weights | None:
+        """The weights of the next step after one that measured nothing and told the law nothing; None: :meth:`end` it.
+
+        Law ``gac`` then only goes on towards its estimate, for which no statistics, state or metrics have to be made.
+        """
+        law: Any = self._controller.law
+        state = self._state
+        if self._left <= 1 or state is None or law.state is not state or state.was_read:
+            return None
+        if self._told_by != (law.momentum, law.alpha):
+            return None
+        self._left -= 1
+        self._quiet += 1
+        self._controller.steps += 1
+        self._found = self.measurement.coefficient = None
+        state.passed += 1
+        if self._mu != self._target:
+            moved = fused_law.towards(law, self._mu, self._target)
+            if moved != self._mu:
+                with torch.inference_mode(False):  # backward passes to come save them
+                    self._mu, weights = moved, HostWeights(moved)
+        observer = self.measurement.observer
+        observer.seconds += perf_counter() - since
+        return weights
+
+    def ended(self, gac: float) -> None:
+        """A step has ended, and those before it that were passed by; :meth:`plan` comes next.
+
+        Args:
+            gac: seconds in GAC.
+        """
+        measurement, cadence, now = self.measurement, self.measurement.cadence, perf_counter()
+        rest = max(now - self._since - gac, 0.0)
+        steps = self._quiet + 1
+        self._since, self._quiet = now, 0
+        measurement.account.ended(gac, rest, measured=measurement.is_measured, steps=steps)
+        if not measurement.is_measured:
+            cadence.passed(steps)
+        if cadence.counts_costs and cadence.measurements <= WARM_UP:
+            measurement.account.forget()
+
+    def catch_up(self) -> None:
+        """Ends what was passed by, for a state that can be kept."""
+        if self._quiet:
+            observer, now = self.measurement.observer, perf_counter()
+            rest = max(now - self._since - observer.seconds, 0.0)
+            self.measurement.account.ended(observer.seconds, rest, measured=False, steps=self._quiet)
+            self.measurement.cadence.passed(self._quiet)
+            observer.seconds, self._since, self._quiet = 0.0, now, 0
 
     def end(self, weights: Weights, told: Mapping[str, Any], since: float) -> Weights:
         """The weights of the next step.
@@ -50,35 +125,64 @@ class Ending:
             since: when the host began to end it (:func:`time.perf_counter`).
         """
         measurement, law = self.measurement, self._controller.law
-        seconds = lambda: measurement.observer.seconds + perf_counter() - since
         number = self._controller.steps
         if isinstance(weights, HostWeights) and not measurement.from_tokens:
+            assert isinstance(law, GacLaw)
             statistics = measurement.finish_on_host(weights.present_on_host, number)
             self._found = statistics
             step = self._controller.told(**told)
-            state = fused_law.update(law, numbers_of(law.state), statistics, step)  # type: ignore[arg-type]
-            law.state = HostState(state)  # type: ignore[assignment]
+            state = fused_law.update(law, numbers_of(law.state), statistics, step)
             self._controller.steps = step.number + 1
-            new = HostWeights(state["mu"])
-            numbers = UNMEASURED if statistics is None else statistics
-            row = [new.number, state["raw"], state["mu_se"], state["prior"], measurement.skipped_on_host]
-            row += [*numbers.values(), cosine_of(numbers)]
-            self.metrics.publish_numbers(step.number, row, seconds=seconds(), estimator=measurement.used)
-            return new
+            self._keep(law, state, alone=all(value is None for value in told.values()))
+            seconds = measurement.observer.seconds + perf_counter() - since
+            self._publish(UNMEASURED if statistics is None else statistics, state, step.number, seconds)
+            return HostWeights(state["mu"])
         found = measurement.finish(weights.present, number)
-        self._found = found
+        self._found, self._state = found, None
         self._controller.update(found, **told)
         after = present_weights(self._controller, measurement.device)
-        self.metrics.publish(
+        self._metrics.publish(
             self._controller.steps - 1,
             mu=after.mu,
             law=law.state,
             skipped=measurement.skipped,
             statistics=found,
-            seconds=seconds(),
+            seconds=measurement.observer.seconds + perf_counter() - since,
             estimator=measurement.used,
+            overhead=measurement.account.share,
         )
         return after
+
+    def _keep(self, law: GacLaw, state: Numbers, *, alone: bool) -> None:
+        """Keeps the law's state; ``alone``: the law was told nothing beside statistics."""
+        kept = HostState(state, functools.partial(fused_law.coast, law))
+        law.state = kept  # type: ignore[assignment]
+        idle = alone and law.prior is None and not law.follows_kl
+        self._state = kept if idle else None
+        self._mu = state["mu"]
+        self._target = fused_law.target_of(state)
+        self._told_by = law.momentum, law.alpha
+
+    def _numbers_of_law(self) -> Numbers:
+        return numbers_of(self._controller.law.state)
+
+    def _publish(self, statistics: Mapping[str, float], state: Numbers, number: int, seconds: float) -> None:
+        measurement = self.measurement
+        row = [HostWeights.rounded(state["mu"]), state["raw"], state["mu_se"], state["prior"]]
+        row += [measurement.skipped_on_host, *statistics.values(), cosine_of(statistics)]
+        self._metrics.publish_numbers(
+            number, row, seconds=seconds, estimator=measurement.used, overhead=measurement.account.share
+        )
+
+
+def cadence_of(options: Options, ranks: int) -> Cadence:
+    """Which steps are measured."""
+    if options.budget is None:
+        assert options.interval is not None
+        return FixedCadence(options.interval)
+    if options.estimator == "coefficient" and ranks > 1:  # every rank waits for the others' rows in any case
+        return FixedCadence(1)
+    return BudgetCadence(options.budget)
 
 
 def present_weights(controller: Controller, device: torch.device) -> Weights:

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gac.cadence import Account, Cadence, Costs
 from gac.fused.state import HostState, numbers_of
 from gac.fused.statistics import attach_errors, statistics_of
+from gac.fused.statistics import has_moved as fused_has_moved
 from gac.observe.choice import choose_estimator, reads_running_sums
 from gac.observe.observer import Observer
 from gac.observe.optimizer_space import SecondMoments
@@ -23,7 +25,7 @@ from gac.statistics.by_module import ModuleStatistics, take_apart
 from gac.statistics.coefficient import sequence_rows, statistics_from_rows
 from gac.statistics.step import NAN, Statistics, noise_from_sums, pair_statistics
 from gac.statistics.sums import StepSums
-from gac.statistics.uncertainty import StandardErrors
+from gac.statistics.uncertainty import StandardErrors, has_moved
 from gac_kernels.arguments import accumulator_dtype
 
 MODULE_HISTORY = 512
@@ -47,6 +49,10 @@ class Measurement:
         model, parameters: what is watched.
         topology: of the ranks.
         options: of the mixer.
+        cadence: which steps are measured.
+
+    Attributes:
+        account: what this rank's steps cost.
     """
 
     def __init__(
@@ -56,7 +62,9 @@ class Measurement:
         *,
         topology: Topology,
         options: Options,
+        cadence: Cadence,
     ) -> None:
+        self.cadence, self.account = cadence, Account()
         self.estimator = _estimator(options, model, parameters, topology)
         self.used = self.estimator
         """What the last step was measured with, for the metrics."""
@@ -82,6 +90,7 @@ class Measurement:
         self._absent = Silence(ABSENT)
         self._rows: list[Tensor] = []  # of the coefficient estimator
         self._reduction: Reduction | None = None  # on its way
+        self._costs: deque[Sequence[Tensor | float] | Tensor] = deque()  # of measured steps, not yet read
         self.confirmed = topology.ranks == 1
         """Whether a first measured step has shown that hooks work on every rank."""
 
@@ -112,10 +121,9 @@ class Measurement:
             ready = moments is not None and moments.ready
             if moments is not None and ready:  # of the moments that this step's gradients are divided by
                 self._root = moments.correction(self.device, self._dtype).sqrt().float()
-        measured, rest = divmod(step, self._options.interval)
-        self.due = rest == 0
+        self.due = self.cadence.is_due(step)
         every = self._options.report_interval
-        by_module = every is not None and (measured + 1) % every == 0
+        by_module = every is not None and (self.cadence.measurements + 1) % every == 0
         self.observer.measure(ready and self.due, by_module=ready and self.due and by_module)
 
     def scaled(self, scale: Tensor) -> Tensor:
@@ -151,7 +159,12 @@ class Measurement:
                     self._absent.take(branch, silent=observer.seen.counts[branch] == 0)
             silent = bool(observer.seen.entered) and not observer.alive
             self._reduction = reduce_step(
-                observer, self.device, self.topology, time_noise=self._noise_from_time(), silent=silent
+                observer,
+                self.device,
+                self.topology,
+                time_noise=self._noise_from_time(),
+                silent=silent,
+                costs=self._costs_so_far(),
             )
             observer.let_go()
 
@@ -164,10 +177,14 @@ class Measurement:
         """
         statistics = None
         if self._reduction is not None:
-            sums, self._reduction = self._reduction.finish(), None
+            reduction, self._reduction = self._reduction, None
+            sums = reduction.finish()
+            self._decide(reduction.costs)
             if not self.confirmed:
                 self._confirm(float(sums.silent), float(sums.n.sum()))
-            statistics = self._from_sums(sums, present)
+            statistics = self._from_sums(sums, present, step)
+        elif self.is_measured:
+            self._decide(self._costs_so_far())
         self.used = self.estimator + ("+time" if self._uses_time() else "")
         if self.from_tokens:
             statistics, self.used = self.coefficient, "coefficient"
@@ -175,7 +192,10 @@ class Measurement:
             return None
         healthy = statistics.nonfinite == 0
         self._skipped = self.skipped + (~healthy).to(self._dtype)
+        last = self._errors.state["last"]
         statistics = self._errors.attach(statistics)
+        if self.cadence.counts_costs:
+            self.account.moved = has_moved(last, statistics).to(self._dtype)
         if self.observer.by_module and not self.from_tokens:  # tokens say nothing of modules
             self.modules.append(take_apart(sums, statistics, self.observer.module_labels, step + 1))
         return statistics
@@ -193,6 +213,7 @@ class Measurement:
         reduction, self._reduction = self._reduction, None
         whole = reduction.finish() if self.observer.by_module else None
         sums = reduction.finish_on_host() if whole is None else whole.on_host()
+        self._decide(reduction.costs)
         if not self.confirmed:
             self._confirm(sums.silent, sum(sums.n))
         lone = [self._uses_time(branch) for branch in Branch]
@@ -201,11 +222,13 @@ class Measurement:
         for k, branch in enumerate(Branch):
             if lone[k]:
                 known = torch.tensor(healthy and statistics[COUNTS[k]] > 0)
-                take_in(branch, self.observer.ledgers, self._means, known)
+                take_in(branch, self.observer.ledgers, self._means, known, step)
         if not healthy:
             self._skipped = float(self._skipped) + 1.0
-        state, statistics = attach_errors(numbers_of(self._errors.state), statistics)
+        before = numbers_of(self._errors.state)
+        state, statistics = attach_errors(before, statistics)
         self._errors.state = HostState(state)
+        self.account.moved = float(fused_has_moved(before["last"], statistics))
         if whole is not None:
             self.modules.append(take_apart(whole, Statistics.of(statistics), self.observer.module_labels, step + 1))
         return statistics
@@ -220,9 +243,36 @@ class Measurement:
         if not self.modules:
             raise RuntimeError(
                 f"mixer.report() has nothing to tell yet: with report_interval={self._options.report_interval} and "
-                f"interval={self._options.interval}, {steps} steps hold none that was taken apart by module"
+                f"one measurement in {self.cadence.interval} steps at present, {steps} steps hold none that was taken "
+                "apart by module"
             )
         return list(self.modules)
+
+    # -- costs ----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the step under way is measured."""
+        return self.observer.measuring or (self.estimator == "coefficient" and self.due)
+
+    def _costs_so_far(self) -> list[Tensor | float] | None:
+        """The numbers of :class:`gac.cadence.Costs` of this rank's steps since the last measured one, that included."""
+        return [*self.account.report(), self.account.moved] if self.cadence.counts_costs else None
+
+    def _decide(self, costs: Sequence[Tensor | float] | Tensor | None) -> None:
+        """A step was measured: what the steps before have cost, over all ranks, decides which one is next.
+
+        On a GPU the costs that came with the measurement before are gone by, which are on the host by now.
+        """
+        if costs is None:
+            self.cadence.measured(None)
+            return
+        self._costs.append(costs)
+        if len(self._costs) <= (self.device.type != "cpu"):
+            self.cadence.measured(None)
+            return
+        found = [float(cost) / self.topology.ranks for cost in self._costs.popleft()]
+        self.cadence.measured(Costs(*found) if found[3] > 0 else None)
 
     # -- estimators -----------------------------------------------------------------------------------------------
 
@@ -250,7 +300,7 @@ class Measurement:
                 found[k] = noise_from_time(branch, self.observer.ledgers, self._means, self.device)
         return found
 
-    def _from_sums(self, sums: StepSums, present: Tensor) -> Statistics:
+    def _from_sums(self, sums: StepSums, present: Tensor, step: int) -> Statistics:
         n = sums.n * present
         noise = noise_from_sums(sums, n)
         lone = [branch for branch in Branch if self._uses_time(branch)]
@@ -261,7 +311,7 @@ class Measurement:
             healthy = known & (sums.nonfinite == 0)
             for k, branch in enumerate(Branch):
                 if branch in lone:
-                    take_in(branch, self.observer.ledgers, self._means, healthy[k])
+                    take_in(branch, self.observer.ledgers, self._means, healthy[k], step)
         return pair_statistics(noise=noise, norms=sums.norms, n=n, nonfinite=sums.nonfinite)
 
     def _from_tokens(self) -> Statistics | None:
@@ -278,6 +328,7 @@ class Measurement:
         self._skipped = earlier.skipped.to(self.device)
         self._errors.state = {name: value.to(self.device) for name, value in earlier._errors.state.items()}
         self.confirmed = self.confirmed or earlier.confirmed
+        self.account, self._costs = earlier.account, earlier._costs
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -289,6 +340,7 @@ class Measurement:
             "skipped": self.skipped.to("cpu", copy=True),
             "means": [_on_cpu(m.state) for m in means],
             "uncertainty": _on_cpu(self._errors.state),
+            "cadence": self.cadence.state_dict(),
         }
 
     @property
@@ -300,6 +352,8 @@ class Measurement:
         """Continues where :meth:`state_dict` left off: its parts, read as :class:`gac.saved.MixerState` says."""
         self._skipped = state["skipped"]
         self._errors.state = state["uncertainty"]
+        if "cadence" in state:
+            self.cadence.load_state_dict(state["cadence"])
         for k, means in enumerate(self._means):
             means.state = state["means"][k] if state["means"] else {}
 

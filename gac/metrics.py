@@ -49,6 +49,7 @@ class StepMetrics:
         statistics: Statistics | None,
         seconds: float,
         estimator: str,
+        overhead: float,
     ) -> None:
         """Sends a step's numbers on their way.
 
@@ -56,7 +57,8 @@ class StepMetrics:
             step: its number, from 0.
             mu: of the step to come. law: the law's state. skipped: steps dropped so far.
             statistics: None where the step was not measured.
-            seconds: host time spent in GAC. estimator: what the step was measured with.
+            seconds: host time spent in GAC. estimator: what the step was measured with. overhead: the share of GAC in
+                the time of late.
         """
         self.latest(wait=False)  # of the steps before: whether a branch is silent
         dtype = law["mu"].dtype
@@ -64,17 +66,21 @@ class StepMetrics:
             self._unknown = torch.full_like(law["mu"], NAN)
         numbers = [mu.to(dtype), *(law.get(name, self._unknown) for name in OF_LAW.values()), skipped.to(dtype)]
         measured = self._not_measured if statistics is None else _row(statistics)
-        self._keep(step, torch.cat([torch.stack(numbers), measured]), seconds, estimator)
+        self._keep(step, torch.cat([torch.stack(numbers), measured]), seconds, estimator, overhead)
 
-    def publish_numbers(self, step: int, numbers: Sequence[float], *, seconds: float, estimator: str) -> None:
+    def publish_numbers(
+        self, step: int, numbers: Sequence[float], *, seconds: float, estimator: str, overhead: float
+    ) -> None:
         """:meth:`publish` for numbers that are on the host: those of :data:`NAMES`, in that order."""
         self.latest(wait=False)
-        self._keep(step, numbers, seconds, estimator)
+        self._keep(step, numbers, seconds, estimator, overhead)
 
-    def _keep(self, step: int, numbers: Tensor | Sequence[float], seconds: float, estimator: str) -> None:
+    def _keep(
+        self, step: int, numbers: Tensor | Sequence[float], seconds: float, estimator: str, overhead: float
+    ) -> None:
         self._mirror.publish(step, numbers)
         self._host = {k: v for k, v in self._host.items() if k >= step - 1}
-        self._host[step] = {"seconds": seconds, "estimator": estimator}
+        self._host[step] = {"seconds": seconds, "estimator": estimator, "overhead": overhead}
 
     def latest(self, *, wait: bool) -> dict[str, float | str]:
         """Everything of the newest step that has arrived; empty before the first."""

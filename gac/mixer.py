@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from gac.branches import Branches
-from gac.ending import Ending, present_weights
+from gac.branches import Branches, Within
+from gac.cadence import Cadence
+from gac.ending import Ending, cadence_of, present_weights
 from gac.following import Following
 from gac.laws.controller import Controller
 from gac.measurement import Measurement
@@ -52,7 +53,6 @@ class Mixer:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.controller = Controller(options.law, **options.law_options)
         options.check_law(self.controller.law)
-        self.interval = options.interval
         self.report_interval = options.report_interval
         self._model, self._options = model, options
         self._patched: Observer | None = None
@@ -63,16 +63,18 @@ class Mixer:
         self._ending = Ending(self._measurement, self.controller, StepMetrics(self.device))
         if options.optimizer is not None:
             self._following.end_with(options.optimizer, self.step)
-        self._measurement.plan(self.controller.steps)
+        self._ending.plan()
 
-    def _watch_parameters(self) -> None:
+    def _watch_parameters(self, cadence: Cadence | None = None) -> None:
         """Puts hooks on what is trainable now, and begins a measurement of it."""
         model, options = self._model, self._options
         parameters = trainable(model, owner=self)
         topology = topology_of(model, parameters, options.process_group)
         if topology.managed:
             deepspeed.check(model, optimizer=options.optimizer, in_optimizer_space=options.in_optimizer_space)
-        self._measurement = Measurement(model, parameters, topology=topology, options=options)
+        if cadence is None:
+            cadence = cadence_of(options, topology.ranks)
+        self._measurement = Measurement(model, parameters, topology=topology, options=options, cadence=cadence)
         self.estimator = self._measurement.estimator
         self.device = self._measurement.device
         self._parameters = [parameter for _, parameter in parameters]
@@ -105,8 +107,9 @@ class Mixer:
         ValueError where ``metric="optimizer"`` and the optimizer is not of the Adam family.
         """
         self._following.take(optimizer)
-        if self._told is None and not self._observer.seen.fired:  # the step to come has not begun
-            self._measurement.plan(self.controller.steps)
+        self._settle(passed_by=True)
+        if not self._observer.seen.fired:  # the step to come has not begun
+            self._ending.plan()
 
     def repatch(self) -> None:
         """Watches the parameters that are trainable now, and goes on with the law's state and the statistics' errors.
@@ -115,15 +118,16 @@ class Mixer:
         steps begin again. Raises RuntimeError inside a branch or an unfinished step, and what :func:`gac.patch` does.
         """
         self._ready().require_none("mixer.repatch()", "leave the branch first")
+        self._settle(passed_by=True)
         earlier, watched = self._measurement, self._parameters
         if earlier.observer.seen.fired:
             raise RuntimeError("mixer.repatch() in the middle of an optimizer step: call mixer.step() first")
-        self._watch_parameters()
+        self._watch_parameters(earlier.cadence)
         earlier.observer.remove()
         release(set(watched) - set(self._parameters))
         self._measurement.go_on_from(earlier)
         self._ending.measurement = self._measurement
-        self._measurement.plan(self.controller.steps)
+        self._ending.plan()
 
     def _measure_by(self, optimizer: torch.optim.Optimizer) -> None:
         self._measurement.follow(optimizer)
@@ -149,16 +153,11 @@ class Mixer:
         Args:
             tokens: what each of them counts for; see :meth:`backward`.
         """
-        return self._branch(Branch.SFT, tokens)
+        return Within(self._ready, Branch.SFT, tokens, self)
 
     def rl(self, *, tokens: Tokens = None) -> AbstractContextManager[Mixer]:
         """Context of the reinforcement branch; as :meth:`sft`."""
-        return self._branch(Branch.RL, tokens)
-
-    @contextmanager
-    def _branch(self, branch: Branch, tokens: Tokens) -> Iterator[Mixer]:
-        with self._ready().enter(branch, tokens):
-            yield self
+        return Within(self._ready, Branch.RL, tokens, self)
 
     def backward(self, loss: Tensor, *, tokens: Tokens = None) -> None:
         """``(weight * loss).backward()`` as one contribution of the active branch.
@@ -270,6 +269,10 @@ class Mixer:
         self._measurement.check_observed()
         self._following.settle()
         start = perf_counter()
+        untold = step is prior is alpha is kl is entropy is None
+        if untold and not observer.measuring and (weights := self._ending.pass_by(self._branches.weights, start)):
+            self._branches.pass_by(weights)
+            return weights.mu
         with torch.inference_mode(False), torch.no_grad():  # what is made here is saved for backward passes to come
             self._measurement.post()
         self._told = {"step": step, "prior": prior, "alpha": alpha, "kl": kl, "entropy": entropy}
@@ -279,8 +282,10 @@ class Mixer:
             return self._branches.weights.mu
         return None
 
-    def _settle(self) -> None:
+    def _settle(self, *, passed_by: bool = False) -> None:
         """Finishes a step whose sums are on their way: statistics, law, weights of the step to come."""
+        if passed_by:
+            self._ending.catch_up()
         if self._told is None:
             return
         told, self._told = self._told, None
@@ -290,7 +295,8 @@ class Mixer:
                 self._branches.weights = self._ending.end(self._branches.weights, told, start)
         finally:
             self._branches.end_step()
-            self._measurement.plan(self.controller.steps)
+            self._ending.ended(self._measurement.observer.seconds + perf_counter() - start)
+            self._ending.plan()
 
     # -- what was found -------------------------------------------------------------------------------------------
 
@@ -324,33 +330,37 @@ class Mixer:
         return Report(self._measurement.taken_apart(self.controller.steps), **options)
 
     @property
+    def interval(self) -> int:
+        """Steps from one measurement to the next, at present."""
+        return self._measurement.cadence.interval
+
+    @property
     def nbytes(self) -> int:
         """Device memory that measuring takes."""
         return 0 if self._patched is None else sum(ledger.nbytes for ledger in self._patched.ledgers)
 
     def metrics(self, *, wait: bool = False) -> dict[str, float | str]:
-        """Numbers of the newest step that has reached the host; empty before the first.
-
-        On a GPU that is usually the step before the last one: nothing waits, unless ``wait`` is true.
+        """Numbers of the newest step that has reached the host (``wait``: of the last one); empty before the first.
 
         Returns:
             ``mu`` (of the step to come), ``mu_raw`` (the law's estimate before prior and guardrails), ``mu_se`` (its
             standard error), ``prior``, the fields of :class:`gac.Statistics`, ``cosine``, ``skipped`` (steps dropped
             for non-finite gradients so far), ``silent_s`` and ``silent_r`` (1 where the branch took part and its
             gradient was exactly 0, else 0; after 5 steps in a row a warning names it), ``seconds`` (host time spent
-            in GAC during the step), ``step`` and the name of the ``estimator`` (with ``+time`` where a lone
-            contribution was compared with earlier steps). NaN: not measured. Behind ``name/`` where the mixer has one.
+            in GAC during the step), ``overhead`` (that time over all other time, of late; NaN in the first ten steps
+            of a budget), ``step`` and the name of the ``estimator`` (with ``+time`` where a lone contribution was
+            compared with earlier steps). NaN: not measured. Behind ``name/`` where the mixer has one.
         """
         if wait:
             self._settle()
         prefix = "" if self._options.name is None else f"{self._options.name}/"
-        return {prefix + name: value for name, value in self._ending.metrics.latest(wait=wait).items()}
+        return {prefix + name: value for name, value in self._ending.metrics(wait=wait).items()}
 
     # -- state ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step needs: tensors and numbers alone. Raises RuntimeError in an unfinished step."""
-        self._settle()
+        self._settle(passed_by=True)
         if any(self._observer.seen.counts.values()):
             raise RuntimeError("mixer.state_dict() in the middle of an optimizer step: call mixer.step() first")
         return {"version": VERSION, "controller": self.controller.state_dict(), **self._measurement.state_dict()}
@@ -363,13 +373,13 @@ class Mixer:
         """
         _ = self._observer
         self._branches.require_none("mixer.load_state_dict()", "leave the branch first")
-        self._settle()
+        self._settle(passed_by=True)
         state = read_state(state_dict, MixerState(self.controller, self.device, self._measurement.sketches))
         self.controller.load_state_dict(state["controller"])
         self._measurement.take_state(state)
         self._branches.weights = present_weights(self.controller, self.device)
         self._branches.end_step()
-        self._measurement.plan(self.controller.steps)
+        self._ending.plan()
 
     def unpatch(self) -> None:
         """Takes every hook off the model and the optimizer. The mixer cannot be used afterwards."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gac.laws.base import Law
+from gac.laws.base import Law, number
 from gac.statistics.coefficient import CoefficientOptions
 
 ESTIMATORS = ("auto", "sketch", "exact", "coefficient")
@@ -17,6 +17,9 @@ ESTIMATORS = ("auto", "sketch", "exact", "coefficient")
 
 METRICS = ("gradient", "optimizer")
 """The spaces in which gradients are measured: as they are, or divided by Adam's ``sqrt(v) + eps``."""
+
+OVERHEAD = 0.01
+"""Share of a step's time that measuring may take, where nothing else is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,8 @@ class Options:
     law: str
     law_options: Mapping[str, Any]
     estimator: str
-    interval: int
+    interval: int | None
+    overhead: float | None
     optimizer: torch.optim.Optimizer | None
     process_group: dist.ProcessGroup | None
     metric: str
@@ -44,7 +48,15 @@ class Options:
     def __post_init__(self) -> None:
         _require_name("estimator", self.estimator, ESTIMATORS)
         _require_name("metric", self.metric, METRICS)
-        _require_steps("interval", self.interval)
+        if self.interval is not None:
+            _require_steps("interval", self.interval)
+            if self.overhead is not None:
+                raise ValueError(
+                    f"interval={self.interval} and overhead={self.overhead}: measure every so many steps, or as many "
+                    "as a share of the time pays for; leave one of them out"
+                )
+        if self.overhead is not None:
+            number("overhead", self.overhead, 1e-6, 1.0)
         if self.report_interval is not None:
             _require_steps("report_interval", self.report_interval)
         if self.name is not None and (not isinstance(self.name, str) or not self.name):
@@ -55,6 +67,11 @@ class Options:
             raise ValueError('estimator="coefficient" reads no gradients: metric="optimizer" does not apply to it')
         if self.scaler is not None and not hasattr(self.scaler, "scale"):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(self.scaler).__name__}")
+
+    @property
+    def budget(self) -> float | None:
+        """Share of the time that measuring may take; None where steps are measured by number."""
+        return (OVERHEAD if self.overhead is None else self.overhead) if self.interval is None else None
 
     @property
     def in_optimizer_space(self) -> bool:

@@ -19,7 +19,8 @@ def patch(
     *,
     law: str = "gac",
     estimator: str = "auto",
-    interval: int = 1,
+    overhead: float | None = None,
+    interval: int | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     process_group: dist.ProcessGroup | None = None,
     metric: str = "gradient",
@@ -46,8 +47,12 @@ def patch(
             :meth:`Mixer.observe_tokens`; no hooks) or ``"auto"``: exact where the buffers are small, else the sketch,
             and the coefficients in steps whose losses were mixed before their backward pass
             (:meth:`Mixer.mixed_loss`).
-        interval: measure in every ``interval``-th optimizer step; the others run without hooks, and a backward pass
-            outside a branch goes unnoticed in them.
+        overhead: share of a step's time that measuring may take, 0.01 unless said otherwise: the first ten steps are
+            measured, then every one where that is within the share, every k-th where it is not. Which these are
+            depends on the time that steps take (:class:`gac.cadence.BudgetCadence`).
+        interval: measure in every ``interval``-th optimizer step instead, whatever it costs; runs can then be repeated
+            to the bit. Steps that are not measured run without hooks, and a backward pass outside a branch goes
+            unnoticed in them.
         optimizer: the one that steps the model: :meth:`Mixer.step` is called after each of its steps, and
             :meth:`Mixer.follow` takes its momentum and second moments now. Without it, call ``mixer.step()`` yourself;
             the first ``torch.optim`` optimizer that steps a parameter of the model is then followed. Engines that step
@@ -81,6 +86,7 @@ def patch(
         law_options=law_options,
         estimator=estimator,
         interval=interval,
+        overhead=overhead,
         optimizer=_with_hooks(optimizer),
         process_group=process_group,
         metric=metric,

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
+from gac import cadence
 from gac.laws.controller import THEN, Controller
 from gac.observe.temporal import MovingMeans
 from gac.state import Entry, ListOf, Numbers, Range, Table, Whole, read
 from gac.statistics.uncertainty import StandardErrors
 from gac_kernels.arguments import accumulator_dtype
 
-VERSION = 1
-"""Of the form of a mixer's state. A state without one is of version 1."""
+VERSION = 2
+"""Of the form of a mixer's state: 2 has the cadence, and how old moving means are. One without a version is of 1."""
 
 
 class MixerState:
@@ -31,18 +32,21 @@ class MixerState:
         self, controller: Controller, device: torch.device, sketches: Sequence[tuple[torch.device, int]] = ()
     ) -> None:
         dtype = accumulator_dtype(device)
-        self._table = Table(
-            {
-                "version": Whole(1, VERSION),
-                "controller": controller.entries(),
-                "skipped": Numbers((), dtype, device, Range(0.0, whole=True)),
-                "means": _Means([MovingMeans.entries(*sketch) for sketch in sketches]),
-                "uncertainty": Table(StandardErrors(device, dtype).entries()),
-            },
+        entries: dict[str, Entry] = {
+            "version": Whole(1, VERSION),
+            "controller": controller.entries(),
+            "skipped": Numbers((), dtype, device, Range(0.0, whole=True)),
+            "means": _Means([MovingMeans.entries(*sketch) for sketch in sketches]),
+            "uncertainty": Table(StandardErrors(device, dtype).entries()),
+        }
+        self._first = Table(
+            entries | {"means": _Means([MovingMeans.entries(*sketch, aged=False) for sketch in sketches], aged=False)},
             together=[frozenset({"version"})],
         )
+        self._table = Table(entries | {"cadence": Table(cadence.entries())})
 
     def read(self, value: Any, at: str) -> dict[str, Any]:
+        version = 1
         if isinstance(value, Mapping) and "version" in value:  # first: what a later version holds is not known here
             version = Whole(1).read(value["version"], f'{at}["version"]')
             if version > VERSION:
@@ -50,15 +54,15 @@ class MixerState:
                     f'{at}["version"] is {version}, and this gac knows states up to version {VERSION}: a newer gac '
                     "wrote it, which can read it"
                 )
-        return self._table.read(value, at)
+        return (self._first if version == 1 else self._table).read(value, at)
 
 
 class _Means:
     """Moving means of each sketch, or of whatever there was."""
 
-    def __init__(self, own: Sequence[Table]) -> None:
+    def __init__(self, own: Sequence[Table], *, aged: bool = True) -> None:
         self._own = own
-        self._any = ListOf(MovingMeans.entries(torch.device("cpu"), None))
+        self._any = ListOf(MovingMeans.entries(torch.device("cpu"), None, aged=aged))
 
     def read(self, value: Any, at: str) -> list[dict[str, Any]]:
         found = self._any.read(value, at)

@@ -38,19 +38,24 @@ class HostWeights(Weights):
         mu: of the step to come.
 
     Attributes:
-        number: ``mu`` as the float32 that it is in losses. present_on_host: ``present`` as numbers.
+        present_on_host: ``present`` as numbers.
     """
 
     def __init__(self, mu: float) -> None:
-        self.number = _float32(mu)
+        number = _float32(mu)
         # Differences and quotients of float32 numbers that double precision rounds first come out the same.
-        pair = self.number, _float32(1.0 - self.number)
+        pair = number, _float32(1.0 - number)
         self.present_on_host = pair[0] > 0, pair[1] > 0
         undone = [_float32(1.0 / weight) if weight > 0 else 0.0 for weight in pair]
-        self.mu = torch.tensor(self.number, dtype=torch.float32)
+        self.mu = torch.tensor(number, dtype=torch.float32)
         s, r, undone_s, undone_r = torch.tensor([*pair, *undone], dtype=torch.float32).unbind()
         self.of = {Branch.SFT: s, Branch.RL: r}
         self.undone = {Branch.SFT: undone_s, Branch.RL: undone_r}
+
+    @staticmethod
+    def rounded(mu: float) -> float:
+        """A number as losses are weighted with it."""
+        return _float32(mu)
 
     @cached_property
     def present(self) -> Tensor:  # type: ignore[override]

@@ -11,7 +11,7 @@ FLOORS = (
     ("gac.files",),
     ("gac.statistics",),
     ("gac.plots", "gac.schedules", "gac.version"),  # these import nothing of the package
-    ("gac.laws", "gac.observe", "gac.accumulation", "gac.silence"),
+    ("gac.laws", "gac.observe", "gac.accumulation", "gac.cadence", "gac.silence"),
     ("gac.fused",),
     ("gac.metrics", "gac.options", "gac.saved", "gac.weights"),
     ("gac.measurement",),

@@ -61,6 +61,28 @@ def update(law: GacLaw, state: Numbers, statistics: Mapping[str, float] | None, 
     return new
 
 
+def coast(law: GacLaw, state: Numbers, steps: int) -> Numbers:
+    """The state after so many steps without statistics, for a law that is told nothing in them and has no prior."""
+    waiting = [updates + steps for updates in state["waiting"]]
+    mu, target = state["mu"], target_of(state)
+    return state | {"mu": towards(law, mu, target, steps), "waiting": waiting}
+
+
+def target_of(state: Numbers) -> float:
+    """What mu goes towards without a prior: the estimate where there is one."""
+    return state["raw"] if isfinite(state["raw"]) else state["mu"]
+
+
+def towards(law: GacLaw, mu: float, target: float, steps: int = 1) -> float:
+    """``mu`` after so many steps towards ``target``."""
+    for _ in range(steps):
+        moved = clamp(mu + clamp(target - mu, -law.cap, law.cap), law.mu_min, law.mu_max)
+        if moved == mu:
+            break
+        mu = moved
+    return mu
+
+
 def _number(value: float | Tensor) -> float:
     return float(value)
 
@@ -149,7 +171,7 @@ def _compare(law: GacLaw, new: Numbers, value: list[float], alpha: float) -> Non
     total = delta_g2 + sigma_s2 + sigma_r2
     difference = apart * ((long + short) * total - 2 * (alpha * delta_g2 + sigma_r2))
     if isfinite(difference):
-        keep = 2.0 ** (-1 / LONG)
+        keep = 2.0 ** (-max(new["waiting"]) / LONG)
         evidence, squares = new["evidence"]
         new["evidence"] = [keep * evidence + difference, keep * keep * squares + difference * difference]
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 
 from gac.fused.arithmetic import NAN, clamp, divide, lerp, root
 from gac.fused.state import Numbers
 from gac.statistics.step import Statistics
 from gac.statistics.sums import SumsOnHost
-from gac.statistics.uncertainty import STEADY, WITH_ERRORS, table_of_weights
+from gac.statistics.uncertainty import STEADY, SURPRISE, WITH_ERRORS, table_of_weights
 
 FIELDS = Statistics.names()
 UNMEASURED = {name: 0.0 if name in ("n_s", "n_r", "nonfinite") else NAN for name in FIELDS}
@@ -51,7 +51,7 @@ def statistics_of(sums: SumsOnHost, present: Sequence[bool], lone: Sequence[bool
     }
 
 
-def cosine_of(statistics: dict[str, float]) -> float:
+def cosine_of(statistics: Mapping[str, float]) -> float:
     """:attr:`gac.Statistics.cosine`."""
     return divide(statistics["dot"], root(statistics["norm_s2"]) * root(statistics["norm_r2"]))
 
@@ -82,3 +82,12 @@ def attach_errors(state: Numbers, statistics: dict[str, float]) -> tuple[Numbers
         average[k] = lerp(average[k], squared, of_average)
         errors[f"{name}_se"] = level[k] * root(average[k]) * factor
     return {"last": last, "level": level, "average": average, "count": count}, statistics | errors
+
+
+def has_moved(last: Sequence[float], statistics: dict[str, float]) -> bool:
+    """:func:`gac.statistics.uncertainty.has_moved`."""
+    limit = SURPRISE * 2**0.5
+    pairs = (
+        (statistics[name] - before, statistics[f"{name}_se"]) for name, before in zip(WITH_ERRORS, last, strict=True)
+    )
+    return any(abs(difference) > limit * error for difference, error in pairs)

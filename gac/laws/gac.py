@@ -295,7 +295,7 @@ class GacLaw(Law):
         difference = apart * ((long + short) * total - 2 * (alpha * delta_g2 + sigma_r2))
         known = use.all() & torch.isfinite(difference)
         total, squares = self.state["evidence"].unbind()
-        keep = 2.0 ** (-1 / LONG)
+        keep = torch.exp2(-self.state["waiting"].max() / LONG)
         evidence = torch.stack([keep * total + difference, keep**2 * squares + difference.square()])
         self.state["evidence"] = torch.where(known, evidence, self.state["evidence"])
 

@@ -34,12 +34,12 @@ class EngineChecks:
         """
         if measuring and self._last is None:
             self._structure.check()
-        if not self._managed and deepspeed.is_managed(self._first):
+        if measuring and not self._managed and deepspeed.is_managed(self._first):
             raise RuntimeError(
                 "DeepSpeed took the parameters over after gac.patch: call deepspeed.initialize first, then patch the "
                 "engine that it returns"
             )
-        if branch is not self._last and has_unreduced_gradients(self._fsdp2):
+        if self._fsdp2 and branch is not self._last and has_unreduced_gradients(self._fsdp2):
             last = "other" if self._last is None else self._last.value
             raise RuntimeError(
                 f"gradient sync was off in the last backward pass of the {last} branch, so FSDP2 "

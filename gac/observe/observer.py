@@ -101,8 +101,7 @@ class Observer:
         self.alive = False  # whether any hook ever ran
         self._tokens: Tokens = None  # of the contributions to come
         self._scales: list[Tensor] = []
-        self._open = False
-        self._met: set[int] = set()  # parameters that had an incoming gradient in this contribution
+        self._open, self._met = False, set[int]()  # parameters that had an incoming gradient in this contribution
         self._incoming: dict[int, Tensor] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._handles: list[RemovableHandle] = []
@@ -146,10 +145,11 @@ class Observer:
 
     def enter(self, branch: Branch, scale: Tensor, tokens: Tokens = None) -> None:
         """Contributions from now on belong to ``branch``; ``scale`` undoes the weight of its loss."""
-        self.branch = branch
-        self._tokens = tokens
+        self.branch, self._tokens = branch, tokens
         self.seen.entered.add(branch)
-        self.seen.fired |= not self.measuring
+        if not self.measuring:
+            self.seen.fired = True
+            return
         self._scales = [
             scale if scale.device == ledger.device else scale.to(ledger.device, non_blocking=True)
             for ledger in self.ledgers
@@ -159,11 +159,11 @@ class Observer:
 
     def leave(self, *, failed: bool) -> None:
         """The branch ends; ``failed`` after an exception, which leaves its contribution incomplete."""
-        if failed or self._passes.died:
-            self.fail()
-        self.finish()
-        self.branch = None
-        self._tokens = None
+        if self.measuring:
+            if failed or self._passes.died:
+                self.fail()
+            self.finish()
+        self.branch = self._tokens = None
 
     @contextmanager
     def contribution(self, tokens: Tokens = None) -> Iterator[None]:

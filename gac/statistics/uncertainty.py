@@ -156,3 +156,21 @@ class StandardErrors:
         return dataclasses.replace(
             statistics, **{f"{name}_se": error for name, error in zip(WITH_ERRORS, errors, strict=True)}
         )
+
+
+SURPRISE = 3.0
+"""Standard errors of a difference beyond which an estimate has moved."""
+
+
+def has_moved(last: Tensor, statistics: Statistics) -> Tensor:
+    """Whether an estimate differs from that of the measurement before by more than its standard error explains.
+
+    Args:
+        last: ``[4]``, those of the measurement before. statistics: with standard errors.
+
+    Returns:
+        0-dim bool; False where neither is known.
+    """
+    now = torch.stack([getattr(statistics, name) for name in WITH_ERRORS])
+    errors = torch.stack([getattr(statistics, f"{name}_se") for name in WITH_ERRORS])
+    return ((now - last).abs() > SURPRISE * math.sqrt(2) * errors).any()

@@ -291,10 +291,31 @@ def test_nothing_may_be_missing_and_nothing_more(case):
 def test_an_older_state_has_no_version():
     mixer = trained("exact")
     state = mixer.state_dict()
-    assert state.pop("version") == VERSION == 1
+    assert state.pop("version") == VERSION == 2
+    del state["cadence"]
     _, other = patched("exact")
     other.load_state_dict(state)
-    assert same(other.state_dict(), mixer.state_dict())
+    assert same(other.state_dict() | {"cadence": None}, mixer.state_dict() | {"cadence": None})
+
+
+@pytest.mark.parametrize("versioned", [True, False])
+def test_moving_means_of_an_older_state_are_of_every_step(versioned):
+    """Without their age they stand for measurements in every step, and go on to the same numbers."""
+    model, mixer = patched("sketch, by time")
+    run("sketch, by time", model, mixer, 3)
+    state = mixer.state_dict()
+    state["version"] = 1
+    if not versioned:
+        del state["version"]
+    del state["cadence"], state["means"][0]["rl.square"], state["means"][0]["rl.step"]
+    again, other = patched("sketch, by time")
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(state)
+    for each in ((model, mixer), (again, other)):
+        run("sketch, by time", *each, 4, seed=1)
+    assert float(other.statistics.sigma_r2) == pytest.approx(float(mixer.statistics.sigma_r2), rel=1e-12)
+    assert other.state_dict()["means"][0].keys() == mixer.state_dict()["means"][0].keys()
+    refuses(mixer, state | {"version": 2}, "lacks", error=ValueError)
 
 
 def test_a_newer_state_is_left_to_a_newer_gac():
@@ -325,12 +346,14 @@ def test_moving_means_of_another_estimator(estimator, other):
 def test_moving_means_of_other_ranks_start_anew():
     mixer = trained("sketch, by time")
     state = mixer.state_dict()
-    assert set(state["means"][0]) == {"rl.mean", "rl.weight"}
+    assert set(state["means"][0]) == {"rl.mean", "rl.weight", "rl.square", "rl.step"}
     for means in ([], state["means"] * 2):
         mixer.load_state_dict(state)
         mixer.load_state_dict(state | {"means": means})
         assert same(mixer.state_dict(), state | {"means": [{}]})
-    refuses(mixer, state | {"means": [{}, {"rl.mean": torch.zeros(3)}]}, '["means"][1] lacks rl.weight')
+    refuses(
+        mixer, state | {"means": [{}, {"rl.mean": torch.zeros(3)}]}, '["means"][1] lacks rl.square, rl.step, rl.weight'
+    )
 
 
 def test_within_a_step():

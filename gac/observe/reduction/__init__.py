@@ -6,8 +6,9 @@ does the message grow with the number of ranks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
 
 from gac.observe.observer import Observer
 from gac.observe.reduction.base import Reduction
@@ -20,11 +21,9 @@ from gac.observe.topology import Topology
 __all__ = ["LocalReduction", "Reduction", "ReplicaReduction", "ShardReduction", "gather_rows", "reduce_step"]
 
 
-def reduce_step(
-    observer: Observer, device: torch.device, topology: Topology, *, time_noise: Tensor, silent: bool
-) -> Reduction:
-    """Posts the sums of a step that has ended; see :class:`Reduction`."""
+def reduce_step(observer: Observer, device: torch.device, topology: Topology, **more: Any) -> Reduction:
+    """Posts the sums of a step that has ended; arguments and all else are those of :class:`Reduction`."""
     kind: type[Reduction] = ShardReduction if topology.sharded else ReplicaReduction
     if topology.ranks == 1 and not topology.sharded and device.type == "cpu":
         kind = LocalReduction
-    return kind(observer, device, topology, time_noise=time_noise, silent=silent)
+    return kind(observer, device, topology, **more)

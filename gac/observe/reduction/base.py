@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from gac.observe.observer import Observer
 from gac.observe.reduction.message import Message
+from gac.observe.reduction.weights import scalar
 from gac.observe.topology import Topology
 from gac.statistics.sums import StepSums, SumsOnHost
 
@@ -26,11 +27,23 @@ class Reduction(ABC):
         topology: of the ranks.
         time_noise: ``[2]``, of the elements that this rank holds.
         silent: whether no hook has ever run on this rank.
+        costs: numbers that are added up over the ranks beside the sums; None: none are.
+
+    Attributes:
+        costs: added up, once :meth:`finish` has waited; on one rank as they were given.
     """
 
     def __init__(
-        self, observer: Observer, device: torch.device, topology: Topology, *, time_noise: Tensor, silent: bool
+        self,
+        observer: Observer,
+        device: torch.device,
+        topology: Topology,
+        *,
+        time_noise: Tensor,
+        silent: bool,
+        costs: Sequence[Tensor | float] | None = None,
     ) -> None:
+        self.costs: Sequence[Tensor | float] | Tensor | None = costs
         self._topology = topology
         self._device = device
         self._ledgers = observer.ledgers
@@ -40,11 +53,14 @@ class Reduction(ABC):
         self._dtype = time_noise.dtype
         nonfinite = self._over_ledgers(ledger.nonfinite() for ledger in self._ledgers) + float(observer.seen.broken)
         own = {"nonfinite": nonfinite, "silent": self._full(float(silent)), "time_noise": time_noise}
+        if costs is not None and topology.groups:
+            own["costs"] = torch.stack([scalar(cost, device, self._dtype) for cost in costs])
         self._message = Message(own | self._pack(), device, topology.groups)
 
     def finish(self) -> StepSums:
         """The sums; the device (on a CPU: the host) waits for the collective."""
         found = self._message.unpack()
+        self.costs = found.pop("costs", self.costs)
         return self._unpack(found)
 
     def finish_on_host(self) -> SumsOnHost:

@@ -18,6 +18,7 @@ class LocalReduction(ReplicaReduction):
     def __init__(self, observer: Observer, device: torch.device, *arguments: Any, **more: Any) -> None:
         self._begin = lambda: super(LocalReduction, self).__init__(observer, device, *arguments, **more)
         self._observer, self._time_noise = observer, more["time_noise"]
+        self.costs = more.get("costs")
 
     def finish(self) -> StepSums:
         self._begin()

@@ -40,6 +40,6 @@ class Message:
         for work in self._works:
             work.wait()
         if self._vector is None:
-            return self._pieces
+            return dict(self._pieces)
         parts = self._vector.split([piece.numel() for piece in self._pieces.values()])
         return dict(zip(self._pieces, parts, strict=True))
