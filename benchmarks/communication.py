@@ -188,7 +188,7 @@ def _steps(engine, ranks, rank, shape, *, patched=True, estimator="sketch") -> t
     try:
         model = build(shape, engine, ranks, sends=False)
         if patched:
-            mixer = gac.patch(model, estimator=estimator, report_interval=STEPS)
+            mixer = gac.patch(model, estimator=estimator, interval=1, report_interval=STEPS)
         found, seconds = [], []
         for step in train(model, shape.vocabulary, mixer, rank, STEPS if patched else 2):
             with counting() as counts:
@@ -249,7 +249,7 @@ def _measure_one(name: str, engine: str, rank: int, ranks: int) -> dict:
 
     dist.all_reduce = counted
     try:
-        with gac.patch(model, estimator="sketch", report_interval=None) as mixer:
+        with gac.patch(model, estimator="sketch", interval=1, report_interval=None) as mixer:
             mus = []
             for step in train(model, shape.vocabulary, mixer, rank):
                 sent.clear()

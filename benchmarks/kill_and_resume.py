@@ -27,7 +27,7 @@ RUN = [
     "--task", "chain_sum:terms=2,digits=1", "--heldout", "12", "--demonstrations", "20", "--prompts", "40",
     "--hidden-size", "16", "--layers", "1", "--warm-start-steps", "4", "--micro-batches", "2", "--batch-size", "4",
     "--sft-batch-size", "4", "--generations", "4", "--threads", "1", "--device", "cpu", "--eval-every", "3",
-    "--save-every", "2", "--steps", "8",
+    "--save-every", "2", "--steps", "8", "--interval", "1",
 ]  # fmt: skip
 """Options of the run."""
 

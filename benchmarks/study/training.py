@@ -119,6 +119,7 @@ def _trainer(row: Row, arm: Arm, model, tokenizer, data, length: int, reward):
         law=law,
         law_options=options,
         estimator=arm.estimator,
+        gac_interval=1,
         gac_metric=arm.metric,
         gac_report_interval=None,
         beta=arm.beta,

@@ -83,6 +83,7 @@ def run_audit(
     """
     from gac.runs import training
 
+    config = dataclasses.replace(config, interval=config.interval or 1)  # every step has its truth beside it
     law = audited_law(config)
     setup = training.prepare(config)  # first: what does not load leaves nothing behind
     provenance = write_config(out, vars(config), command, warm_start)

@@ -54,7 +54,7 @@ def hook_cost(device: torch.device, *, parameters: int = 1000, rounds: int = 60)
     """
     plain, patched = _Many(parameters, device), _Many(parameters, device)
     found: dict[str, list[float]] = {"hook": [], "hook_and_read": []}
-    with gac.patch(patched, estimator="sketch") as mixer:
+    with gac.patch(patched, estimator="sketch", interval=1) as mixer:
         clock = _LedgerClock(mixer)
         for _ in range(rounds + 1):
             spent, clock.seconds = 0.0, 0.0

@@ -63,7 +63,8 @@ def add_training_options(parser: argparse.ArgumentParser, *, leave_out: tuple[st
     )  # fmt: skip
     add(mix, "--law-option", "another option of the law; may be repeated", action="append", metavar="KEY=VALUE")
     add(mix, "--estimator", "how gradients are measured: auto, exact, sketch or coefficient", metavar="NAME")
-    add(mix, "--interval", "measure in every N-th step", type=positive, metavar="N")
+    add(mix, "--overhead", "share of a step's time that measuring may take (default: 0.01)", type=share, metavar="X")
+    add(mix, "--interval", "measure in every N-th step instead; repeats to the bit", type=positive, metavar="N")
     add(
         mix, "--metric",
         "space of the statistics: that of the gradients, or that of Adam's steps",
@@ -141,6 +142,14 @@ def positive_float(text: str) -> float:
     value = _float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def share(text: str) -> float:
+    """A number above 0, at most 1."""
+    value = _float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
     return value
 
 

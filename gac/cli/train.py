@@ -126,6 +126,10 @@ def resolve(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
     return config, out
 
 
+def _budget(share: float | None) -> str:
+    return "" if share is None else f" of a budget of {100 * share:g}%"
+
+
 def show(reporter: Any, summary: dict[str, Any], out: Path) -> None:
     """The table at the end of a run."""
     from gac.runs.console import duration, size
@@ -140,7 +144,7 @@ def show(reporter: Any, summary: dict[str, Any], out: Path) -> None:
             ["final mu (mean over the run)", f"{summary['final_mu']:.3f} ({summary['mean_mu']:.3f})"],
             ["estimator", summary["estimator"]],
             ["time of a step", f"{1000 * summary['seconds_per_step']:.0f} ms"],
-            ["share of it spent in GAC", f"{100 * summary['gac_share']:.2f}%"],
+            ["share of it spent in GAC", f"{100 * summary['gac_share']:.2f}%{_budget(summary['gac_budget'])}"],
             ["peak memory", size(summary["peak_memory_bytes"])],
             ["total time", duration(summary["seconds"])],
         ],

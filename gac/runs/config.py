@@ -27,7 +27,8 @@ class TrainConfig:
     prior: str | None = None
     law_option: list[str] = dataclasses.field(default_factory=list)
     estimator: str = "auto"
-    interval: int = 1
+    overhead: float | None = None
+    interval: int | None = None
     metric: str = "gradient"
     report_interval: int = 5
     sft_loss: str = "nll"
@@ -105,6 +106,8 @@ def check(config: TrainConfig) -> None:
         )
     if config.estimator not in ESTIMATORS:
         raise UsageError(f"unknown estimator {config.estimator!r}; known: {', '.join(ESTIMATORS)}")
+    if config.overhead is not None and config.interval is not None:
+        raise UsageError("--overhead and --interval: measure as much as a share of the time pays for, or every N steps")
     if config.generations < 2:
         raise UsageError("--generations must be at least 2: GRPO compares the rollouts of a prompt")
     rollouts = config.batch_size * config.micro_batches

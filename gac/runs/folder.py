@@ -15,7 +15,7 @@ from gac.files import DamagedFile, write_whole
 from gac.runs.errors import UsageError
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
-TIMING_KEYS = frozenset({"seconds", "eval_seconds", "step_time", "gac/seconds"})
+TIMING_KEYS = frozenset({"seconds", "eval_seconds", "step_time", "gac/seconds", "gac/overhead"})
 """Metrics that hold wall-clock time; every other one is the same after a resume."""
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gac.files import sync_tree
+from gac.options import OVERHEAD
 from gac.runs.config import TrainConfig
 from gac.runs.console import Reporter
 from gac.runs.errors import UsageError, usage_errors
@@ -154,6 +155,7 @@ def run_hybrid(
             law=law,
             law_options=law_options,
             estimator=config.estimator,
+            gac_overhead=config.overhead,
             gac_interval=config.interval,
             gac_metric=config.metric,
             gac_report_interval=config.report_interval or None,
@@ -241,6 +243,7 @@ def evaluate(setup: Setup) -> float:
 
 def summarize(setup: Setup, records: Sequence[dict[str, Any]], warm_accuracy: float, seconds: float) -> dict[str, Any]:
     """What the final table shows, and what `gac compare` reads."""
+    config = setup.config
     accuracies = [record["accuracy"] for record in records if "accuracy" in record]
     # the first steps hold one-time costs (kernel choice, allocator) that say nothing about a step
     settled = records[min(5, len(records) // 2) :]
@@ -258,6 +261,7 @@ def summarize(setup: Setup, records: Sequence[dict[str, Any]], warm_accuracy: fl
         "final_reward": _mean(record.get("reward") for record in records[-20:]),
         "seconds_per_step": busy / len(settled),
         "gac_share": sum(record.get("gac/seconds") or 0.0 for record in settled) / busy,
+        "gac_budget": (config.overhead or OVERHEAD) if config.interval is None else None,
         "peak_memory_bytes": peak_memory_bytes(setup.device),
         "seconds": seconds,
     }

@@ -50,7 +50,7 @@ class GacCallback(TrainerCallback):
     `resume_from`, ``args.resume_from_checkpoint`` or ``output_dir/checkpoint-<step>``, whichever is there first.
 
     Args:
-        law, estimator, interval: as for :func:`gac.patch`. With ``"coefficient"`` no hook touches the model, which may
+        law, estimator: as for :func:`gac.patch`. With ``"coefficient"`` no hook touches the model, which may
             then be sharded in any way.
         resume_from: checkpoint folder given to ``train(resume_from_checkpoint=...)`` when it is not in ``output_dir``:
             a callback is not told.
@@ -70,7 +70,7 @@ class GacCallback(TrainerCallback):
     ) -> None:
         if estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
-        of_patch = {"interval", "process_group", "metric", "report_interval", "coefficient"}
+        of_patch = {"overhead", "interval", "process_group", "metric", "report_interval", "coefficient"}
         self._of_controller = {"law": law} | {k: v for k, v in options.items() if k not in of_patch}
         controller = Controller(**self._of_controller)
         self.resume_from = resume_from

@@ -33,7 +33,16 @@ class HybridGRPOConfig(GRPOConfig):
         default=False,
         metadata={"help": "Feed the coefficient estimator too; estimator='coefficient' does so by itself."},
     )
-    gac_interval: int = field(default=1, metadata={"help": "Measure in every so many optimizer steps."})
+    gac_overhead: float | None = field(
+        default=None,
+        metadata={"help": "Share of a step's time that measuring may take; default: 0.01. See gac.patch."},
+    )
+    gac_interval: int | None = field(
+        default=None,
+        metadata={
+            "help": "Measure in every so many optimizer steps instead, so that a run can be repeated to the bit."
+        },
+    )
     gac_metric: str = field(
         default="gradient",
         metadata={"help": "'gradient', or 'optimizer' to measure in the space of Adam's steps; see gac.patch."},
@@ -78,6 +87,10 @@ class HybridGRPOConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.gac_overhead is not None and not (self.gac_interval is None and 0 < self.gac_overhead <= 1):
+            raise ValueError(
+                f"gac_overhead must be in (0, 1], without gac_interval; got {self.gac_overhead} and {self.gac_interval}"
+            )
         self.build_controller()
 
     def law_and_options(self) -> tuple[str, dict[str, Any]]:

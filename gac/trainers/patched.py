@@ -66,6 +66,7 @@ class PatchedGRPOTrainer(GroupedGRPOTrainer):
             self.model_wrapped,  # so that data parallelism is seen
             law=law,
             estimator=self.args.estimator,
+            overhead=self.args.gac_overhead,
             interval=self.args.gac_interval,
             metric=self.args.gac_metric,
             report_interval=self.args.gac_report_interval,
