@@ -40,7 +40,7 @@ class HybridGRPOConfig(GRPOConfig):
     gac_interval: int | None = field(
         default=None,
         metadata={
-            "help": "Measure in every so many optimizer steps instead, so that a run can be repeated to the bit."
+            "help": "Measure in every so many optimizer steps instead: such a run repeats to the bit."
         },
     )
     gac_metric: str = field(

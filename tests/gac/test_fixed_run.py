@@ -33,3 +33,10 @@ def test_statistics_and_gradients(case):
 @pytest.mark.parametrize("law", fixed_run.LAWS)
 def test_mu(law):
     assert same(fixed_run.control(law, fixed_run.LAWS[law]), RECORD["laws"][law], rel=1e-12)
+
+
+@pytest.mark.parametrize("law", fixed_run.LAWS)
+def test_mu_where_every_step_is_measured(law):
+    """As before gaps were counted by steps: without any nothing may differ."""
+    found = fixed_run.control(law, fixed_run.LAWS[law], gaps=False)
+    assert same(found, RECORD["laws, every step measured"][law], rel=1e-12)

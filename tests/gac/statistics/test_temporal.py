@@ -85,3 +85,52 @@ def test_before_the_second_gradient_nothing_is_known():
     assert not math.isfinite(float(means.noise(Branch.RL, gradient))), "a gradient that was not healthy is none"
     means.update(Branch.RL, gradient, torch.tensor(True))
     assert float(means.noise(Branch.RL, gradient)) == pytest.approx(0.0, abs=1e-12)
+
+
+GAPS = (1, 1, 4, 1, 13, 30, 2)
+"""Steps between measurements, over and over."""
+
+
+def weights_after(steps: list[int]) -> torch.Tensor:
+    """Of the gradients of these steps in the mean, from the ages alone: each step takes ``1 - rho`` of what is left."""
+    weights: list[float] = []
+    last = steps[0] - 1
+    for step in steps:
+        keep = DECAY ** (step - last)
+        weights, last = [keep * w for w in weights] + [1 - keep], step
+    found = torch.tensor(weights, dtype=torch.float64)
+    return found / found.sum()
+
+
+def test_uneven_gaps():
+    """Unbiased whatever lies between measurements; drift counts by the steps that lie between, not the measurements."""
+    source = family("isotropic", NUMELS, 10, seed=1)
+    drift = 0.02 * torch.ones(sum(NUMELS), dtype=torch.float64)
+    for slope in (0.0, 1.0):
+        generator = torch.Generator().manual_seed(1)
+        means, steps, step = MovingMeans(torch.device("cpu")), [], 0
+        for number in range(20):
+            gradient = source.to(torch.float32).draw(DRAWS, generator=generator)
+            gradient = gradient.add_(slope * step * drift.float()).flatten()
+            if number in (2, 6, 7, 19):
+                weights = weights_after(steps)
+                lag = float(step - weights @ torch.tensor(steps, dtype=torch.float64))
+                share = 1 + float(weights.square().sum())
+                expected = source.trace + slope * float(drift @ drift) * lag**2 / share
+                variance = 2 * source.product_trace(source) + 4 * slope * lag**2 * source.variance_along(drift) / share
+                found = float(means.noise(Branch.SFT, gradient)) / DRAWS
+                away = (found - expected) / math.sqrt(variance / DRAWS)
+                print(f"slope {slope}, after {number} measurements: {found:.5g} of {expected:.5g}, {away:+.2f} errors")
+                assert abs(away) < 4, (slope, number)
+            means.update(Branch.SFT, gradient, torch.tensor(True), step)
+            steps.append(step)
+            step += GAPS[number % len(GAPS)]
+
+
+def test_even_gaps_of_one_step_need_no_numbers():
+    told, untold = MovingMeans(torch.device("cpu")), MovingMeans(torch.device("cpu"))
+    for step in range(5):
+        gradient = torch.randn(7, generator=torch.Generator().manual_seed(step))
+        told.update(Branch.RL, gradient, torch.tensor(True), step)
+        untold.update(Branch.RL, gradient, torch.tensor(True))
+    assert all(torch.equal(value, untold.state[name]) for name, value in told.state.items())
