@@ -54,6 +54,13 @@ def is_slow(module: Path) -> bool:
     return any(place.is_relative_to(entry) for entry in SLOW)
 
 
+@pytest.fixture(autouse=True)
+def a_budget_for_every_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixers that are asked for nothing else measure every step, however fast the machine; see the marker `budget`."""
+    if request.node.get_closest_marker("budget") is None:
+        monkeypatch.setattr("gac.options.OVERHEAD", 1e9)
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Without slow tests their modules are not read either: importing trainers takes longer than many a test."""
     return True if config.getoption("markexpr") == "not slow" and is_slow(collection_path) else None

@@ -13,6 +13,8 @@ import gac.mixer
 import gac.observe.observer
 from gac.cadence import FLOOR, MOST, RESERVE, WARM_UP, BudgetCadence, Costs, FixedCadence
 
+pytestmark = pytest.mark.budget
+
 
 class Simulated:
     """A cadence and the account of its steps; seconds are drawn around given means."""
