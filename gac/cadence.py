@@ -170,14 +170,18 @@ class BudgetCadence(Cadence):
         self._push("rest", costs.rest / steps)
         if steps > 1:
             self._push("unmeasured", costs.unmeasured / (steps - 1))
-        if self.measurements <= WARM_UP:
+        if self.measurements < WARM_UP:
             return
         m, u, rest = self._usual("measured"), self._usual("unmeasured"), self._usual("rest")
         earned = self.overhead * rest
-        balance = self._balance + self.overhead * costs.rest - costs.measured - costs.unmeasured
+        if self.measurements > WARM_UP:
+            paid = costs.unmeasured + (costs.measured if self.measurements > WARM_UP + 1 else 0.0)
+            self._balance += self.overhead * costs.rest - paid
         kept = RESERVE * m
-        self._balance = min(max(balance, -kept), 2 * kept)
-        present = self._balance + earned - m  # of the step just measured, whose cost is not known yet
+        self._balance = min(max(self._balance, -kept), 2 * kept)
+        present = self._balance
+        if self.measurements > WARM_UP:
+            present += earned - m  # of the step just measured, whose cost is not known yet
         pace = 1.0
         if costs.moved <= 0:
             present, pace = min(present, max(present - kept, 0.0)), PACE
@@ -273,6 +277,11 @@ class Account:
         self._steps += steps
         keep = 0.5 ** (steps / HALF_LIFE)
         self._late = [keep * self._late[0] + gac, keep * self._late[1] + rest]
+
+    def late(self, gac: float) -> None:
+        """Seconds in GAC of measured steps that have ended, which nobody knew then."""
+        self._measured += gac
+        self._late[0] += gac
 
     def report(self) -> list[float]:
         """The numbers of :class:`Costs` but ``moved``, of this rank; what follows is told in the next report."""

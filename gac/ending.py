@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gac.cadence import WARM_UP, BudgetCadence, Cadence, FixedCadence
+from gac.cadence import BudgetCadence, Cadence, FixedCadence
 from gac.fused import law as fused_law
 from gac.fused.state import HostState, Numbers, numbers_of
 from gac.fused.statistics import UNMEASURED, cosine_of
@@ -97,15 +97,10 @@ class Ending:
         Args:
             gac: seconds in GAC.
         """
-        measurement, cadence, now = self.measurement, self.measurement.cadence, perf_counter()
+        now, steps = perf_counter(), self._quiet + 1
         rest = max(now - self._since - gac, 0.0)
-        steps = self._quiet + 1
         self._since, self._quiet = now, 0
-        measurement.account.ended(gac, rest, measured=measurement.is_measured, steps=steps)
-        if not measurement.is_measured:
-            cadence.passed(steps)
-        if cadence.counts_costs and cadence.measurements <= WARM_UP:
-            measurement.account.forget()
+        self.measurement.step_ended(gac, rest, steps)
 
     def catch_up(self) -> None:
         """Ends what was passed by, for a state that can be kept."""

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gac.cadence import Account, Cadence, Costs
+from gac.cadence import WARM_UP, Account, Cadence, Costs
 from gac.fused.state import HostState, numbers_of
 from gac.fused.statistics import attach_errors, statistics_of
 from gac.fused.statistics import has_moved as fused_has_moved
 from gac.observe.choice import choose_estimator, reads_running_sums
+from gac.observe.device_time import DeviceTime
 from gac.observe.observer import Observer
 from gac.observe.optimizer_space import SecondMoments
 from gac.observe.reduction import Reduction, gather_rows, reduce_step
@@ -86,6 +87,7 @@ class Measurement:
             hooks=options.hooks,
         )
         self._means = [MovingMeans(ledger.device) for ledger in self.observer.ledgers]
+        self._device_time = DeviceTime(self.observer.ledgers if cadence.counts_costs else ())
         self._errors = StandardErrors(self.device, self._dtype)
         self._absent = Silence(ABSENT)
         self._rows: list[Tensor] = []  # of the coefficient estimator
@@ -254,6 +256,17 @@ class Measurement:
     def is_measured(self) -> bool:
         """Whether the step under way is measured."""
         return self.observer.measuring or (self.estimator == "coefficient" and self.due)
+
+    def step_ended(self, gac: float, rest: float, steps: int) -> None:
+        """So many steps have ended, all but the last not measured: the host's seconds in GAC, and outside."""
+        self.account.ended(gac, rest, measured=self.is_measured, steps=steps)
+        self._device_time.ended(gac)
+        if late := self._device_time.beyond_host():
+            self.account.late(late)
+        if not self.is_measured:
+            self.cadence.passed(steps)
+        if self.cadence.counts_costs and self.cadence.measurements <= WARM_UP:
+            self.account.forget()
 
     def _costs_so_far(self) -> list[Tensor | float] | None:
         """The numbers of :class:`gac.cadence.Costs` of this rank's steps since the last measured one, that included."""

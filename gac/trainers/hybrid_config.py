@@ -39,9 +39,7 @@ class HybridGRPOConfig(GRPOConfig):
     )
     gac_interval: int | None = field(
         default=None,
-        metadata={
-            "help": "Measure in every so many optimizer steps instead: such a run repeats to the bit."
-        },
+        metadata={"help": "Measure in every so many optimizer steps instead: such a run repeats to the bit."},
     )
     gac_metric: str = field(
         default="gradient",
