@@ -135,6 +135,8 @@ class GacLaw(Law):
         # measured when delta_g2 is). With a step's weight w:
         self.rates = [math.log(2) / half_life for half_life in ((SHORT, LONG) if self.chooses else (self.half_life,))]
         self._rates = torch.tensor(self.rates, dtype=torch.float64).view(-1, 1, 1)
+        keep = 2.0 ** (-1 / LONG)  # of the evidence, and of its squares, in a step
+        self._kept = torch.tensor([keep, keep * keep], dtype=torch.float64)
         averages = len(self.rates)
         self.state["sums"] = torch.zeros(averages, 2, 3, dtype=torch.float64)  # of w*value and of w
         self.state["squares"] = torch.zeros(averages, 3, 3, dtype=torch.float64)  # w^2 SE^2; w^2 with known SE; w^2
@@ -157,7 +159,7 @@ class GacLaw(Law):
 
     def to(self, device: torch.device) -> None:
         super().to(device)
-        self._rates = self._rates.to(self.mu)
+        self._rates, self._kept = self._rates.to(self.mu), self._kept.to(self.mu)
 
     def smoothed(self, average: int = -1) -> Tensor:
         """``[3]``: sigma_s2, sigma_r2, delta_g2, averaged and then clamped at 0; NaN before the first measurement.
@@ -294,9 +296,8 @@ class GacLaw(Law):
         total = delta_g2 + sigma_s2 + sigma_r2
         difference = apart * ((long + short) * total - 2 * (alpha * delta_g2 + sigma_r2))
         known = use.all() & torch.isfinite(difference)
-        total, squares = self.state["evidence"].unbind()
-        keep = torch.exp2(-self.state["waiting"].max() / LONG)
-        evidence = torch.stack([keep * total + difference, keep**2 * squares + difference.square()])
+        keep = torch.pow(self._kept, self.state["waiting"].max())
+        evidence = keep * self.state["evidence"] + torch.stack([difference, difference.square()])
         self.state["evidence"] = torch.where(known, evidence, self.state["evidence"])
 
 

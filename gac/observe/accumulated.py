@@ -39,6 +39,14 @@ class Accumulated:
         present = [parameter.grad for parameter in self._parameters]
         return not all(map(is_, present, self._gradients)) or _versions(present) != self._versions
 
+    def written(self) -> list[int]:
+        """The parameters whose gradients are not what was noted last, and are there. What is there now is known."""
+        gradients, versions = self._gradients, self._versions
+        self.note()
+        rows = zip(self._gradients, gradients, self._versions, versions, strict=True)
+        changed = (x is not None and (x is not noted or version != known) for x, noted, version, known in rows)
+        return [k for k, one in enumerate(changed) if one]
+
     def changed_besides(self, index: int) -> list[int]:
         """The gradients that are not what was noted, when a pass has just accumulated the one of ``index``.
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from gac.observe.accumulated import Accumulated
 from gac.observe.contribution import Contribution, Seen, Tokens, UnweightedLoss
+from gac.observe.hooks import Guided, Hooks
 from gac.observe.ledger import Ledger
 from gac.observe.module_names import group_parameters, some
 from gac.observe.optimizer_space import SecondMoments
@@ -104,20 +104,15 @@ class Observer:
         self._open, self._met = False, set[int]()  # parameters that had an incoming gradient in this contribution
         self._incoming: dict[int, Tensor] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._handles: list[RemovableHandle] = []
+        accumulated = self._running_hook if running else lambda k: functools.partial(self._on_accumulated, k)
+        gradient = None if running else self._on_gradient
+        self._hooks = Hooks(self.parameters, accumulated, gradient, self._on_sentinel)
+        self._guided = Guided(self._hooks, self._accumulated)
         self.measure(True)
-
-    def _attach(self) -> None:
-        for index, parameter in enumerate(self.parameters):
-            if not self.running:
-                self._handles.append(parameter.register_hook(functools.partial(self._on_gradient, index)))
-            hook = self._running_hook(index) if self.running else functools.partial(self._on_accumulated, index)
-            self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def remove(self) -> None:
         """Takes the hooks off."""
-        while self._handles:
-            self._handles.pop().remove()
+        self._hooks.remove()
 
     def measure(self, measuring: bool, *, by_module: bool = False) -> None:
         """Whether the step to come is measured, and also module by module.
@@ -125,8 +120,8 @@ class Observer:
         A step that is not measured has no hooks: they would cost time and tell nothing.
         """
         self.measuring, self.by_module = measuring, by_module
-        if measuring and self.hooks and not self._handles:
-            self._attach()
+        if measuring and self.hooks:
+            self._hooks.put_on(self._guided.first if self.running and not self.sharded else None)
         elif not measuring:
             self.remove()
         for ledger in self.ledgers:
@@ -163,6 +158,7 @@ class Observer:
             if failed or self._passes.died:
                 self.fail()
             self.finish()
+            self.seen.broken |= self._guided.was_passed_by()
         self.branch = self._tokens = None
 
     @contextmanager
@@ -181,13 +177,27 @@ class Observer:
             self._passes.guided = True
             try:
                 yield
-                self.finish()
+                if written := self._guided.written():
+                    self._begin()
+                    self._pending.gradients.update(dict.fromkeys(written))
+                self.finish(note=not written)
             except BaseException:
+                self.seen.broken |= bool(self._guided.written())
                 self.fail()
                 raise
             finally:
                 self._passes.guided = False
                 self._tokens = entered_with
+
+    def _on_sentinel(self, index: int) -> None:
+        """A pass reached the lone hook: one that is not guided gets the others back, just in time."""
+        if self._passes.guided:
+            self._guided.met(index, guided=True)
+        elif self.branch is not None or not self.seen.outside:
+            self.seen.broken |= self.branch is not None and bool(self._accumulated.changed_besides(index))
+            self._guided.lost()
+            self._hooks.put_on()
+            self._notice(index, None)
 
     def fail(self) -> None:
         """A backward pass raised: what it left of its contribution is dropped, and the step counts as broken."""
@@ -261,6 +271,7 @@ class Observer:
             )
         task = _graph_task_id()
         if task != self._pending.now.task:
+            self._guided.met(index, guided=self._passes.guided)
             if not self._passes.guided:
                 self._next_pass(index)
             self._pending.now.task = task
@@ -272,7 +283,7 @@ class Observer:
         self._begin()
         if not self.running:
             if index in self._met:
-                gradient = self._merge(index, gradient)
+                gradient = self._pending.merge(index, gradient, direct=self.ledgers[self._places[index][0]].direct)
             self._met.add(index)
         if self._pending.add(index, gradient):
             self._flush()
@@ -322,18 +333,6 @@ class Observer:
         """Reads a contribution from buffers that hold running sums, one for each parameter or None."""
         self._begin()
         self._pending.gradients.update((index, g) for index, g in enumerate(gradients) if g is not None)
-
-    def _merge(self, index: int, gradient: Tensor) -> Tensor:
-        """A parameter came twice in one backward pass (re-entrant checkpointing of a tied weight)."""
-        earlier = self._pending.gradients.pop(index, None)
-        if earlier is not None:
-            return earlier.detach() + gradient.detach()
-        if self.ledgers[self._places[index][0]].direct:
-            raise RuntimeError(
-                f"parameter {self.names[index]!r} received two gradients in one backward pass, more than a bucket "
-                'apart: checkpoint with use_reentrant=False, or patch with estimator="sketch"'
-            )
-        return gradient
 
     def _end_of_backward(self, task: int) -> None:
         self._passes.ended(task)
@@ -395,6 +394,7 @@ class Observer:
         if self.seen.contributions or self.seen.broken:
             for ledger in self.ledgers:
                 ledger.clear()
+        self._guided.step_ended()
         self.seen = Seen()
         self._accumulated.forget()
         self.seconds = 0.0

@@ -103,6 +103,24 @@ class Pending:
         self.now.bytes += self._nbytes[index]
         return self.now.bytes >= self.limit
 
+    def merge(self, index: int, gradient: Tensor | None, *, direct: bool) -> Tensor | None:
+        """The gradient of a parameter that came twice in one backward pass (re-entrant checkpointing of a tied weight).
+
+        Args:
+            index: of the parameter. gradient: the second one. direct: whether its ledger takes gradients as they are.
+
+        Raises RuntimeError where the first one was handed over already and cannot be taken back.
+        """
+        earlier = self.gradients.pop(index, None)
+        if earlier is not None and gradient is not None:
+            return earlier.detach() + gradient.detach()
+        if direct:
+            raise RuntimeError(
+                f"parameter {self._names[index]!r} received two gradients in one backward pass, more than a bucket "
+                'apart: checkpoint with use_reentrant=False, or patch with estimator="sketch"'
+            )
+        return gradient
+
     def clear(self) -> None:
         """Forgets what is pending."""
         self.gradients.clear()

@@ -24,7 +24,7 @@ LAUNCH_SECONDS = 10e-6
 """Host time of one kernel launch; the range seen for Triton is 6 to 30 us."""
 
 STEP_OPERATIONS = 180
-"""Small tensor operations of one ``mixer.step()``; counted by the tests."""
+"""Small tensor operations of one ``mixer.step()`` that ends in torch, as on GPUs; counted by the tests."""
 
 OPERATION_SECONDS = 7e-6
 """Host time of one of them; measured, 1.3 ms a step on the CPU of cpu.json."""

@@ -28,7 +28,7 @@ H100 = DEVICES["h100"]
 @pytest.mark.parametrize("micro_batches", [1, 9])
 def test_sketch_memory_of_a_step(estimator, micro_batches):
     model = tiny_model()
-    with gac.patch(model, estimator=estimator, report_interval=None) as mixer:
+    with gac.patch(model, estimator=estimator, interval=1, report_interval=None) as mixer:
         batch = tokens(1, 0)[0]
         a_step(mixer, lambda: sft_loss(model, batch), micro_batches)
         mixer.step()
@@ -58,7 +58,7 @@ def test_a_step_of_fsdp2(ranks, estimator, recorded, monkeypatch):
     batch, sent = tokens(1, 0)[0], []
     real = dist.all_reduce
     monkeypatch.setattr(dist, "all_reduce", lambda t, *a, **k: (sent.append(t.nbytes), real(t, *a, **k))[1])
-    with gac.patch(model, estimator=estimator, report_interval=None) as mixer:
+    with gac.patch(model, estimator=estimator, interval=1, report_interval=None) as mixer:
         a_step(mixer, lambda: sft_loss(model, batch), 2)
         mixer.step()
         held = sum(ledger.nbytes for ledger in mixer._observer.ledgers)

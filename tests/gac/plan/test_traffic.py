@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gac
+import gac.ending
 import gac.observe.ledger
 from gac import plan
 from gac.observe.observer import Observer
@@ -129,7 +130,7 @@ def test_bytes_all_reduced(ranks, estimator, monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", lambda t, *a, **k: (sent.append(t.nbytes), real(t, *a, **k))[1])
     model = tiny_model()
     batch = tokens(1, 0)[0]
-    with gac.patch(model, estimator=estimator, report_interval=None) as mixer:
+    with gac.patch(model, estimator=estimator, interval=1, report_interval=None) as mixer:
         a_step(mixer, lambda: sft_loss(model, batch), 2)
         mixer.step()
     setup = Setup(parameters_of(model), H100, ranks=ranks, estimator=estimator, micro_batches=2)
@@ -169,9 +170,11 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_operations_of_a_step():
+def test_operations_of_a_step(monkeypatch):
+    """As a step ends on the GPUs that are planned for: in torch."""
+    monkeypatch.setattr(gac.ending, "why_in_torch", lambda *_: "as on a GPU")
     model = tiny_model()
-    with gac.patch(model, estimator="sketch", report_interval=None) as mixer:
+    with gac.patch(model, estimator="sketch", interval=1, report_interval=None) as mixer:
         for _ in range(3):
             batch = tokens(1, 0)[0]
             a_step(mixer, lambda batch=batch: sft_loss(model, batch), 2)
