@@ -256,10 +256,12 @@ class Account:
 
     Attributes:
         moved: whether the statistics of the last measured step had moved; a tensor is not read here.
+        total: seconds in GAC so far.
     """
 
     def __init__(self) -> None:
         self.moved: Tensor | float = 0.0
+        self.total = 0.0
         self._late = [0.0, 0.0]  # seconds in GAC and outside
         self._begin()
 
@@ -273,6 +275,7 @@ class Account:
             self._measured += gac
         else:
             self._unmeasured += gac
+        self.total += gac
         self._rest += rest
         self._steps += steps
         keep = 0.5 ** (steps / HALF_LIFE)
@@ -281,6 +284,7 @@ class Account:
     def late(self, gac: float) -> None:
         """Seconds in GAC of measured steps that have ended, which nobody knew then."""
         self._measured += gac
+        self.total += gac
         self._late[0] += gac
 
     def report(self) -> list[float]:

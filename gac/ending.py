@@ -121,9 +121,12 @@ class Ending:
         """
         measurement, law = self.measurement, self._controller.law
         number = self._controller.steps
-        if isinstance(weights, HostWeights) and not measurement.from_tokens:
+        if isinstance(weights, HostWeights):
             assert isinstance(law, GacLaw)
-            statistics = measurement.finish_on_host(weights.present_on_host, number)
+            if measurement.from_tokens:
+                statistics = _numbers(measurement.finish(weights.present, number))
+            else:
+                statistics = measurement.finish_on_host(weights.present_on_host, number)
             self._found = statistics
             step = self._controller.told(**told)
             state = fused_law.update(law, numbers_of(law.state), statistics, step)
@@ -168,6 +171,12 @@ class Ending:
         self._metrics.publish_numbers(
             number, row, seconds=seconds, estimator=measurement.used, overhead=measurement.account.share
         )
+
+
+def _numbers(statistics: Statistics | None) -> dict[str, float] | None:
+    if statistics is None:
+        return None
+    return dict(zip(Statistics.names(), statistics.stacked().tolist(), strict=True))
 
 
 def cadence_of(options: Options, ranks: int) -> Cadence:

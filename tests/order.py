@@ -31,6 +31,7 @@ FLOORS = (
         "benchmarks.conftest",
         "benchmarks.fallback",
         "benchmarks.kill_and_resume",
+        "benchmarks.overhead",
         "benchmarks.study",
         "benchmarks.test_kernels",
         "benchmarks.test_step",
