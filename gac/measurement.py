@@ -290,14 +290,15 @@ class Measurement:
     # -- estimators -----------------------------------------------------------------------------------------------
 
     def _confirm(self, silent: float, n: float) -> None:
-        """In the first measured step, on every rank: did hooks run on all of them? The only wait for the device.
+        """In the first step with contributions, on every rank: did hooks run on all of them? The only wait for the
+        device.
 
         Args:
             silent: ranks on which none has run. n: contributions of all ranks.
         """
-        if silent > 0 or n == 0:
+        if silent > 0 or (n == 0 and not self.observer.seen.outside):
             raise RuntimeError(f"{NOTHING_OBSERVED} ({silent:.0f} of {self.topology.ranks} ranks)")
-        self.confirmed = True
+        self.confirmed = n > 0  # passes over mixed batches show nothing
 
     def _uses_time(self, branch: Branch | None = None) -> bool:
         """Whether a lone contribution (of a branch, or of either) is compared with earlier steps."""

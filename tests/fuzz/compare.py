@@ -18,15 +18,19 @@ import torch
 from torch import Tensor
 
 import gac
+from gac import Statistics
 from gac_kernels import reference
 from tests.fuzz.draw import TOLD, Draw
 from tests.fuzz.run import Found, Outcome
+from tests.fuzz.tokens import coefficients
 from tests.fuzz.truth import Contribution, Expected, Past, Replay
 
 U = 2.0**-24
 SQUARES = 32 * U
 ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 TINY = 1e-40
+TOKENS = 1e-9
+"""Of sums over tokens, in float64: variances are differences of them."""
 BRANCHES = ("sft", "rl")
 
 
@@ -126,6 +130,15 @@ class Comparison:
     # -- statistics -----------------------------------------------------------------------------------------------
 
     def _statistics(self, found: Found, want: Expected) -> None:
+        due = self.number % self.draw.interval == 0
+        always = self.draw.estimator == "coefficient" and self.draw.engine != "one"
+        right, sick = coefficients(want.told, always=always) if due else (None, False)
+        self._coefficients("coefficient", found.coefficient, right, sick)
+        if self.draw.from_tokens(self.draw.steps[self.step]):
+            self._coefficients("statistics", found.statistics, right, sick)
+            if found.modules is not None and found.modules.step == self.number + 1:
+                self._differ("taken apart", True, "tokens say nothing of modules")
+            return
         statistics = found.statistics
         if (statistics is not None) != want.measured:
             self._differ("measured", statistics is not None, want.measured)
@@ -140,6 +153,18 @@ class Comparison:
         for differences in views:
             self._numbers(found, want, differences)
         self._modules(found)
+
+    def _coefficients(self, of: str, got: Statistics | None, right: dict[str, float] | None, sick: bool) -> None:
+        """What the coefficient estimator has made of the sequences that a step told; None: of none."""
+        if (got is None) != (right is None):
+            self._differ(of, "none" if got is None else "some", "none" if right is None else "some")
+        elif got is not None and sick != (float(got.nonfinite) > 0):
+            self._differ(f"nonfinite of {of}", float(got.nonfinite), "above 0" if sick else 0)
+        elif got is not None and not sick:
+            for name, value in right.items():
+                here = float(getattr(got, name))
+                if math.isnan(here) != math.isnan(value) or abs(here - value) > TOKENS * (1 + abs(value)):
+                    self._differ(f"{name} of {of}", here, value)
 
     def _numbers(self, found: Found, want: Expected, differences: bool) -> None:
         """Every number; ``differences`` of running sums stand for contributions, or the contributions themselves."""

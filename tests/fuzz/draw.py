@@ -2,30 +2,9 @@
 
 from __future__ import annotations
 
-import random
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-SPREAD = {
-    "ddp": ("mlp", "norm", "conv", "tied", "frozen", "adapter", "reused", "mixed", "experts"),
-    "fsdp2": ("mlp", "norm", "conv", "tied", "frozen", "adapter", "reused"),
-}
-"""Models that engines take: FSDP2 wants one dtype, no scalars, and gradients for the same parameters on every rank."""
-
-MODELS = ("mlp", "norm", "conv", "tied", "frozen", "adapter", "experts", "reused", "sparse", "odd", "mixed", "autocast")
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-LAWS = (
-    ("fixed", {"mu": 0.3}),
-    ("fixed", {"mu": 0.0}),
-    ("fixed", {"mu": 1.0}),
-    ("gac", {}),
-    ("gac", {"prior": 0.25, "prior_weight": 0.5, "cap": 0.3}),
-    ("gac", {"momentum": 0.9, "half_life": 3.0}),
-    ("paper", {}),
-    ("chord-mu", {"decay": 5}),
-    ("sequential", {"split": 1}),
-    ("kl-ctrl", {}),
-    ("entropy-ctrl", {}),
-)
 TOLD = {"kl-ctrl": {"kl": 0.03}, "entropy-ctrl": {"entropy": 1.5}}
 """What a law has to be told in every step."""
 
@@ -49,7 +28,8 @@ class Pass:
 
     Attributes:
         branch: ``sft`` or ``rl``. seed: of its data.
-        how: ``mixer`` (``mixer.backward``), ``weight`` (``(mixer.weight * loss).backward()``) or ``unweighted``.
+        how: ``mixer`` (``mixer.backward``), ``weight`` (``(mixer.weight * loss).backward()``), ``unweighted``, or
+            ``mixed``: ``mixer.mixed_loss`` of the losses of both branches, outside of them.
         fresh: it gets a ``with`` of its own though the last pass had the same branch.
         tokens: what it counts for. size: factor of its loss.
         checkpoint: ``reentrant`` or ``plain`` activation checkpointing of the middle.
@@ -58,6 +38,9 @@ class Pass:
             ``parts`` (two losses in one pass) or ``inputs`` (for every second parameter alone).
         before: what happens before it, inside the branch: ``clip`` or ``clear`` the gradients so far, or ``probe`` by
             ``torch.autograd.grad``.
+        rows: sequences that ``mixer.observe_tokens`` is fed with after it; None: it is not called.
+        lacks: of a mixed pass, the branch without data, whose loss is a zero without a graph.
+        sync: False: under DDP's ``no_sync``.
     """
 
     branch: str
@@ -70,6 +53,9 @@ class Pass:
     fails: str | None = None
     before: str | None = None
     style: str | None = None
+    rows: int | None = None
+    lacks: str | None = None
+    sync: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,6 +69,8 @@ class Step:
             train from now on, and ``mixer.repatch()``), ``thaw`` (the same without a word to gac), or a misuse.
         clip: the gradient's norm at the end. update: the optimizer steps.
         clear: ``none``, ``zero`` (``set_to_none=False``) or ``missing``. early: cleared before ``mixer.step()``.
+        threads: passes run in threads of their own: one after another (``turns``), or those of a branch at the same
+            time (``together``). inference: ``mixer.step()`` under ``torch.inference_mode()``.
     """
 
     passes: tuple[Pass, ...]
@@ -91,6 +79,8 @@ class Step:
     update: bool = True
     clear: str = "none"
     early: bool = False
+    threads: str | None = None
+    inference: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +93,7 @@ class Draw:
         warm: steps that the optimizer has taken before the patch.
         engine: ``one`` process, or two ranks under ``ddp`` or ``fsdp2``.
         scale: of the losses, by a scaler; None: there is none.
+        compiled: backend of ``torch.compile`` for every stage of the model; None: it is not compiled.
     """
 
     steps: tuple[Step, ...]
@@ -121,6 +112,12 @@ class Draw:
     named: str = "found"
     warm: int = 0
     engine: str = "one"
+    compiled: str | None = None
+
+    def from_tokens(self, step: Step) -> bool:
+        """Whether the coefficient estimator gives the statistics of a step."""
+        mixed = any(one.how == "mixed" for one in step.passes)
+        return self.estimator == "coefficient" or (self.estimator == "auto" and mixed)
 
     @property
     def running(self) -> bool:
@@ -129,6 +126,10 @@ class Draw:
 
     def with_steps(self, steps: tuple[Step, ...]) -> Draw:
         return replace(self, steps=steps)
+
+    def with_passes(self, change: Callable[[Pass], Pass]) -> Draw:
+        """The draw with every pass changed."""
+        return self.with_steps(tuple(replace(s, passes=tuple(map(change, s.passes))) for s in self.steps))
 
 
 def ingredients(draw: Draw) -> set[str]:
@@ -140,6 +141,10 @@ def ingredients(draw: Draw) -> set[str]:
             found.add("uncleared")
         if "thaw" in step.before:
             found.add("thaw")
+        if draw.estimator == "coefficient" and all(one.rows is None for one in step.passes):
+            found.add("no tokens")
+        if step.threads == "together" and any(one.how != "mixer" for one in step.passes):
+            found.add("plain passes at once")
         for one in step.passes:
             if one.how == "unweighted":
                 found.add("unweighted")
@@ -166,98 +171,32 @@ def is_valid(draw: Draw) -> bool:
         for one in step.passes
     )
     frozen = draw.model in ("frozen", "adapter") or not any({"thaw", "unfreeze"} & {*s.before} for s in draw.steps)
-    return frozen and ends and told and adam and dense and single and half and passes
+    return frozen and ends and told and adam and dense and single and half and passes and _further_parts_fit(draw)
 
 
-def drawn(seed: int, number: int, *, engine: str = "one") -> Draw:
-    """The draw of a number: the same for the same ``seed``, whatever was drawn before."""
-    r = random.Random(f"{seed}/{number}")
-    rare = lambda share: r.random() < share
-    model = "large" if rare(0.02) and engine == "one" else r.choice(SPREAD.get(engine, MODELS))
-    dtype = r.choices(DTYPES, (5, 2, 1, 2))[0]
-    if model in ("sparse", "mixed", "autocast"):
-        dtype = "float32"
-    law, options = r.choices(LAWS, [5 if not options and law == "gac" else 1 for law, options in LAWS])[0]
-    hooks = not rare(0.1) or engine != "one"
-    optimizer = "sgd" if dtype == "float16" or model == "sparse" else r.choice(("sgd", "momentum", "adam", "adam"))
-    metric = "optimizer" if optimizer == "adam" and rare(0.3) and engine == "one" else "gradient"
-    named = r.choice(("argument", "follow", "found", "found"))
-    if law in TOLD and named == "argument":
-        named = "follow"
-    hazard = r.random()
-    count = r.choice((1, 1, 2, 2, 3))
-    if engine != "one":
-        hazard, named = 1.0, "found"
-    steps = tuple(_step(r, hazard, model=model, hooks=hooks, named=named, engine=engine) for _ in range(count))
-    return Draw(
-        steps=steps,
-        seed=r.randrange(8),
-        model=model,
-        dtype=dtype,
-        law=law,
-        options=dict(options),
-        estimator=r.choice(("exact", "sketch", "auto")),
-        metric=metric,
-        interval=r.choice((1, 1, 1, 2, 3)),
-        report_interval=r.choice((1, 2, 10, None)),
-        hooks=hooks,
-        scale=2.0 ** r.randint(-2, 10) if rare(0.15) else None,
-        optimizer=optimizer,
-        named=named,
-        warm=r.choice((0, 9, 12)) if metric == "optimizer" else 0,
-        engine=engine,
+def _further_parts_fit(draw: Draw) -> bool:
+    every = [one for step in draw.steps for one in step.passes]
+    mixes = draw.estimator == "coefficient" or any(one.how == "mixed" or one.rows is not None for one in every)
+    mixed = not mixes or (
+        draw.hooks
+        and draw.metric == "gradient"
+        and not any("thaw" in step.before for step in draw.steps)
+        and all(one.how != "mixed" or (one.fails, one.style, one.tokens) == (None, None, None) for one in every)
     )
-
-
-def _step(r: random.Random, hazard: float, *, model: str, hooks: bool, named: str, engine: str) -> Step:
-    rare = lambda share: r.random() < share
-    counts = {branch: r.choice((0, 1, 2, 2, 3, 3)) for branch in ("sft", "rl")}
-    if not any(counts.values()):
-        counts["sft"] = 2
-    order = [branch for branch, count in counts.items() for _ in range(count)]
-    if rare(0.5):
-        r.shuffle(order)
-    told = {branch: rare(0.2) for branch in counts}
-    passes = []
-    for branch in order:
-        fails = before = None
-        how = r.choice(("mixer", "weight")) if hooks else "weight"
-        if hazard < 0.05 and rare(0.3):
-            fails = r.choice(("caught", "leaves"))
-        elif 0.05 <= hazard < 0.08:
-            how = "unweighted"
-        elif 0.08 <= hazard < 0.12 and rare(0.5):
-            before = "clear" if model == "sparse" else r.choice(("clip", "clear"))
-        elif rare(0.05) and hooks and engine == "one":
-            before = "probe"
-        checkpoint = r.choice((None,) * 6 + ("plain", "reentrant")) if not fails and engine == "one" else None
-        plain = how == "weight" and checkpoint != "reentrant" and hooks and engine == "one" and not fails
-        passes.append(
-            Pass(
-                branch=branch,
-                seed=r.randrange(10**6),
-                how=how,
-                fresh=rare(0.2),
-                tokens=float(r.choice((1, 2, 7, 100))) if told[branch] else None,
-                size=r.choice((1.0, 1.0, 1.0, 2.0**-6, 64.0, 0.0)),
-                checkpoint=checkpoint,
-                fails=fails if hooks else None,
-                before=before,
-                style=r.choice(("graph", "twice", "parts", "inputs")) if plain and rare(0.1) else None,
-            )
+    threads = all(
+        step.threads is None
+        or (
+            (draw.hooks and all(p.fails is None and p.how != "mixed" for p in step.passes))
+            and (step.threads == "turns" or all(_fits_together(p) for p in step.passes))
         )
-    kinds = ("repatch", "save", "aside", "watch", *MISUSES, "empty", "loose") if engine == "one" else ()
-    events = [kind for kind in kinds if rare(0.04)]
-    if kinds and model in ("frozen", "adapter") and rare(0.35):
-        events.insert(0, r.choice(("unfreeze", "thaw")))  # before a branch is entered
-    clear = r.choice(("none", "none", "zero"))
-    if 0.12 <= hazard < 0.15:
-        clear = "missing"
-    return Step(
-        passes=tuple(passes),
-        before=tuple(events),
-        clip=rare(0.3) and model != "sparse",
-        update=named == "argument" or rare(0.8),
-        clear=clear,
-        early=named != "argument" and rare(0.3),
+        for step in draw.steps
     )
+    inference = draw.named != "argument" or not any(step.inference for step in draw.steps)
+    kept = ("graph", "twice")  # torch.compile's own limits
+    compiled = draw.compiled is None or all(one.style not in kept for one in every)
+    return mixed and threads and inference and compiled
+
+
+def _fits_together(one: Pass) -> bool:
+    plain = (one.before, one.style) == (None, None) and (one.tokens is None or one.how == "mixer")
+    return plain and one.how in ("mixer", "weight")

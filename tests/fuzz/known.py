@@ -33,10 +33,6 @@ def passes_of(draw: Draw) -> list[Pass]:
     return [one for step in draw.steps for one in step.passes]
 
 
-def _each_pass(draw: Draw, change: Callable[[Pass], Pass]) -> Draw:
-    return draw.with_steps(tuple(replace(s, passes=tuple(map(change, s.passes))) for s in draw.steps))
-
-
 def _unweighted_after_weighted(step: Step) -> bool:
     read: set[str] = set()
     for one in step.passes:
@@ -55,7 +51,7 @@ KNOWN: tuple[Known, ...] = (
         "a loss without its weight is taken for one with it, 1/weight too large, where an earlier loss of its branch "
         "in the step had read the weight",
         lambda draw: any(map(_unweighted_after_weighted, draw.steps)),
-        lambda draw: _each_pass(draw, lambda one: replace(one, how="weight" if one.how == "unweighted" else one.how)),
+        lambda draw: draw.with_passes(lambda one: replace(one, how="weight" if one.how == "unweighted" else one.how)),
         Draw((Step((replace(SFT, how="weight"), replace(SFT, how="unweighted"))),)),
     ),
     Known(
@@ -69,8 +65,8 @@ KNOWN: tuple[Known, ...] = (
                 or any(step.clear == "missing" for step in draw.steps[:-1])
             )
         ),
-        lambda draw: _each_pass(
-            draw.with_steps(tuple(replace(s, clear="none") for s in draw.steps)), lambda one: replace(one, before=None)
+        lambda draw: draw.with_steps(tuple(replace(s, clear="none") for s in draw.steps)).with_passes(
+            lambda one: replace(one, before=None)
         ),
         Draw((Step((replace(SFT, how="weight"), replace(RL, how="weight", before="clear"))),), hooks=False),
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from time import monotonic
 
-from tests.fuzz.draw import drawn
+from tests.fuzz.drawing import drawn
 from tests.fuzz.judge import judge, known_as, shrunk
 from tests.fuzz.report import Tally, reproduction
 

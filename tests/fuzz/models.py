@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 TOKENS, WIDTH = 7, 4
+CHOICES = 3
+"""Experts, of which a pass uses one."""
 
 
 class Planted(Exception):
@@ -19,7 +21,7 @@ class Planted(Exception):
 
 
 class Net(nn.Module):
-    """Stages in a row; each takes the hidden numbers and the seed of the pass.
+    """Stages in a row; each takes the hidden numbers and a choice.
 
     Args:
         stages: in order. ids: whether the input is tokens.
@@ -39,14 +41,14 @@ class Net(nn.Module):
             hidden = torch.randint(0, TOKENS, (3, 2), generator=generator)
         else:
             hidden = torch.randn(3, WIDTH, generator=generator, dtype=torch.float64).to(self.dtype)
-        hidden = self.stages[0](hidden, seed)
+        hidden = self.stages[0](hidden, _told(self.stages[0], seed))
         rest = lambda inner: _through(self.stages[1:], inner, seed)
         if kind is not None:
             if not hidden.requires_grad and kind == "reentrant":
                 hidden.requires_grad_()
             return checkpoint(rest, hidden, use_reentrant=kind == "reentrant", preserve_rng_state=False)
         for number, stage in enumerate(self.stages):
-            hidden = hidden if number == 0 else stage(hidden, seed)
+            hidden = hidden if number == 0 else stage(hidden, _told(stage, seed))
             if number == fails_at and hidden.requires_grad:
                 hidden.register_hook(_explode)
         return hidden
@@ -58,8 +60,13 @@ class Net(nn.Module):
 
 def _through(stages: nn.ModuleList, hidden: Tensor, seed: int) -> Tensor:
     for stage in stages:
-        hidden = stage(hidden, seed)
+        hidden = stage(hidden, _told(stage, seed))
     return hidden
+
+
+def _told(stage: nn.Module, seed: int) -> int:
+    """What a stage is told of the seed: a compiler makes its code anew for every number."""
+    return seed % CHOICES if getattr(stage, "chooses", False) else 0
 
 
 def _explode(gradient: Tensor) -> Tensor:
@@ -73,7 +80,7 @@ class Plain(nn.Module):
         super().__init__()
         self.inner, self.activation = inner, activation
 
-    def forward(self, hidden: Tensor, seed: int) -> Tensor:
+    def forward(self, hidden: Tensor, choice: int) -> Tensor:
         return self.activation(self.inner(hidden))
 
 
@@ -84,7 +91,7 @@ class Head(nn.Module):
         super().__init__()
         self.weight = embedding.weight
 
-    def forward(self, hidden: Tensor, seed: int) -> Tensor:
+    def forward(self, hidden: Tensor, choice: int) -> Tensor:
         return hidden @ self.weight.T
 
 
@@ -96,19 +103,21 @@ class Adapter(nn.Module):
         self.base = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
         self.a, self.b = nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, WIDTH, bias=False)
 
-    def forward(self, hidden: Tensor, seed: int) -> Tensor:
+    def forward(self, hidden: Tensor, choice: int) -> Tensor:
         return torch.tanh(self.base(hidden) + self.b(self.a(hidden)))
 
 
 class Experts(nn.Module):
-    """Three layers, of which a pass uses one: the others get no gradient."""
+    """Layers, of which a pass uses one: the others get no gradient."""
+
+    chooses = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(CHOICES))
 
-    def forward(self, hidden: Tensor, seed: int) -> Tensor:
-        return torch.tanh(self.experts[seed % 3](hidden))
+    def forward(self, hidden: Tensor, choice: int) -> Tensor:
+        return torch.tanh(self.experts[choice](hidden))
 
 
 class Convolution(nn.Module):
@@ -116,7 +125,7 @@ class Convolution(nn.Module):
         super().__init__()
         self.inner = nn.Conv2d(1, 2, 3, padding=1)
 
-    def forward(self, hidden: Tensor, seed: int) -> Tensor:
+    def forward(self, hidden: Tensor, choice: int) -> Tensor:
         return self.inner(hidden.view(-1, 1, 2, 2)).flatten(1)[:, :WIDTH]
 
 
@@ -130,7 +139,7 @@ class Odd(nn.Module):
         self.turned = nn.Parameter(torch.randn(WIDTH, WIDTH).t())
         self.unused = nn.Parameter(torch.ones(5))
 
-    def forward(self, hidden: Tensor, seed: int) -> Tensor:
+    def forward(self, hidden: Tensor, choice: int) -> Tensor:
         return torch.tanh(hidden @ self.turned) * self.scalar + self.empty.sum()
 
 
@@ -141,12 +150,12 @@ class Cast(nn.Module):
         super().__init__()
         self.inner = inner.to(dtype)
 
-    def forward(self, hidden: Tensor, seed: int) -> Tensor:
+    def forward(self, hidden: Tensor, choice: int) -> Tensor:
         return self.inner(hidden.to(self.inner.weight.dtype)).to(hidden.dtype)
 
 
 def build(kind: str, dtype: str, seed: int) -> Net:
-    """A model of one of ``draw.MODELS``, or ``large``, whose sketch is lossy; the same for the same seed."""
+    """A model of one of ``drawing.MODELS``, or ``large``, whose sketch is lossy; the same for the same seed."""
     return copy.deepcopy(_built(kind, dtype, seed))
 
 
@@ -182,6 +191,16 @@ def _built(kind: str, dtype: str, seed: int) -> Net:
     return net if kind == "mixed" else net.to(getattr(torch, dtype))
 
 
+def compile_stages(net: Net, backend: str | None) -> None:
+    """Puts every stage into ``torch.compile``; None: none of them. Code that was made before is forgotten."""
+    if backend is None:
+        return
+    torch._dynamo.reset()
+    compiled = {stage: torch.compile(stage, backend=backend) for stage in net.stages}
+    for number, stage in enumerate(net.stages):
+        net.stages[number] = compiled[stage]
+
+
 def run_backward(losses: list[Tensor], one, parameters: list[nn.Parameter]) -> None:
     """The backward pass, or both, of weighted losses in the style of a pass."""
     if one.style == "twice":
@@ -199,6 +218,14 @@ def losses_of(net: Net, one, *, plain: bool = False) -> list[Tensor]:
     if one.style == "parts":
         found.append(loss_of(net, replace(one, seed=one.seed + 3), plain=plain))
     return found
+
+
+def mixed_losses(net: Net, one, *, plain: bool = False) -> dict[str, Tensor]:
+    """The losses of both branches in a pass over a mixed batch, unweighted."""
+    own = {branch: replace(one, branch=branch, seed=one.seed + k) for k, branch in enumerate(("sft", "rl"))}
+    return {
+        branch: torch.zeros(()) if one.lacks == branch else loss_of(net, own[branch], plain=plain) for branch in own
+    }
 
 
 def loss_of(net: Net, one, *, plain: bool = False) -> Tensor:

@@ -6,18 +6,20 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.fuzz.compare import Comparison
-from tests.fuzz.draw import Draw, drawn
+from tests.fuzz.draw import Draw, Pass
+from tests.fuzz.drawing import drawn
 from tests.fuzz.judge import told
 from tests.fuzz.known import KNOWN
 from tests.fuzz.models import Net
 from tests.fuzz.report import Tally, as_code
-from tests.fuzz.run import perform
+from tests.fuzz.run import Outcome, perform, shifted
 from tests.fuzz.truth import Replay
 from tests.gac.distributed.processes import on_ranks
 
@@ -27,20 +29,38 @@ WORLD = 2
 class RankReplay(Replay):
     """The copy on one of the ranks: gradients travel in the open, as lists."""
 
+    def __init__(self, draw: Draw, outcome: Outcome, rank: int) -> None:
+        super().__init__(draw, outcome, rank)
+        self._used: set[int] = set()  # parameters that had a gradient here since the last average
+        self._syncs = True
+
+    def _pass(self, one: Pass, *arguments: Any) -> None:
+        self._syncs = one.sync
+        super()._pass(one, *arguments)
+
     def _gathered(self, own: Tensor) -> list[Tensor]:
         found = [torch.empty_like(own) for _ in range(WORLD)]
         dist.all_gather(found, own.contiguous())
         return found
+
+    def _of_all_ranks(self, passes: list[Pass]) -> list[Pass]:
+        return [shifted(one, rank) for rank in range(WORLD) for one in passes]
 
     def _contributions(self, own: Tensor) -> list[Tensor]:
         parts = [part / WORLD for part in self._gathered(own)]
         return parts if self.draw.engine == "ddp" else [sum(parts[1:], parts[0])]
 
     def _accumulate(self, gradients: tuple[Tensor | None, ...]) -> None:
-        """DDP averages what each rank has accumulated; FSDP2 adds the average up."""
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            here = torch.tensor(float(gradient is not None))
+        """DDP averages what each rank has accumulated since the last average; FSDP2 adds the average up."""
+        for k, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
+            if gradient is not None:
+                self._used.add(k)
+            if not self._syncs:
+                super()._accumulate_one(parameter, gradient)
+                continue
+            here = torch.tensor(float(k in self._used))
             dist.all_reduce(here)
+            self._used.discard(k)
             if not here:
                 continue
             gradient = torch.zeros_like(parameter) if gradient is None else gradient

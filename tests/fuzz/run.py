@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import linecache
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,36 @@ from torch import Tensor, nn
 import gac
 from gac.statistics import Branch
 from tests.fuzz.draw import TOLD, Draw, Pass, Step
-from tests.fuzz.models import Net, Planted, build, loss_of, losses_of, make_optimizer, run_backward, warm_up
+from tests.fuzz.models import (
+    Net,
+    Planted,
+    build,
+    compile_stages,
+    loss_of,
+    losses_of,
+    make_optimizer,
+    mixed_losses,
+    run_backward,
+    warm_up,
+)
+from tests.fuzz.threads import Threads
+from tests.fuzz.tokens import sequences
 
 OURS = tuple(str(Path(gac.__file__).parents[1] / package) for package in ("gac", "gac_kernels"))
 
 
 @dataclass
 class Found:
-    """What a step left: the weight of each pass, whether it failed, the gradient before clipping, and what was told;
-    of ranks also the parameters, whose clipping and averaging round in an order of the engine's own."""
+    """What a step left: the weight of each pass (``[2]`` of a mixed one: both), whether it failed, the order in which
+    their backward passes began, the gradient before clipping, and what was told; of ranks also the parameters, whose
+    clipping and averaging round in an order of the engine's own."""
 
     weights: list[Tensor] = field(default_factory=list)
     failed: list[bool] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
     gradients: list[Tensor | None] = field(default_factory=list)
     statistics: gac.Statistics | None = None
+    coefficient: gac.Statistics | None = None
     modules: Any = None
     mu: float = float("nan")
     metrics: dict = field(default_factory=dict)
@@ -91,6 +108,7 @@ class Session:
         net = build(draw.model, draw.dtype, draw.seed)
         warm = make_optimizer(draw.optimizer, net)
         warm_up(net, warm, draw.warm)
+        compile_stages(net, draw.compiled)
         self.net = net if wrap is None else wrap(net)
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         self.optimizer = warm if wrap is None else make_optimizer(draw.optimizer, net)
@@ -123,6 +141,7 @@ class Session:
         found.gradients = [None if p.grad is None else whole(p.grad).detach().clone() for p in self.parameters]
         found.layouts = [ledger.layout for ledger in self.mixer._observer.ledgers]
         self.end(step)
+        found.coefficient = self.mixer.coefficient
         found.statistics, found.modules = self.mixer.statistics, self.mixer.modules
         found.mu, found.metrics = float(self.mixer.mu), self.mixer.metrics(wait=True)
         if self.draw.engine != "one":
@@ -137,45 +156,67 @@ class Session:
         if step.early:
             clear(step, self.parameters)
         if self.draw.named != "argument":
-            self.mixer.step(**tell)
+            with torch.inference_mode(step.inference):
+                self.mixer.step(**tell)
         if not step.early:
             clear(step, self.parameters)
 
     # -- passes ---------------------------------------------------------------------------------------------------
 
     def passes(self, step: Step, found: Found) -> None:
-        stack, last = ExitStack(), None
-        for one in step.passes:
+        stack, last, threads = ExitStack(), None, Threads(step.threads)
+        for number, one in enumerate(step.passes):
             told = one.tokens is not None and (one.how != "mixer" or not self.draw.hooks)
-            if last is None or one.branch != last or one.fresh or told:
+            place = None if one.how == "mixed" else one.branch
+            if place is None or place != last or one.fresh or told:
+                threads.join()
                 stack.close()
-                stack.enter_context(getattr(self.mixer, one.branch)(**({"tokens": one.tokens} if told else {})))
-            last = one.branch
+                if place is not None:
+                    stack.enter_context(getattr(self.mixer, place)(**({"tokens": one.tokens} if told else {})))
+            last = place
             before_pass(one, self.net, self.parameters)
             # not by mixer.weight: that somebody reads it is how gac knows that losses are weighted
-            found.weights.append(self.mixer._branches.weights.of[Branch(one.branch)].clone())
+            of = self.mixer._branches.weights.of
+            found.weights.append(torch.stack([*of.values()]) if place is None else of[Branch(place)].clone())
             found.failed.append(False)
             try:
-                self.backward(one)
+                threads.run(functools.partial(self.backward, one, functools.partial(found.order.append, number)))
             except Planted as error:
                 found.failed[-1] = True
                 if one.fails == "leaves":
                     last = None
                     stack.__exit__(Planted, error, error.__traceback__)
                     stack = ExitStack()
+        threads.join()
         stack.close()
 
-    def backward(self, one: Pass) -> None:
-        losses = losses_of(self.net, shifted(one, self.rank))
+    def backward(self, one: Pass, begins: Callable[[], None]) -> None:
+        """A pass, forward and backward, and what is told of its tokens; ``begins`` is called in its backward pass."""
+        unsynced = nullcontext() if one.sync else self.net.no_sync()
+        with unsynced:
+            self._backward(shifted(one, self.rank), begins)
+        if one.rows is not None:
+            self.mixer.observe_tokens(*sequences(shifted(one, self.rank)))
+
+    def _backward(self, one: Pass, begins: Callable[[], None]) -> None:
+        losses = [self._mixed(one)] if one.how == "mixed" else losses_of(self.net, one)
         if self.scaler is not None:
             losses = [self.scaler.scale(loss) for loss in losses]
-        if one.how == "mixer" and self.draw.hooks:
+        once = [begins]
+        losses[0].register_hook(lambda _: once.pop()() if once else None)
+        if one.how == "mixed":
+            run_backward(losses, one, self.parameters)
+        elif one.how == "mixer" and self.draw.hooks:
             self.mixer.backward(losses[0], **({} if one.tokens is None else {"tokens": one.tokens}))
         else:
             weighted = losses if one.how == "unweighted" else [self.mixer.weight * loss for loss in losses]
             run_backward(weighted, one, self.parameters)
         if not self.draw.hooks:
             self.mixer.observe("grad")
+
+    def _mixed(self, one: Pass) -> Tensor:
+        losses = mixed_losses(self.net, one)
+        return self.mixer.mixed_loss(sft_loss=losses["sft"], rl_loss=losses["rl"])
 
     # -- between steps --------------------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ import pytest
 
 from tests.fuzz import kernels, mixer
 from tests.fuzz.__main__ import main
-from tests.fuzz.draw import Draw, Pass, Step, drawn
+from tests.fuzz.draw import Draw, Pass, Step
+from tests.fuzz.drawing import drawn
 from tests.fuzz.judge import judge, known_as
 from tests.fuzz.known import KNOWN
 from tests.fuzz.report import as_code

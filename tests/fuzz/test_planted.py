@@ -19,7 +19,7 @@ from gac.statistics import Branch
 from gac_kernels import cpu
 from tests.fuzz import kernels
 from tests.fuzz.__main__ import main
-from tests.fuzz.draw import drawn
+from tests.fuzz.drawing import drawn
 from tests.fuzz.judge import judge, known_as, shrunk
 
 

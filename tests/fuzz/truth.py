@@ -1,6 +1,6 @@
 """The same schedule in plain autograd on a copy of the model, and what each step's statistics then are in float64.
 
-The copy has the model's dtype, so that both take the same gradients, to the bit; everything after that is float64. A
+The copy has the model's dtype and compiler, so that both take the same gradients, to the bit; the rest is float64. A
 contribution is what ``torch.autograd.grad`` returns for the weighted loss, over its weight. Where gradients are read as
 running sums, it is the difference of two of the copy's accumulated gradients, which are rounded to the model's dtype.
 """
@@ -9,13 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from tests.fuzz.draw import Draw, Pass, Step
-from tests.fuzz.models import Net, Planted, build, losses_of, make_optimizer, run_backward, warm_up
+from tests.fuzz.models import (
+    Net,
+    Planted,
+    build,
+    compile_stages,
+    losses_of,
+    make_optimizer,
+    mixed_losses,
+    run_backward,
+    warm_up,
+)
 from tests.fuzz.run import Outcome, before_pass, clear, clear_gradients, finish_gradients, shifted, unfreeze, whole
 
 WARM_UP = 10  # steps of Adam before its space is measured in, as documented
@@ -45,6 +56,7 @@ class Expected:
         measured: whether this step has statistics. broken: whether a pass left a part of its gradient and failed.
         nonfinite: whether some gradient was not finite. gradients: accumulated, before clipping.
         exact: whether they are the same to the bit (a checkpoint may add up a shared weight in another order).
+        told: the passes, of all ranks, whose sequences the mixer was told of.
     """
 
     measured: bool = True
@@ -53,6 +65,7 @@ class Expected:
     contributions: list[Contribution] = field(default_factory=list)
     gradients: list[Tensor | None] = field(default_factory=list)
     exact: bool = True
+    told: list[Pass] = field(default_factory=list)
 
 
 class Replay:
@@ -68,6 +81,7 @@ class Replay:
         self.net: Net = build(draw.model, draw.dtype, draw.seed)
         self.optimizer = make_optimizer(draw.optimizer, self.net)
         warm_up(self.net, self.optimizer, draw.warm)
+        compile_stages(self.net, draw.compiled)
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         self.known = draw.named != "found"  # whether the mixer knows the optimizer
         self.number = 0  # of the step, for the interval
@@ -90,8 +104,11 @@ class Replay:
         expected = Expected(measured=self.ready and self.number % self.draw.interval == 0)
         found = self.outcome.steps[number]
         space = self._space() if self.draw.metric == "optimizer" and expected.measured else None
-        for one, weight, failed in zip(step.passes, found.weights, found.failed, strict=True):
-            self._pass(shifted(one, self.rank), weight, failed, space, expected)
+        for k in found.order:
+            self._pass(shifted(step.passes[k], self.rank), found.weights[k], found.failed[k], space, expected)
+        expected.told = self._of_all_ranks(
+            [p for p, failed in zip(step.passes, found.failed, strict=True) if not failed]
+        )
         expected.gradients = [None if p.grad is None else whole(p.grad).clone() for p in self.parameters]
         finish_gradients(step, self.parameters, self.draw.scale)
         if step.update:
@@ -107,6 +124,9 @@ class Replay:
 
     def _pass(self, one: Pass, weight: Tensor, failed: bool, space: Tensor | None, expected: Expected) -> None:
         before_pass(one, self.net, self.parameters)
+        if one.how == "mixed":
+            self._mixed_pass(one, weight, expected)
+            return
         factor = torch.ones(()) if one.how == "unweighted" else weight
         losses = lambda plain: [factor * self._scaled(part) for part in losses_of(self.net, one, plain=plain)]
         if failed:
@@ -127,19 +147,32 @@ class Replay:
         scale = undone if space is None else undone * space
         for _ in range(2 if one.style == "twice" else 1):
             before = self._accumulated()
-            if one.checkpoint is None:
-                self._accumulate(gradients)
-            else:
-                run_backward(
-                    losses(False), replace(one, style=one.style if one.style == "inputs" else None), self.parameters
-                )
-                expected.exact &= one.checkpoint == "plain" or self.draw.model not in ("tied", "reused")
+            self._add(one, gradients, lambda: losses(False), expected)
             after = self._accumulated()
             for x in own:
                 expected.nonfinite |= not bool(torch.isfinite(after if self.draw.running else x).all())
                 expected.contributions.append(
                     Contribution(one.branch, x * scale, before * scale, after * scale, one.tokens, float(weight))
                 )
+
+    def _mixed_pass(self, one: Pass, weights: Tensor, expected: Expected) -> None:
+        """A pass over a mixed batch: its gradient counts, and is no contribution."""
+        losses = lambda plain: mixed_losses(self.net, one, plain=plain).values()
+        mixed = lambda plain: self._scaled(sum(w * loss for w, loss in zip(weights, losses(plain), strict=True)))
+        gradients = torch.autograd.grad(mixed(True), self.parameters, allow_unused=True)
+        self._add(one, gradients, lambda: [mixed(False)], expected)
+
+    def _add(self, one: Pass, gradients: tuple, losses: Callable[[], list[Tensor]], expected: Expected) -> None:
+        """Accumulates a pass as autograd does; within a checkpoint it has an order of its own."""
+        if one.checkpoint is None:
+            self._accumulate(gradients)
+        else:
+            style = one.style if one.style == "inputs" else None
+            run_backward(losses(), replace(one, style=style), self.parameters)
+            expected.exact &= one.checkpoint == "plain" or self.draw.model not in ("tied", "reused")
+
+    def _of_all_ranks(self, passes: list[Pass]) -> list[Pass]:
+        return passes
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.draw.scale is None else loss * torch.full((), self.draw.scale)
@@ -150,8 +183,11 @@ class Replay:
 
     def _accumulate(self, gradients: tuple[Tensor | None, ...]) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
+            self._accumulate_one(parameter, gradient)
+
+    def _accumulate_one(self, parameter: nn.Parameter, gradient: Tensor | None) -> None:
+        if gradient is not None:
+            parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
 
     def _accumulated(self) -> Tensor:
         return flat([p.grad for p in self.parameters], self.parameters)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import statistics as plain
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import torch.multiprocessing as mp
 import gac
 from gac.observe.reduction import gather_rows
 from gac.statistics.coefficient import CoefficientOptions, sequence_rows, statistics_from_rows
+from tests.gac.statistics.coefficients import by_definition
 
 NUMBERS = ("sigma_s2", "sigma_r2", "delta_g2", "n_s", "n_r")
 VARIANTS = [(z, phi, trim) for z in (True, False) for phi in (True, False) for trim in (0.0, 0.1, 0.29)]
@@ -28,46 +28,6 @@ def sequences(count: int, seed: int, *, length: int = 6, experts: float = 0.4):
     lengths = torch.randint(0, length + 1, (count, 1), generator=generator)
     mask = torch.arange(length) < lengths
     return logprobs, advantages, mask, torch.rand(count, generator=generator) < experts
-
-
-def oracle(logprobs, advantages, mask, is_expert, *, z_normalize: bool, phi: bool, trim: float) -> dict[str, float]:
-    """The definitions of :func:`gac.coefficient_statistics`, over lists."""
-    demonstrations, rollouts = [], []
-    for row in range(len(logprobs)):
-        tokens = [k for k in range(logprobs.shape[1]) if mask[row, k]]
-        if not tokens:
-            continue
-        logp = [float(logprobs[row, k]) for k in tokens]
-        c_s = [-math.exp(x) * (1 - math.exp(x)) if phi else -1.0 for x in logp]
-        expert = bool(is_expert[row])
-        a = [0.0 if expert else float(advantages[row, k]) for k in tokens]
-        (demonstrations if expert else rollouts).append((logp, c_s, [-x for x in a]))
-
-    def variance(values: list[float], trim: float) -> float:
-        cut = int(len(values) * trim) if len(values) >= 4 else 0
-        kept = sorted(values)[cut : len(values) - cut]
-        return max(plain.pvariance(kept), 1e-8) if values else math.nan
-
-    compared = demonstrations + rollouts
-    if z_normalize:
-        compared = rollouts
-        scales = []
-        for column in (1, 2):
-            values = [x for row in rollouts for x in row[column]]
-            spread = plain.pvariance(values) if values else 0.0
-            scales.append((plain.fmean(values) if values else 0.0, math.sqrt(spread) if spread > 1e-8 else 1.0))
-        compared = [
-            (None, *([(x - m) / s for x in row[c]] for c, (m, s) in zip((1, 2), scales, strict=True)))
-            for row in rollouts
-        ]
-    squares = [plain.fmean([(a - b) ** 2 for a, b in zip(row[1], row[2], strict=True)]) for row in compared]
-    return {
-        "sigma_s2": variance([-plain.fmean(row[0]) for row in demonstrations], trim),
-        "sigma_r2": variance([-plain.fmean(row[2]) for row in rollouts], 0.0),
-        "delta_g2": plain.fmean(squares) if squares else math.nan,
-        "n_s": float(len(demonstrations)),
-        "n_r": float(len(rollouts)),
-    }
 
 
 def numbers(found: gac.Statistics) -> list[float]:
@@ -84,7 +44,7 @@ def test_every_variant_is_its_definition(z_normalize, phi, trim):
     for seed, count in enumerate((1, 2, 5, 12, 40)):
         data = sequences(count, seed)
         options = {"z_normalize": z_normalize, "phi": phi, "trim": trim}
-        assert_same(gac.coefficient_statistics(*data, **options), oracle(*data, **options), rel=1e-9)
+        assert_same(gac.coefficient_statistics(*data, **options), by_definition(*data, **options), rel=1e-9)
 
 
 def test_how_many_are_trimmed_is_counted_in_double_precision():
@@ -93,7 +53,7 @@ def test_how_many_are_trimmed_is_counted_in_double_precision():
         logprobs = -(torch.linspace(0, 1, n, dtype=torch.float64)[:, None] ** 3)
         data = (logprobs, torch.zeros(n, dtype=torch.float64), torch.ones(n, 1), torch.ones(n, dtype=torch.bool))
         for trim in (0.1, 0.29, 0.35):
-            expected = oracle(data[0], data[1][:, None], *data[2:], z_normalize=False, phi=True, trim=trim)
+            expected = by_definition(data[0], data[1][:, None], *data[2:], z_normalize=False, phi=True, trim=trim)
             found = gac.coefficient_statistics(*data, z_normalize=False, trim=trim)
             assert float(found.sigma_s2) == pytest.approx(expected["sigma_s2"], rel=1e-9), (n, trim)
 
@@ -153,6 +113,16 @@ class TestEdges:
 
 # -- several ranks ------------------------------------------------------------------------------------------------
 
+def mixed_step(mixer: gac.Mixer, data) -> list[float]:
+    """One backward pass over a mixed batch, also the very first: what its tokens say."""
+    loss = mixer._model(torch.ones(2)).sum()
+    mixer.mixed_loss(sft_loss=loss, rl_loss=-loss).backward()
+    mixer.observe_tokens(*data)
+    mixer.step()
+    assert 0.0 < float(mixer.mu) < 1.0
+    return numbers(mixer.coefficient)
+
+
 SHARES = [(3, 5), (0, 4), (4, 0), (0, 0), (1, 9)]
 
 
@@ -172,7 +142,12 @@ def worker(rank: int, store: str, folder: str) -> None:
             mixer.observe_tokens(*(x[own] for x in data))
             mixer.step()
         found = numbers(mixer.statistics), float(mixer.mu), mixer.metrics(wait=True)["estimator"]
-    torch.save((gathered, found), os.path.join(folder, f"{rank}.pt"))
+    mixed = []
+    for estimator in ("auto", "exact"):
+        with gac.patch(torch.nn.Linear(2, 1), estimator=estimator) as mixer:
+            for case in range(2):
+                mixed.append(mixed_step(mixer, sequences(5, 2 * case + rank)))
+    torch.save((gathered, found, mixed), os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
 
@@ -180,7 +155,7 @@ def worker(rank: int, store: str, folder: str) -> None:
 def test_two_ranks(tmp_path: Path):
     """Every rank gets the rows of both, in the order of ranks, whatever the shares; 0 rows are a share too."""
     mp.spawn(worker, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
-    (gathered, found), (other, other_found) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (gathered, found, mixed), (other, other_found, other_mixed) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for case, share in enumerate(SHARES):
         rows = sequence_rows(*sequences(sum(share), case))
         assert torch.equal(gathered[case], rows)
@@ -191,6 +166,10 @@ def test_two_ranks(tmp_path: Path):
             mixer.observe_tokens(*sequences(sum(share), case))
             mixer.step()
         assert found == (pytest.approx(numbers(mixer.statistics), rel=1e-12), float(mixer.mu), "coefficient")
+    assert mixed == other_mixed
+    whole = [statistics_from_rows(torch.cat([sequence_rows(*sequences(5, s)) for s in pair]), CoefficientOptions())
+             for pair in ((0, 1), (2, 3))]  # fmt: skip
+    assert mixed == [pytest.approx(numbers(one), rel=1e-12) for one in whole * 2]
 
 
 # -- through gac.patch --------------------------------------------------------------------------------------------
