@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
@@ -94,8 +93,7 @@ class Observer:
             running=running,
         )
         self._accumulated = Accumulated(self.parameters if running and hooks else [])
-        self._passes = Passes()
-        self._lock = threading.RLock()  # a contribution at a time
+        self._passes = Passes(self.parameters, self._break)
         self.seen = Seen()
         self.branch: Branch | None = None
         self.alive = False  # whether any hook ever ran
@@ -168,7 +166,8 @@ class Observer:
         Args:
             tokens: what it counts for; None: what the branch was entered with.
         """
-        with self._lock:
+        with self._passes.lock:
+            self._passes.check_alone()
             self._close()
             entered_with, told = self._tokens, self._tokens if tokens is None else tokens
             self.seen.check_tokens(self.branch, told)
@@ -191,13 +190,14 @@ class Observer:
 
     def _on_sentinel(self, index: int) -> None:
         """A pass reached the lone hook: one that is not guided gets the others back, just in time."""
-        if self._passes.guided:
-            self._guided.met(index, guided=True)
-        elif self.branch is not None or not self.seen.outside:
-            self.seen.broken |= self.branch is not None and bool(self._accumulated.changed_besides(index))
-            self._guided.lost()
-            self._hooks.put_on()
-            self._notice(index, None)
+        with self._passes.turn():
+            if self._passes.guided:
+                self._guided.met(index, guided=True)
+            elif self.branch is not None or not self.seen.outside:
+                self.seen.broken |= self.branch is not None and bool(self._accumulated.changed_besides(index))
+                self._guided.lost()
+                self._hooks.put_on()
+                self._notice(index, None)
 
     def fail(self) -> None:
         """A backward pass raised: what it left of its contribution is dropped, and the step counts as broken."""
@@ -271,16 +271,17 @@ class Observer:
             )
         task = _graph_task_id()
         if task != self._pending.now.task:
-            self._guided.met(index, guided=self._passes.guided)
-            if not self._passes.guided:
-                self._next_pass(index)
-            self._pending.now.task = task
-            self._passes.began(task)
+            with self._passes.turn():
+                self._guided.met(index, guided=self._passes.guided)
+                if not self._passes.guided:
+                    self._next_pass(index)
+                self._pending.now.task = task
+                self._passes.began(task)
+                self._begin()
             _queue_callback(functools.partial(self._end_of_backward, task))
         if self.sharded and self.parameters[index].grad.is_cuda:
             device = self.parameters[index].grad.device
             self._streams[device] = torch.cuda.current_stream(device)
-        self._begin()
         if not self.running:
             if index in self._met:
                 gradient = self._pending.merge(index, gradient, direct=self.ledgers[self._places[index][0]].direct)
@@ -298,12 +299,7 @@ class Observer:
         call = self._passes.present(on_host=self.parameters[index].device.type == "cpu")
         if self._passes.goes_on(call):
             return  # in a re-entrant checkpoint
-        if self._open and self._passes.concurrent():
-            self.fail()
-            raise RuntimeError(
-                "two backward passes of a branch at once, in two threads: use mixer.backward(loss), which takes turns, "
-                "or run them one after the other"
-            )
+        self._passes.check_alone(plain=self._open)
         self._close(note=False)  # this pass has written already
         self._passes.opened(call)
         if self.tells_weights and self.branch not in self.seen.weighted:
@@ -322,6 +318,9 @@ class Observer:
                     'mixer.backward(loss), which looks again, or patch with estimator="exact"'
                 )
 
+    def _break(self) -> None:
+        self.seen.broken = True
+
     def _begin(self) -> None:
         self.seen.fired = self.alive = True
         if not self._open:
@@ -335,16 +334,17 @@ class Observer:
         self._pending.gradients.update((index, g) for index, g in enumerate(gradients) if g is not None)
 
     def _end_of_backward(self, task: int) -> None:
-        self._passes.ended(task)
-        if torch._C._current_autograd_node() is None:
-            self.finish(note=False)
-            self._incoming.clear()
-            _queue_callback(self._accumulated.note)  # after the engine's own: DDP still copies what it has reduced
-        elif not self._passes.guided:  # a nested pass: the contribution goes on, and may end without another hook
-            self._pending.now.task = -1
-            if self.running:
-                self._flush()
-                self._accumulated.note()
+        with self._passes.turn():
+            self._passes.ended(task)
+            if torch._C._current_autograd_node() is None:
+                self.finish(note=False)
+                self._incoming.clear()
+                _queue_callback(self._accumulated.note)  # after the engine's own: DDP still copies what it has reduced
+            elif not self._passes.guided:  # a nested pass: the contribution goes on, and may end without another hook
+                self._pending.now.task = -1
+                if self.running:
+                    self._flush()
+                    self._accumulated.note()
 
     # -- contributions --------------------------------------------------------------------------------------------
 

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 
+from torch import Tensor
 from torch.autograd import graph
+
+AT_ONCE = (
+    "two backward passes of a branch at once, in two threads: use mixer.backward(loss), which takes turns, or run them "
+    "one after the other"
+)
 
 _ENGINE_CALL = graph._engine_run_backward.__code__
 
@@ -30,12 +38,19 @@ def outermost_call(thread: int | None = None) -> FrameType | None:
 class Passes:
     """The backward passes inside a branch: where one ends and the next begins, and whether the last one ended at all.
 
+    Args:
+        parameters: whose hooks tell of passes. broken: called before passes of two threads at once are refused.
+
     Attributes:
+        lock: of a contribution whose begin and end the caller tells.
         guided: whether a pass runs whose begin and end the caller tells (:meth:`gac.Mixer.backward`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parameters: Sequence[Tensor], broken: Callable[[], None]) -> None:
+        self.lock = threading.RLock()
         self.guided = False
+        self._on_host = all(p.device.type == "cpu" for p in parameters)  # whose hooks run in the thread that called
+        self._broken = broken
         self._caller: int | None = None  # the thread that entered the branch
         self._call: FrameType | None = None  # of the pass that opened the contribution
         self._thread: int | None = None  # whose hook opened it
@@ -61,9 +76,38 @@ class Passes:
         """This pass opens a contribution. Its frame is kept until the contribution is over."""
         self._call = call
 
-    def concurrent(self) -> bool:
-        """Whether a pass of another thread is under way."""
-        return bool(self._awaited) and self._thread not in (None, threading.get_ident())
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Around the first hook of a pass and its end: another thread's pass must not begin or end meanwhile.
+
+        It refuses, and does not wait: a hook holds its parameter, which the other pass may be waiting for. Hooks of a
+        GPU run in threads of the engine, which tell nothing.
+        """
+        if not self._on_host:
+            yield
+            return
+        if not self.lock.acquire(blocking=False):
+            self._broken()
+            raise RuntimeError(AT_ONCE)
+        try:
+            yield
+        finally:
+            self.lock.release()
+
+    def check_alone(self, *, plain: bool = False) -> None:
+        """Refuses a pass while a plain one of another thread is under way; ``plain``: this one has a gradient already.
+
+        On a GPU only plain ones are known, and one whose error was caught is taken for one that goes on.
+        """
+        if not self._awaited or self._thread in (None, threading.get_ident()):
+            return
+        if self._on_host and (self._call is None or outermost_call(self._thread) is not self._call):
+            return  # its thread has ended, or does something else: an error in it was caught
+        if not self._on_host and not plain:
+            return
+        if plain:
+            self._broken()
+        raise RuntimeError(AT_ONCE)
 
     def began(self, task: int) -> None:
         """Hooks of a graph task run, whose end will be told."""

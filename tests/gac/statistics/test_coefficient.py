@@ -113,6 +113,7 @@ class TestEdges:
 
 # -- several ranks ------------------------------------------------------------------------------------------------
 
+
 def mixed_step(mixer: gac.Mixer, data) -> list[float]:
     """One backward pass over a mixed batch, also the very first: what its tokens say."""
     loss = mixer._model(torch.ones(2)).sum()
@@ -155,7 +156,8 @@ def worker(rank: int, store: str, folder: str) -> None:
 def test_two_ranks(tmp_path: Path):
     """Every rank gets the rows of both, in the order of ranks, whatever the shares; 0 rows are a share too."""
     mp.spawn(worker, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
-    (gathered, found, mixed), (other, other_found, other_mixed) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    (gathered, found, mixed), (other, other_found, other_mixed) = ranks
     for case, share in enumerate(SHARES):
         rows = sequence_rows(*sequences(sum(share), case))
         assert torch.equal(gathered[case], rows)
