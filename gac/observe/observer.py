@@ -93,14 +93,14 @@ class Observer:
             running=running,
         )
         self._accumulated = Accumulated(self.parameters if running and hooks else [])
-        self._passes = Passes(self.parameters, self._break)
+        self._passes = Passes(self.parameters, broken=lambda: setattr(self.seen, "broken", True))
         self.seen = Seen()
         self.branch: Branch | None = None
         self.alive = False  # whether any hook ever ran
         self._tokens: Tokens = None  # of the contributions to come
         self._scales: list[Tensor] = []
         self._open, self._met = False, set[int]()  # parameters that had an incoming gradient in this contribution
-        self._incoming: dict[int, Tensor] = {}
+        self._incoming: dict[tuple[int, int], Tensor] = {}  # of a parameter and a graph task
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         accumulated = self._running_hook if running else lambda k: functools.partial(self._on_accumulated, k)
         gradient = None if running else self._on_gradient
@@ -232,7 +232,8 @@ class Observer:
     def _on_gradient(self, index: int, gradient: Tensor) -> None:
         # Runs for torch.autograd.grad too, where nothing is accumulated and _on_accumulated never follows.
         if self.branch is not None:
-            self._incoming[index] = gradient  # the tensor itself: an alias would let p.grad take its memory over
+            # the tensor itself: an alias would let p.grad take its memory over
+            self._incoming[index, _graph_task_id()] = gradient
 
     def _running_hook(self, index: int) -> Callable[[nn.Parameter], None]:
         """The hook of a parameter whose running sum is read later.
@@ -258,7 +259,7 @@ class Observer:
 
     def _on_accumulated(self, index: int, parameter: nn.Parameter) -> None:
         start = perf_counter()
-        self._notice(index, self._incoming.pop(index, None))
+        self._notice(index, self._incoming.pop((index, _graph_task_id()), None))
         self._pending.now.seconds += perf_counter() - start
 
     def _notice(self, index: int, gradient: Tensor | None) -> None:
@@ -283,6 +284,8 @@ class Observer:
             device = self.parameters[index].grad.device
             self._streams[device] = torch.cuda.current_stream(device)
         if not self.running:
+            if gradient is None:  # another thread's pass has just ended, and cleared what had come in
+                self._passes.refuse()
             if index in self._met:
                 gradient = self._pending.merge(index, gradient, direct=self.ledgers[self._places[index][0]].direct)
             self._met.add(index)
@@ -317,9 +320,6 @@ class Observer:
                     "contributions are what passes add to them: change them once, after the step's last pass, use "
                     'mixer.backward(loss), which looks again, or patch with estimator="exact"'
                 )
-
-    def _break(self) -> None:
-        self.seen.broken = True
 
     def _begin(self) -> None:
         self.seen.fired = self.alive = True

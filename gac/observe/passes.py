@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from torch import Tensor
 from torch.autograd import graph
@@ -87,8 +88,7 @@ class Passes:
             yield
             return
         if not self.lock.acquire(blocking=False):
-            self._broken()
-            raise RuntimeError(AT_ONCE)
+            self.refuse()
         try:
             yield
         finally:
@@ -99,12 +99,17 @@ class Passes:
 
         On a GPU only plain ones are known, and one whose error was caught is taken for one that goes on.
         """
-        if not self._awaited or self._thread in (None, threading.get_ident()):
+        if self._thread in (None, threading.get_ident()):
             return
-        if self._on_host and (self._call is None or outermost_call(self._thread) is not self._call):
-            return  # its thread has ended, or does something else: an error in it was caught
-        if not self._on_host and not plain:
-            return
+        if self._on_host:  # else its thread has ended, or does something else: an error in it was caught
+            under_way = self._call is not None and outermost_call(self._thread) is self._call
+        else:
+            under_way = plain and bool(self._awaited)
+        if under_way:
+            self.refuse(plain=plain)
+
+    def refuse(self, *, plain: bool = True) -> NoReturn:
+        """Raises RuntimeError for passes of two threads at once; ``plain``: there is a gradient of this one already."""
         if plain:
             self._broken()
         raise RuntimeError(AT_ONCE)

@@ -74,7 +74,7 @@ def drawn(seed: int, number: int, *, engine: str = "one") -> Draw:
 def extended(draw: Draw, r: random.Random) -> Draw:
     """The draw with parts that are drawn from numbers of their own, so that the rest of it is as it was."""
     rare = lambda share: r.random() < share
-    for share, change in ((0.015, _compiled), (0.08, _mixed), (0.06, _threaded), (0.08, _inferring), (0.5, _unsynced)):
+    for share, change in ((0.015, _compiled), (0.08, _mixed), (0.08, _threaded), (0.08, _inferring), (0.5, _unsynced)):
         if rare(share):
             changed = change(draw, r)
             draw = changed if is_valid(changed) else draw
@@ -113,9 +113,11 @@ def _threaded(draw: Draw, r: random.Random) -> Draw:
         tokens = one.tokens if chosen == "mixer" else None
         return replace(one, fails=None, before=None, style=None, fresh=False, how=how, tokens=tokens)
 
-    chosen = r.choice(("mixer", "mixer", "weight", None))
+    chosen = r.choice(("mixer", "mixer", "mixer", "weight", None))
     changed = draw.with_passes(together if kind == "together" else lambda one: replace(one, fails=None))
-    return changed.with_steps(tuple(replace(step, threads=kind) for step in changed.steps))
+    order = (lambda one: one.branch) if kind == "together" else (lambda one: 0)  # a branch at a time
+    steps = (replace(s, threads=kind, passes=tuple(sorted(s.passes, key=order))) for s in changed.steps)
+    return changed.with_steps(tuple(steps))
 
 
 def _inferring(draw: Draw, r: random.Random) -> Draw:

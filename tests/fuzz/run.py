@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import io
 import linecache
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import torch
@@ -165,6 +167,7 @@ class Session:
 
     def passes(self, step: Step, found: Found) -> None:
         stack, last, threads = ExitStack(), None, Threads(step.threads)
+        hooks = self._order(step, found.order)
         for number, one in enumerate(step.passes):
             told = one.tokens is not None and (one.how != "mixer" or not self.draw.hooks)
             place = None if one.how == "mixed" else one.branch
@@ -180,7 +183,8 @@ class Session:
             found.weights.append(torch.stack([*of.values()]) if place is None else of[Branch(place)].clone())
             found.failed.append(False)
             try:
-                threads.run(functools.partial(self.backward, one, functools.partial(found.order.append, number)))
+                begins = functools.partial(found.order.append, number) if step.threads != "together" else _nothing
+                threads.run(functools.partial(self.backward, one, threads.meet, begins), number)
             except Planted as error:
                 found.failed[-1] = True
                 if one.fails == "leaves":
@@ -189,19 +193,38 @@ class Session:
                     stack = ExitStack()
         threads.join()
         stack.close()
+        for hook in hooks:
+            hook.remove()
 
-    def backward(self, one: Pass, begins: Callable[[], None]) -> None:
-        """A pass, forward and backward, and what is told of its tokens; ``begins`` is called in its backward pass."""
+    def _order(self, step: Step, order: list[int]) -> list[Any]:
+        """Hooks that write down when passes, each in a thread of its own, accumulate their first gradient.
+
+        They let the other threads in between any two parameters.
+        """
+        if step.threads != "together":
+            return []
+
+        def note(_: Tensor) -> None:
+            number = int(threading.current_thread().name)
+            if number not in order:
+                order.append(number)
+            sleep(0.0002)
+
+        return [p.register_post_accumulate_grad_hook(note) for p in self.parameters]
+
+    def backward(self, one: Pass, ready: Callable[[], None], begins: Callable[[], None]) -> None:
+        """A pass and what is told of its tokens; ``ready`` is called before, ``begins`` in its backward pass."""
         unsynced = nullcontext() if one.sync else self.net.no_sync()
         with unsynced:
-            self._backward(shifted(one, self.rank), begins)
+            self._backward(shifted(one, self.rank), ready, begins)
         if one.rows is not None:
             self.mixer.observe_tokens(*sequences(shifted(one, self.rank)))
 
-    def _backward(self, one: Pass, begins: Callable[[], None]) -> None:
+    def _backward(self, one: Pass, ready: Callable[[], None], begins: Callable[[], None]) -> None:
         losses = [self._mixed(one)] if one.how == "mixed" else losses_of(self.net, one)
         if self.scaler is not None:
             losses = [self.scaler.scale(loss) for loss in losses]
+        ready()
         once = [begins]
         losses[0].register_hook(lambda _: once.pop()() if once else None)
         if one.how == "mixed":
@@ -272,6 +295,10 @@ class Session:
                     raise
             else:
                 self.outcome.broken.append(f"misuse {kind!r} was accepted without a word")
+
+
+def _nothing() -> None:
+    pass
 
 
 def unfreeze(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import gac
-from gac import weights
+from gac import branches, measurement, mixer, weights
 from gac.laws.gac import GacLaw
 from gac.observe import contribution, observer, pending, structure
+from gac.observe.accumulated import Accumulated
 from gac.observe.ledger import Ledger
 from gac.statistics import Branch
 from gac_kernels import cpu
@@ -110,6 +114,63 @@ def _foreign_error(monkeypatch):
     monkeypatch.setattr(GacLaw, "update", lambda self, statistics, step: {}["mu"])
 
 
+def _compiled_left_out(monkeypatch):
+    """The last parameter of a compiled module goes unwatched."""
+    real = mixer.trainable
+
+    def some(model, *, owner):
+        named = real(model, owner=owner)
+        return named[:-1] if "_orig_mod" in named[-1][0] else named
+
+    monkeypatch.setattr(mixer, "trainable", some)
+
+
+def _mixed_by_the_other_weights(monkeypatch):
+    real = branches.Branches.mixed
+    monkeypatch.setattr(branches.Branches, "mixed", lambda self, sft_loss, rl_loss: real(self, rl_loss, sft_loss))
+
+
+def _last_tokens_alone(monkeypatch):
+    real = measurement.Measurement.observe_tokens
+
+    def observe_tokens(self, *tokens):
+        self._rows.clear()
+        real(self, *tokens)
+
+    monkeypatch.setattr(measurement.Measurement, "observe_tokens", observe_tokens)
+
+
+def _mixed_passes_watched(monkeypatch):
+    """What a mixed pass adds is taken for a part of the next contribution."""
+    monkeypatch.setattr(Accumulated, "changed", lambda self: False)
+
+
+def _threads_unseen(monkeypatch):
+    real = observer.Observer._notice
+
+    def notice(self, index, gradient):
+        if threading.get_ident() == self._passes._caller or self.branch is None:
+            real(self, index, gradient)
+
+    monkeypatch.setattr(observer.Observer, "_notice", notice)
+
+
+def _turns_not_taken(monkeypatch):
+    """Whoever comes later gives up what is under way."""
+    real = observer.Observer.contribution
+
+    def contribution(self, tokens=None):
+        self._passes.lock = threading.RLock()
+        return real(self, tokens)
+
+    monkeypatch.setattr(observer.Observer, "contribution", contribution)
+
+
+def _inference_not_left(monkeypatch):
+    namespace = SimpleNamespace(inference_mode=lambda mode: nullcontext(), no_grad=torch.no_grad)
+    monkeypatch.setattr(mixer, "torch", namespace)
+
+
 FAULTS = {
     fault.__name__.strip("_").replace("_", " "): fault
     for fault in (
@@ -125,6 +186,13 @@ FAULTS = {
         _thaw_unnoticed,
         _unfreezing_forgotten,
         _foreign_error,
+        _compiled_left_out,
+        _mixed_by_the_other_weights,
+        _last_tokens_alone,
+        _mixed_passes_watched,
+        _threads_unseen,
+        _turns_not_taken,
+        _inference_not_left,
     )
 }
 
