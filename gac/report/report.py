@@ -60,6 +60,7 @@ class Report:
         counted: whether the steps tell how many contributions they had.
         batch: for ``"sft"`` and ``"rl"`` the batch of a step in that unit, averaged as everything else; NaN where
             the branch was absent.
+        informative_groups: share of the groups of rollouts whose rewards differ, averaged alike; NaN: not told.
     """
 
     def __init__(
@@ -107,6 +108,10 @@ class Report:
         steps = torch.tensor([s.step for s in self.history], dtype=torch.float64)
         weights = torch.exp2((steps - steps[-1]) / self.half_life)
         self.batch = self._batch(weights)
+        told = [math.nan if s.informative_groups is None else s.informative_groups for s in self.history]
+        shares = torch.tensor(told, dtype=torch.float64)
+        known = weights * ~shares.isnan()
+        self.informative_groups = float((known * shares.nan_to_num()).sum() / known.sum())
         self.whole, *self.modules = summaries((WHOLE, *labels), self._series, weights)
 
     @classmethod
@@ -216,7 +221,8 @@ class Report:
 
     def reading(self) -> list[str]:
         """What the numbers mean, a sentence or two each."""
-        return sentences(Findings(self.whole, self.modules, self.batch, self.unit if self.counted else None))
+        unit = self.unit if self.counted else None
+        return sentences(Findings(self.whole, self.modules, self.batch, unit, self.informative_groups))
 
     def __str__(self) -> str:
         text = (textwrap.fill(sentence, 110) for sentence in self.reading())
@@ -256,6 +262,7 @@ class Report:
             "half_life": self.half_life if math.isfinite(self.half_life) else None,
             "unit": self.unit,
             "batch": {name: value if math.isfinite(value) else None for name, value in self.batch.items()},
+            "informative_groups": None if math.isnan(self.informative_groups) else self.informative_groups,
             "whole": row(self.whole),
             "modules": {r.label: row(r) for r in self.modules},
             "reading": self.reading(),

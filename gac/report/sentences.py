@@ -18,18 +18,24 @@ _PAYS, _LITTLE = 1.5, 1.1
 """What twice the batch multiplies a step's progress by (at most 2) where it pays, and where it brings little."""
 
 
+_FEW = 0.5
+"""Share of groups whose rewards differ below which most groups say nothing."""
+
+
 class Findings(NamedTuple):
     """What sentences are made of.
 
     Attributes:
         whole: of the whole model. modules: in model order.
         batch: of a step, for ``"sft"`` and ``"rl"``. unit: what it counts; None where it is not known.
+        informative_groups: share of the groups of rollouts whose rewards differ; NaN where it is not known.
     """
 
     whole: ModuleSummary
     modules: Sequence[ModuleSummary]
     batch: Mapping[str, float]
     unit: str | None
+    informative_groups: float = math.nan
 
 
 def sentences(report: Findings) -> list[str]:
@@ -45,6 +51,12 @@ def sentences(report: Findings) -> list[str]:
             found.append(f"{title}: the noise is not known; it takes two contributions of the branch in a step.")
         else:
             found.append(_batch(report, name, title, branch) + _loudest(report, name))
+    if report.informative_groups < _FEW:
+        found.append(
+            f"Most groups of rollouts say nothing: in {1 - report.informative_groups:.0%} of them all rewards are the "
+            "same, their advantages are 0, and the RL gradient is that of the others alone. Prompts that are neither "
+            "solved always nor never, or more rollouts for each, change that."
+        )
     if any("noiseless" in sentence for sentence in found):
         found.append(
             "Progress is that of a quadratic model with the best step size for each batch (McCandlish et al. 2018): "

@@ -30,12 +30,15 @@ class ModuleStatistics:
             measured: noise of a branch with one contribution, anything of a branch that was absent.
         whole: the statistics of the whole model in that step, which add the numbers of contributions and the standard
             errors; without them noise scales are in units of the step's batch.
+        informative_groups: share of the step's groups of rollouts whose rewards differ, so that not all of their
+            advantages are 0: a trainer that knows it sets it; None: not told.
     """
 
     step: int
     labels: tuple[str, ...]
     values: Tensor
     whole: Statistics | None = None
+    informative_groups: float | None = None
 
     def __post_init__(self) -> None:
         self.labels = tuple(self.labels)
@@ -74,6 +77,8 @@ class ModuleStatistics:
         if self.whole is not None:
             numbers = self.whole.stacked().tolist()
             record["whole"] = dict(zip(self.whole.names(), _to_json(numbers), strict=True))
+        if self.informative_groups is not None:
+            record["informative_groups"] = self.informative_groups
         return record
 
     @classmethod
@@ -94,6 +99,7 @@ class ModuleStatistics:
             labels=tuple(record["modules"]),
             values=torch.tensor(values, dtype=torch.float64).reshape(len(rows), len(COLUMNS)),
             whole=Statistics(**whole) if whole else None,
+            informative_groups=record.get("informative_groups"),
         )
 
 

@@ -19,11 +19,15 @@ class LoggedGRPOTrainer(CheckpointedGRPOTrainer):
         super().__init__(*args, **kwargs)
         self._last_metrics: dict[str, Any] = {}
         self._recorded: ModuleStatistics | None = None
+        self._informative: float | None = None  # share of the last generation's groups whose rewards differ
 
     def end_optimizer_step(self) -> None:
         """Ends the mixer's step and takes its numbers for the log."""
         self._record_modules()
         super().end_optimizer_step()
+        constant = self._metrics["train"].get("frac_reward_zero_std")
+        if constant:  # else they were logged since, and a later step trains on the same generation
+            self._informative = 1.0 - constant[-1]
         metrics = self._mixer_of_run.metrics()
         self._last_metrics = {f"gac/{name}": metrics[name] for name in _COUNTERS if name in metrics}
         series = self._metrics["train"]
@@ -37,6 +41,8 @@ class LoggedGRPOTrainer(CheckpointedGRPOTrainer):
     def _record_modules(self) -> None:
         """Writes the newest statistics by module. Called a step later, when they wait for nothing any more."""
         modules = self._mixer_of_run.modules
+        if modules is not None and modules is not self._recorded:
+            modules.informative_groups = self._informative  # no generation has come since its step
         if modules is not None and modules is not self._recorded and self.args.should_save:
             append_record(self.args.gac_report_dir or cast(str, self.args.output_dir), modules)
         self._recorded = modules

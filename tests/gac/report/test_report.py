@@ -326,6 +326,24 @@ def test_one_contribution_has_no_noise():
     assert not report.module("a").sft.noise_scale.known
 
 
+@pytest.mark.parametrize(("told", "share"), [([0.25, None, 0.45], 0.35), ([0.6, 0.4], None), ([None, None], None)])
+def test_groups_that_say_nothing_are_said_where_they_are_most(told, share, tmp_path):
+    source = isotropic([1.0, 2.0])
+    steps = history(len(told), (source, source), (4, 4), [2])
+    for step, value in zip(steps, told, strict=True):
+        step.informative_groups = value
+        append_record(tmp_path, step)
+    for report in (Report(steps, half_life=math.inf), Report.from_run(tmp_path, half_life=math.inf)):
+        known = [value for value in told if value is not None]
+        mean = sum(known) / len(known) if known else math.nan
+        assert report.informative_groups == pytest.approx(mean, nan_ok=True)
+        assert report.as_json()["informative_groups"] == (pytest.approx(mean) if known else None)
+        said = [sentence for sentence in report.reading() if "groups of rollouts say nothing" in sentence]
+        assert len(said) == (share is not None)
+        if share is not None:
+            assert "in 65% of them all rewards are the same" in said[0]
+
+
 def test_steps_without_numbers(tmp_path):
     source = isotropic([1.0, 2.0])
     good = history(8, (source, source), (3, 3), [1, 1])
