@@ -30,7 +30,8 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError:
+    except OSError as error:
+        error.filename = error.filename or path  # a write names no file
         with contextlib.suppress(OSError):
             os.remove(part)
         raise

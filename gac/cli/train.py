@@ -12,7 +12,7 @@ from typing import Any
 from gac.cli._options import add_training_options, config_from
 from gac.files import DamagedFile
 from gac.runs.config import RESUME_MAY_CHANGE, TrainConfig, changed_flags, check
-from gac.runs.errors import NO_ROOM, StoppedError, UsageError
+from gac.runs.errors import UsageError
 
 HELP = "post-train a model on reasoning-gym problems"
 EPILOG = """\
@@ -23,6 +23,9 @@ examples:
   gac train --model Qwen/Qwen2.5-0.5B-Instruct --task chain_sum --steps 100 --device cuda
   gac train --prior 20,200,0.85,0.15 --law-option prior_weight=0.3
   gac train --out runs/first --resume"""
+
+
+PICTURE = "run.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,46 +49,63 @@ def run(args: argparse.Namespace) -> int:
     """Runs ``gac train``."""
     started = time.perf_counter()
     config, out = resolve(args)
+    from gac.runs.folder import CONFIG
+    from gac.runs.room import stops_without_room
+
+    folders = [folder for folder in (out, args.warm_start) if folder is not None]
+    go_on = f"go on with: gac train --out {out} --resume"
+    with stops_without_room(folders, lambda: go_on if (out / CONFIG).exists() else "start again"):
+        return _run(args, config, out, go_on, started)
+
+
+def _run(args: argparse.Namespace, config: TrainConfig, out: Path, go_on: str, started: float) -> int:
     from gac.runs import training
     from gac.runs.console import Reporter
-    from gac.runs.folder import METRICS, SUMMARY, forget_config, read_json, read_metrics, write_config
+    from gac.runs.folder import SUMMARY, forget_config, read_json, write_config
 
     reporter = Reporter()
     if args.resume and (out / SUMMARY).exists() and read_json(out / SUMMARY)["steps"] >= config.steps:
         reporter.say(f"{out} is finished")
+        if not (out / PICTURE).exists():
+            draw(config, out, read_json(out / SUMMARY))
         show(reporter, read_json(out / SUMMARY), out)
         return 0
     reporter.say(f"{', '.join(config.task)}  law {config.law}  seed {config.seed}  ->  {out}")
     setup = training.prepare(config)  # first: what does not load leaves nothing behind
-    write_config(out, vars(config), ["gac", *args.argv], args.warm_start)
-    go_on = f"gac train --out {out} --resume"
     try:
+        write_config(out, vars(config), ["gac", *args.argv], args.warm_start)
         warm = training.run_warm_start(setup, args.warm_start or out / training.WARM_START, reporter)
         reporter.say(f"held-out accuracy after the warm start: {warm:.3f}")
         if args.warm_start_only:
             return 0
         summary = training.run_hybrid(setup, out, warm, reporter, started=started)
+        draw(config, out, summary)
     except KeyboardInterrupt:
         reporter.end()
-        reporter.say(f"stopped; go on with: {go_on}")
+        reporter.say(f"stopped; {go_on}")
         raise
     except (UsageError, DamagedFile):
         if not args.resume:
             forget_config(out)
         raise
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
+    except Exception:
         reporter.end()
-        raise StoppedError(
-            f"no room left to write ({error}); everything up to the last checkpoint is kept: make room and go on with: "
-            f"{go_on}"
-        ) from error
-    from gac.plots import draw_run
-
-    draw_run(read_metrics(out / METRICS), summary, out / "run.png", title=f"{config.law}, seed {config.seed}")
+        raise
     show(reporter, summary, out)
     return 0
+
+
+def draw(config: TrainConfig, out: Path, summary: dict[str, Any]) -> None:
+    """The picture of a run, from its records."""
+    from gac.plots import draw_run
+    from gac.runs.folder import METRICS, read_metrics
+
+    part = out / f"part.{PICTURE}"
+    try:
+        draw_run(read_metrics(out / METRICS), summary, part, title=f"{config.law}, seed {config.seed}")
+        part.replace(out / PICTURE)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def resolve(args: argparse.Namespace) -> tuple[TrainConfig, Path]:

@@ -1,7 +1,6 @@
 """What ends a command with one line instead of a traceback."""
 
 import contextlib
-import errno
 from collections.abc import Iterator
 
 
@@ -11,10 +10,6 @@ class UsageError(Exception):
 
 class StoppedError(Exception):
     """A run that nobody's mistake has stopped, and that can go on: printed as one line, exit code 1."""
-
-
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""Of an `OSError` where a file has no room to grow: disk, quota or limit."""
 
 
 @contextlib.contextmanager

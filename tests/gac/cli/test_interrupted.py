@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import gac.trainers.checkpoints as checkpoints
 from gac.cli import main
 from gac.files import write_whole
 from gac.runs import folder as run_folder
+from gac.runs import room
 from gac.trainers.hybrid_grpo import complete_checkpoints
 from tests.gac.cli.test_cli import TINY, metrics_of
 from tests.gac.test_files import Malicious
@@ -162,6 +164,87 @@ def test_a_full_disk_loses_nothing(capsys, tmp_path, whole, monkeypatch, where):
     assert main(["train", "--out", str(out), "--resume"]) == 0
     assert metrics_of(out) == metrics_of(whole)
     assert (out / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("limit", [10_000, 30_000], ids=["model.safetensors", "optimizer.pt"])
+def test_what_libraries_say_of_a_full_disk(capsys, tmp_path, whole, monkeypatch, limit):
+    """safetensors and torch have errors of their own; a file of the second checkpoint may not grow so far."""
+    out, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    real = checkpoints.CheckpointedGRPOTrainer._save_checkpoint
+
+    def save(self, *arguments):
+        if self.state.global_step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        real(self, *arguments)
+
+    monkeypatch.setattr(checkpoints.CheckpointedGRPOTrainer, "_save_checkpoint", save)
+    try:
+        words = ("no room left to write", "checkpoint-4 (File too large)", f"gac train --out {out} --resume")
+        one_line(capsys, [*RUN, "--out", out], *words, code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.undo()
+    assert [path[-1] for path in complete_checkpoints(str(out / "checkpoints"))] == ["2"]
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    assert metrics_of(out) == metrics_of(whole)
+
+
+def test_a_picture_that_had_no_room_is_drawn_later(capsys, tmp_path, whole, monkeypatch):
+    import gac.plots
+
+    out = shutil.copytree(whole, tmp_path / "run")
+    (out / "run.png").unlink()
+
+    def full(records, summary, path, **_):
+        path.write_bytes(b"cut")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(gac.plots, "draw_run", full)
+    one_line(capsys, ["train", "--out", out, "--resume"], "run.png", "no room left", code=1)
+    assert not list(out.glob("*run.png"))
+    monkeypatch.undo()
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    assert (out / "run.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize(
+    ("error", "full", "found"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), False, "a/b (No space left on device)"),
+        (Exception("No space left on device (os error 28)"), False, "a file in FOLDER (No space left on device)"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+            True,
+            "a file in FOLDER (No space",
+        ),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), False, None),
+        (Exception("Input/output error (os error 5)"), False, None),
+        (RuntimeError("expected scalar type Float"), True, None),
+        (OSError(errno.EIO, "Input/output error"), True, None),
+    ],
+)
+def test_errors_that_say_that_there_is_no_room(tmp_path, monkeypatch, error, full, found):
+    for name, time in (("old/file", 1), ("new/file", 2)):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("x")
+        os.utime(tmp_path / name, (time, time))
+
+    def temporary(**_):
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return (tmp_path / "probe").open("wb")
+
+    monkeypatch.setattr(room.tempfile, "TemporaryFile", temporary)
+    for raised in (error, _caused_by(error)):
+        (tmp_path / "probe").unlink(missing_ok=True)
+        what = room.no_room(raised, [tmp_path])
+        assert (what is None) if found is None else (found.replace("FOLDER", str(tmp_path / "new")) in what)
+
+
+def _caused_by(error):
+    outer = ValueError("while saving")
+    outer.__cause__ = error
+    return outer
 
 
 def test_other_errors_of_the_system_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
