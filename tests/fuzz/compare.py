@@ -138,6 +138,8 @@ class Comparison:
             self._coefficients("statistics", found.statistics, right, sick)
             if found.modules is not None and found.modules.step == self.number + 1:
                 self._differ("taken apart", True, "tokens say nothing of modules")
+            if want.measured and self.draw.estimator != "coefficient" and not (want.broken or want.nonfinite):
+                self._remember(found, want)
             return
         statistics = found.statistics
         if (statistics is not None) != want.measured:
@@ -153,6 +155,15 @@ class Comparison:
         for differences in views:
             self._numbers(found, want, differences)
         self._modules(found)
+
+    def _remember(self, found: Found, want: Expected) -> None:
+        """Lone contributions are compared with those of later steps, whatever gave the statistics of theirs."""
+        for differences in (True, False):
+            for b in BRANCHES:
+                own = [c for c in want.contributions if c.branch == b]
+                part = self._sums(own, found, differences)
+                if len(own) == 1 and part.n:
+                    self.past[differences][b].totals.append((part.total, part.total_error))
 
     def _coefficients(self, of: str, got: Statistics | None, right: dict[str, float] | None, sick: bool) -> None:
         """What the coefficient estimator has made of the sequences that a step told; None: of none."""

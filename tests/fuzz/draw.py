@@ -193,8 +193,13 @@ def _further_parts_fit(draw: Draw) -> bool:
     )
     inference = draw.named != "argument" or not any(step.inference for step in draw.steps)
     kept = ("graph", "twice")  # torch.compile's own limits
+    told = all(
+        len({p.tokens is None for p in step.passes if p.branch == branch and p.how != "mixed"}) < 2
+        for step in draw.steps
+        for branch in ("sft", "rl")
+    )
     compiled = draw.compiled is None or all(one.style not in kept for one in every)
-    return mixed and threads and inference and compiled
+    return mixed and threads and told and inference and compiled
 
 
 def _fits_together(one: Pass) -> bool:
