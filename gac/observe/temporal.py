@@ -49,8 +49,9 @@ class MovingMeans:
         return (1 - DECAY) * (2 - weight) * weight / (1 + DECAY) if found is None else found
 
     def update(self, branch: Branch, gradient: Tensor, healthy: Tensor, step: int | None = None) -> None:
-        """Takes the gradient of ``step`` in where ``healthy`` (0-dim bool) is true.
+        """Takes the gradient of ``step`` in where ``healthy`` (0-dim bool) is true and the mean of both is finite.
 
+        Sums of gradients near 1e38 are not, though no gradient is infinite, and would stay in the mean for ever.
         ``step`` counts from 0; None: the one after the newest.
         """
         name = branch.value
@@ -62,7 +63,9 @@ class MovingMeans:
         now = last + 1 if step is None else zero + step
         keep = DECAY ** (now - last).clamp(min=1.0)
         new = 1 - keep
-        mean.copy_(torch.where(healthy, torch.lerp(gradient, mean, keep.to(mean.dtype)), mean))
+        moved = torch.lerp(gradient, mean, keep.to(mean.dtype))
+        healthy = healthy & torch.isfinite(moved).all()
+        mean.copy_(torch.where(healthy, moved, mean))
         self.state[f"{name}.weight"] = torch.where(healthy, keep * weight + new, weight)
         self.state[f"{name}.square"] = torch.where(healthy, keep**2 * square + new**2, square)
         self.state[f"{name}.step"] = torch.where(healthy, now, last)

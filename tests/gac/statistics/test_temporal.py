@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import gac
 from gac.observe.temporal import DECAY, MovingMeans
 from gac.statistics import Branch
 from tests.gac.statistics.sources import DRAWS, family
@@ -134,3 +135,27 @@ def test_even_gaps_of_one_step_need_no_numbers():
         told.update(Branch.RL, gradient, torch.tensor(True), step)
         untold.update(Branch.RL, gradient, torch.tensor(True))
     assert all(torch.equal(value, untold.state[name]) for name, value in told.state.items())
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sketch"])
+@pytest.mark.parametrize("size", [3.3e38, 1e60])
+def test_gradients_beyond_float32_are_no_part_of_the_mean(estimator, size):
+    """Their sums overflow though each is finite: what was known stays, the state loads, later steps are measured."""
+    model = torch.nn.Linear(4, 3).double()
+    mixer = gac.patch(model, estimator=estimator)
+
+    def step(scale):
+        for branch in (mixer.sft, mixer.rl):
+            with branch():
+                mixer.backward((model(torch.ones(4, dtype=torch.float64)) * scale).sum())
+        mixer.step()
+        model.zero_grad()
+
+    for scale in (1.0, size, -size, size):
+        step(scale)
+    state = mixer.state_dict()
+    mixer.load_state_dict(state)
+    assert all(value.isfinite().all() for value in state["means"][0].values())
+    if size == 1e60:  # the first step alone is in the mean: all are alike
+        step(1.0)
+        assert float(mixer.statistics.sigma_s2) <= 1e-10 * float(mixer.statistics.norm_s2)
