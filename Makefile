@@ -6,7 +6,7 @@ SECONDS ?= 60
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install train test quick fuzz lint types sanitize format docs wheel bench compare study audit clean
+.PHONY: help install train test quick fuzz lint types sanitize sanitize-quick format docs wheel bench compare study audit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -44,16 +44,28 @@ types: install  ## check the types
 # A copy of the package with a library that watches itself, so that the installed one stays as it is. Python's own leaks
 # are not looked at; what is freed is given back after 1 MB of it, so that the test of memory passes.
 SANITIZED := build/sanitize
-sanitize: install  ## run the CPU library's tests under the address and undefined behaviour sanitizers of g++
+WATCHED := LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" OMP_NUM_THREADS=2 \
+  ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=1 UBSAN_OPTIONS=print_stacktrace=1 \
+  PYTHONPATH=$(SANITIZED):. PYTHONSAFEPATH=1
+WATCHED_TESTS := $(WATCHED) $(BIN)/python -m pytest -q --capture=sys --import-mode=append -p no:cacheprovider \
+  -o pythonpath=$(SANITIZED) tests/gac_kernels/test_cpu_interface.py
+
+define BUILD_SANITIZED
 	rm -rf $(SANITIZED)
-	CXX=g++ CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	CXX=g++ CXXFLAGS="$(1) -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
 	  $(BIN)/python setup.py --quiet build --build-base $(SANITIZED)/temp --build-lib $(SANITIZED)
-	export LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" OMP_NUM_THREADS=2 \
-	  ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	  PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 && \
-	$(BIN)/python -c "from gac_kernels import cpu; s = cpu.status(); assert '$(SANITIZED)' in s.get('path', ''), s" && \
-	$(BIN)/python -m pytest -q --capture=sys --import-mode=append -p no:cacheprovider -o pythonpath=$(SANITIZED) \
-	  tests/gac_kernels/test_cpu_interface.py tests/gac_kernels/test_cpu_library.py tests/gac_kernels/test_cpu_builtins.py
+	$(WATCHED) $(BIN)/python -c \
+	  "from gac_kernels import cpu; s = cpu.status(); assert '$(SANITIZED)' in s.get('path', ''), s"
+endef
+
+sanitize: install  ## run the CPU library's tests under the address and undefined behaviour sanitizers of g++
+	$(call BUILD_SANITIZED,-O1 -g)
+	$(WATCHED_TESTS) tests/gac_kernels/test_cpu_library.py tests/gac_kernels/test_cpu_builtins.py
+
+sanitize-quick: install  ## the same within a minute: the interface, and drawn calls
+	$(call BUILD_SANITIZED,-O0 -g1)
+	$(WATCHED_TESTS)
+	$(WATCHED) $(BIN)/python -m tests.fuzz --target kernels --backend cpu --seconds 12
 
 format: install  ## apply the style
 	$(BIN)/ruff check --fix .
