@@ -15,7 +15,7 @@ import torch
 
 import gac
 from gac import branches, measurement, mixer, weights
-from gac.laws.gac import GacLaw
+from gac.fused import law as fused_law
 from gac.observe import contribution, observer, pending, structure
 from gac.observe.accumulated import Accumulated
 from gac.observe.ledger import Ledger
@@ -27,24 +27,29 @@ from tests.fuzz.drawing import drawn
 from tests.fuzz.judge import judge, known_as, shrunk
 
 
+def _change_weights(monkeypatch, change):
+    """Changes weights after they were made, on the device or on the host."""
+    for kind in (weights.Weights, weights.HostWeights):
+
+        def changed(self, mu, real=kind.__init__):
+            real(self, mu)
+            change(self)
+
+        monkeypatch.setattr(kind, "__init__", changed)
+
+
 def _wrong_weight(monkeypatch):
-    real = weights.Weights.__init__
+    def swap(made):
+        made.of = dict(zip(made.of, reversed(made.of.values()), strict=True))
 
-    def swapped(self, mu):
-        real(self, mu)
-        self.of = dict(zip(self.of, reversed(self.of.values()), strict=True))
-
-    monkeypatch.setattr(weights.Weights, "__init__", swapped)
+    _change_weights(monkeypatch, swap)
 
 
 def _weight_not_undone(monkeypatch):
-    real = weights.Weights.__init__
+    def keep(made):
+        made.undone = {branch: torch.ones(()) for branch in made.undone}
 
-    def kept(self, mu):
-        real(self, mu)
-        self.undone = {branch: torch.ones(()) for branch in self.undone}
-
-    monkeypatch.setattr(weights.Weights, "__init__", kept)
+    _change_weights(monkeypatch, keep)
 
 
 def _branches_swapped(monkeypatch):
@@ -111,7 +116,7 @@ def _unfreezing_forgotten(monkeypatch):
 
 
 def _foreign_error(monkeypatch):
-    monkeypatch.setattr(GacLaw, "update", lambda self, statistics, step: {}["mu"])
+    monkeypatch.setattr(fused_law, "update", lambda *arguments: {}["mu"])
 
 
 def _compiled_left_out(monkeypatch):

@@ -145,7 +145,7 @@ def worker(rank: int, store: str, folder: str) -> None:
         found = numbers(mixer.statistics), float(mixer.mu), mixer.metrics(wait=True)["estimator"]
     mixed = []
     for estimator in ("auto", "exact"):
-        with gac.patch(torch.nn.Linear(2, 1), estimator=estimator) as mixer:
+        with gac.patch(torch.nn.Linear(2, 1), estimator=estimator, interval=1) as mixer:
             for case in range(2):
                 mixed.append(mixed_step(mixer, sequences(5, 2 * case + rank)))
     torch.save((gathered, found, mixed), os.path.join(folder, f"{rank}.pt"))
