@@ -13,6 +13,19 @@ import torch
 import torch.distributed as dist
 
 
+IMPORTED_LATE = (
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch.nn.parallel",
+    "accelerate.utils",
+    "transformers.modeling_utils",
+    "gac",
+)
+"""What engines import when they are first used: seconds on every rank, unless they are forked from one that has it."""
+
+
 def on_ranks(
     world: int, folder: Path, function: Callable, *arguments, preload: str, seconds: float, backend: str = "gloo"
 ) -> list:
@@ -25,7 +38,7 @@ def on_ranks(
         seconds: after which a rank that has not ended fails the test.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([preload])
+    context.set_forkserver_preload([*IMPORTED_LATE, preload])  # the first call of a process decides for all
     ranks = [
         context.Process(target=_work, args=(rank, world, str(folder), backend, function, arguments))
         for rank in range(world)
