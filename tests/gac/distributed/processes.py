@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-
 IMPORTED_LATE = (
     "torch._dynamo",
     "torch.distributed.checkpoint",

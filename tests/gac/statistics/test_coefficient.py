@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import gac
 from gac.observe.reduction import gather_rows
 from gac.statistics.coefficient import CoefficientOptions, sequence_rows, statistics_from_rows
+from tests.gac.distributed.processes import on_ranks
 from tests.gac.statistics.coefficients import by_definition
 
 NUMBERS = ("sigma_s2", "sigma_r2", "delta_g2", "n_s", "n_r")
@@ -127,9 +125,7 @@ def mixed_step(mixer: gac.Mixer, data) -> list[float]:
 SHARES = [(3, 5), (0, 4), (4, 0), (0, 0), (1, 9)]
 
 
-def worker(rank: int, store: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def on_a_rank(rank: int, world: int) -> tuple:
     gathered = []
     for case, share in enumerate(SHARES):
         data = sequences(sum(share), case)
@@ -148,15 +144,13 @@ def worker(rank: int, store: str, folder: str) -> None:
         with gac.patch(torch.nn.Linear(2, 1), estimator=estimator, interval=1) as mixer:
             for case in range(2):
                 mixed.append(mixed_step(mixer, sequences(5, 2 * case + rank)))
-    torch.save((gathered, found, mixed), os.path.join(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+    return gathered, found, mixed
 
 
 @pytest.mark.timeout(120)
 def test_two_ranks(tmp_path: Path):
     """Every rank gets the rows of both, in the order of ranks, whatever the shares; 0 rows are a share too."""
-    mp.spawn(worker, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    ranks = on_ranks(2, tmp_path, on_a_rank, preload=__name__, seconds=100)
     (gathered, found, mixed), (other, other_found, other_mixed) = ranks
     for case, share in enumerate(SHARES):
         rows = sequence_rows(*sequences(sum(share), case))

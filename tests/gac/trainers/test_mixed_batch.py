@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import gac
 from gac.trainers.mixed_batch import METRICS, MixedBatch, coefficient_mixer, count_step
+from tests.gac.distributed.processes import on_ranks
 
 VOCABULARY, LENGTH, HIDDEN = 11, 6, 5
 
@@ -373,17 +372,13 @@ def average(model):
         parameter.grad /= dist.get_world_size()
 
 
-def worker(rank, store, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    torch.save(train([rank], 2, average), os.path.join(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+def on_a_rank(rank, world):
+    return train([rank], world, average)
 
 
 @pytest.mark.timeout(60)
 def test_two_ranks_with_unequal_branches_equal_one_process(tmp_path: Path):
-    mp.spawn(worker, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
-    (mus, parameters), other = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
+    (mus, parameters), other = on_ranks(2, tmp_path, on_a_rank, preload=__name__, seconds=50)
     assert mus == other[0]
     assert all(torch.equal(a, b) for a, b in zip(parameters, other[1], strict=True))
     alone, alone_parameters = train([0, 1], 1)
