@@ -1,6 +1,7 @@
 // The C interface: takes numbers and addresses apart, refuses null pointers, and calls the operations.
 #include <new>
 
+#include "accumulate.h"
 #include "dispatch.h"
 #include "gac_cpu.h"
 #include "reductions.h"
@@ -137,4 +138,14 @@ int gac_absorb(const float* current, float* previous, float* total, int64_t m, d
   if (m && (!current || !total)) return GAC_NULL_POINTER;
   absorb(current, previous, total, m, scale, out, add != 0, threads);
   return GAC_OK;
+}
+
+int gac_accumulate(const int64_t* table, const int64_t* seconds, int64_t n, int form, const gac_sum* sum,
+                   double* moments, int threads) {
+  return guarded([&]() -> int {
+    const Table tensors(table, n, form & 15), second_moments(seconds, n, form >> 4);
+    if (!tensors.readable() || (seconds && !second_moments.readable())) return GAC_NULL_POINTER;
+    accumulate(tensors, seconds ? &second_moments : nullptr, *sum, moments, threads);
+    return GAC_OK;
+  });
 }

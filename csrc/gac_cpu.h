@@ -97,6 +97,21 @@ GAC_API int gac_token_moments(const struct gac_tokens* tokens, double* out, int 
 GAC_API int gac_absorb(const float* current, float* previous, float* total, int64_t m, double scale, double* out, int add,
                        int threads);
 
+// total[offsets[k] + i] += scale * x_k[i] for each tensor k of the list; no two stretches overlap. Of a table `seconds`, if
+// not null, x counts as x / (sqrt(v) + eps), as above. With previous, x - previous is added, and previous <- x; x is rounded
+// to float32 before either. moments: squares of what was added, before scale, and non-finite x.
+struct gac_sum {
+  const int64_t* offsets;
+  float* total;
+  float* previous;  // or null
+  double scale;
+  double eps;
+  int32_t per_tensor;  // moments: [2] or [n, 2]
+  int32_t add;         // 1: add to the moments
+};
+GAC_API int gac_accumulate(const int64_t* table, const int64_t* seconds, int64_t n, int form, const struct gac_sum* sum,
+                           double* moments, int threads);
+
 // A new function object for Python that takes the plain calls of an operation: "moments", "pair_moments" or "mix_".
 // Other calls it passes on to the callable `behind`, which is also what is returned for another name. Called with the
 // interpreter lock held; see python_calls.cpp and gac_kernels/cpu/builtins.py. functions, objects: the addresses that

@@ -27,6 +27,7 @@ GAC_TYPE(int64_t, "int64")
 GAC_TYPE(float, "float")
 GAC_TYPE(double, "double")
 GAC_TYPE(gac_sketch_map, "gac_sketch_map")
+GAC_TYPE(gac_sum, "gac_sum")
 GAC_TYPE(gac_tokens, "gac_tokens")
 GAC_TYPE(gac_object, "object")
 #undef GAC_TYPE
@@ -67,6 +68,10 @@ std::string format_of(const gac_sketch_map& map) {
   const auto& [a, b, c, d, e, f, g, h, i, j, k] = map;
   return format(a, b, c, d, e, f, g, h, i, j, k);
 }
+std::string format_of(const gac_sum& sum) {
+  const auto& [a, b, c, d, e, f, g] = sum;
+  return format(a, b, c, d, e, f, g);
+}
 std::string format_of(const gac_tokens& tokens) {
   const auto& [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q] = tokens;
   return format(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q);
@@ -91,9 +96,11 @@ std::string interface() {
   GAC_FUNCTION(gac_sketch_weighted)
   GAC_FUNCTION(gac_token_moments)
   GAC_FUNCTION(gac_absorb)
+  GAC_FUNCTION(gac_accumulate)
   GAC_FUNCTION(gac_python_call)
   GAC_FUNCTION(gac_python_names)
   GAC_LINE("struct gac_sketch_map", format_of(gac_sketch_map{}))
+  GAC_LINE("struct gac_sum", format_of(gac_sum{}))
   GAC_LINE("struct gac_tokens", format_of(gac_tokens{}))
   const char* dtypes[kDtypes] = {};
   dtypes[kFloat32] = "float32", dtypes[kBFloat16] = "bfloat16";

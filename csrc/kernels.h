@@ -34,6 +34,10 @@ struct Kernels {
                                                 const SketchRun& run);
   // x <- x / (sqrt(v) + eps), 0 where v is 0.
   void (*weigh)(double* x, const double* v, int64_t n, double eps);
+  // out <- x / (sqrt(v) + eps), 0 where v is 0, in float32; [x's type][v's type].
+  void (*weigh_short[kFloat64][kFloat64])(const void* x, const void* v, int64_t n, double eps, float* out);
+  // added = x, or, with previous, float32(x) - previous, and previous <- x; total += scale * added. Returns |added|^2.
+  double (*accumulate[kDtypes])(const void* x, float* previous, float* total, int64_t n, double scale);
   // Adds the seven sums of reference.token_moments over n tokens; keep holds 1.0 or 0.0.
   void (*tokens)(const double* logp, const double* advantage, const double* keep, int64_t n, double* sums);
   // delta = scale * (current - previous), total += delta, previous <- current; previous may be null. Returns |delta|^2.

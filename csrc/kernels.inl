@@ -441,6 +441,53 @@ GAC_KERNEL void weigh(double* x, const double* v, int64_t n, double eps) {
   for (; i < n; ++i) x[i] /= divisor(v[i], eps);
 }
 
+template <class T, class S>
+GAC_KERNEL void weigh_short(const void* data, const void* second, int64_t n, double eps, float* out) {
+  Weighted<T, S> source = {static_cast<const T*>(data), static_cast<const S*>(second), static_cast<float>(eps)};
+  int64_t i = 0;
+  for (; i + V::W <= n; i += V::W, source.skip(V::W)) V::store(out + i, source.load(0));
+  for (int64_t k = 0; i + k < n; ++k) out[i + k] = static_cast<float>(source.one(k));
+}
+
+template <class T>
+GAC_INLINE D2 taken(const T* x, float* previous) {
+  D2 now = load2(x);
+  if (!previous) return now;
+  const D2 last = load2(previous);
+  store2(previous, now);
+  if (sizeof(T) == sizeof(double)) now = load2(previous);  // rounded
+  return {V::sub(now.lo, last.lo), V::sub(now.hi, last.hi)};
+}
+
+template <class T>
+GAC_KERNEL double accumulate(const void* data, float* previous, float* out, int64_t n, double scale) {
+  const T* x = static_cast<const T*>(data);
+  constexpr int W = V::W;
+  const D2 factor = {V::set(scale), V::set(scale)};
+  D2 squares[2] = {zero2(), zero2()};
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    for (int u = 0; u < 2; ++u) {
+      const int64_t at = i + u * W;
+      const D2 added = taken(x + at, previous ? previous + at : nullptr);
+      store2(out + at, fma2(factor, added, load2(out + at)));
+      squares[u] = fma2(added, added, squares[u]);
+    }
+  }
+  double result = total(add2(squares[0], squares[1]));
+  for (; i < n; ++i) {
+    double added = to_double(x[i]);
+    if (previous) {
+      const float now = static_cast<float>(added);
+      added = static_cast<double>(now) - static_cast<double>(previous[i]);
+      previous[i] = now;
+    }
+    out[i] = static_cast<float>(out[i] + scale * added);
+    result += added * added;
+  }
+  return result;
+}
+
 // exp by Cody and Waite's reduction and the Taylor polynomial of degree 13 on |r| <= ln(2)/2 (remainder 4e-18).
 GAC_INLINE V::D exponential(V::D x) {
   const V::D clamped = V::max(V::min(x, V::set(710.0)), V::set(-750.0));
@@ -538,6 +585,10 @@ constexpr Kernels make_kernels(const char* name) {
            {sketch_weighted<bf16, float>, sketch_weighted<bf16, bf16>, sketch_weighted<bf16, fp16>},
            {sketch_weighted<fp16, float>, sketch_weighted<fp16, bf16>, sketch_weighted<fp16, fp16>}},
           weigh,
+          {{weigh_short<float, float>, weigh_short<float, bf16>, weigh_short<float, fp16>},
+           {weigh_short<bf16, float>, weigh_short<bf16, bf16>, weigh_short<bf16, fp16>},
+           {weigh_short<fp16, float>, weigh_short<fp16, bf16>, weigh_short<fp16, fp16>}},
+          {accumulate<float>, accumulate<bf16>, accumulate<fp16>, accumulate<double>},
           tokens,
           absorb};
 }

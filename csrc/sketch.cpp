@@ -5,8 +5,7 @@
 
 #include <memory>
 
-#include "dispatch.h"
-#include "elements.h"
+#include "weights.h"
 
 namespace gac {
 namespace {
@@ -30,38 +29,21 @@ struct Unit {
   int64_t part;    // row of the partial lanes, -1 when the unit writes buckets
 };
 
-// Elements count as x / (sqrt(v) + eps), as 0 where v is 0.
-struct Weights {
-  const Table& seconds;
-  double eps;
-
-  // One contiguous run in float32, or float64 lanes and hence arithmetic; returns its sum of squares.
-  double sketch(int dtype, int second, const char* x, const char* v, int64_t n, float* lanes, SketchRun run) const {
-    return kernels().sketch_weighted[dtype][second](x, v, n, eps, lanes, run);
-  }
-  double sketch(int dtype, int second, const char* x, const char* v, int64_t n, double* lanes, SketchRun run) const {
-    double squares = 0;
-    for_blocks(dtype, second, x, v, n, [&](const double* y, int64_t m) {
-      squares += kernels().sketch_double[kFloat64](y, m, lanes, run);
-      run.index += static_cast<uint64_t>(m);
-      run.lane = (run.lane + m) % run.lanes;
-    });
-    return squares;
-  }
-
-  // Calls body(y, count) for blocks of weighted elements in float64.
-  template <class Body>
-  void for_blocks(int dtype, int second, const char* x, const char* v, int64_t n, Body&& body) const {
-    double value[kBlock], moment[kBlock];
-    for (int64_t i = 0; i < n; i += kBlock) {
-      const int64_t m = std::min(kBlock, n - i);
-      to_doubles(dtype, x + i * bytes_of(dtype), m, value);
-      to_doubles(second, v + i * bytes_of(second), m, moment);
-      kernels().weigh(value, moment, m, eps);
-      body(value, m);
-    }
-  }
-};
+// One contiguous run of weighted elements in float32, or in float64 lanes and hence arithmetic; returns its squares.
+double sketch_weighted_run(const Weights& weights, int dtype, int second, const char* x, const char* v, int64_t n,
+                           float* lanes, SketchRun run) {
+  return kernels().sketch_weighted[dtype][second](x, v, n, weights.eps, lanes, run);
+}
+double sketch_weighted_run(const Weights& weights, int dtype, int second, const char* x, const char* v, int64_t n,
+                           double* lanes, SketchRun run) {
+  double squares = 0;
+  weights.for_blocks(dtype, second, x, v, n, [&](const double* y, int64_t m) {
+    squares += kernels().sketch_double[kFloat64](y, m, lanes, run);
+    run.index += static_cast<uint64_t>(m);
+    run.lane = (run.lane + m) % run.lanes;
+  });
+  return squares;
+}
 
 // Accumulators of a row, on a cache line's edge and half a page away from the elements at `data`: split lines and loads
 // that look like one of the last stores by their place in the page cost up to a third (docs/kernels.md).
@@ -191,7 +173,7 @@ void Sketch::add(const Segment& segment, int64_t begin, int64_t end, A* lanes, i
   if (weights) {
     const Tensor v = weights->seconds[segment.tensor];
     for_pair_runs(t, v, from, end - begin, [&](const char* x, const char* y, int64_t position, int64_t count) {
-      squares[number] += weights->sketch(t.dtype, v.dtype, x, y, count, lanes, run_at(position));
+      squares[number] += sketch_weighted_run(*weights, t.dtype, v.dtype, x, y, count, lanes, run_at(position));
     });
     return;
   }
@@ -214,17 +196,10 @@ void Sketch::check(int64_t number) {
     nonfinite[number] = nonfinite_in(t, segment.offset, segment.count, squares[number]);
     return;
   }
-  const Tensor v = weights->seconds[segment.tensor];
-  double sum = 0;
-  int64_t found = 0;
-  for_pair_runs(t, v, segment.offset, segment.count, [&](const char* x, const char* y, int64_t, int64_t count) {
-    weights->for_blocks(t.dtype, v.dtype, x, y, count, [&](const double* block, int64_t m) {
-      sum += kernels().moments[kFloat64](block, m);
-      found += count_nonfinite<double>(block, m);
-    });
-  });
-  squares[number] = sum;
-  nonfinite[number] = static_cast<double>(found);
+  double sums[2];
+  weights->moments(t, weights->seconds[segment.tensor], segment.offset, segment.count, sums);
+  squares[number] = sums[0];
+  nonfinite[number] = sums[1];
 }
 
 template <class S>

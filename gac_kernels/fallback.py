@@ -18,12 +18,12 @@ from torch import Tensor
 
 from gac_kernels import reference
 from gac_kernels.arguments import check_pair, check_scalar, tensor_list
-from gac_kernels.calls import SketchCall, sketch_call, takes
+from gac_kernels.calls import AccumulateCall, SketchCall, accumulate_call, sketch_call, takes
 from gac_kernels.layout import SIGN_BITS, SketchLayout
 from gac_kernels.reference import absorb_, token_moments
 from gac_kernels.strides import flat_views
 
-__all__ = ["absorb_", "mix_", "moments", "pair_moments", "sketch", "token_moments"]
+__all__ = ["absorb_", "accumulate_", "mix_", "moments", "pair_moments", "sketch", "token_moments"]
 
 _BLOCK = 1 << 16
 """Elements of a block: two of them in float32 fit the second cache. Of 32 M pairs on two cores, medians of one run:
@@ -198,6 +198,46 @@ def sketch(call: SketchCall) -> Tensor:
 
 def _weighted(x: Tensor, v: Tensor, eps: float) -> Tensor:
     return x / (v.sqrt() + eps).masked_fill(v == 0, math.inf)
+
+
+@takes(accumulate_call)
+def accumulate_(call: AccumulateCall) -> Tensor:
+    """Adds tensors to one vector, and their moments; see :func:`gac_kernels.accumulate_`.
+
+    In float32 where nothing but a plain tensor of at most that is added, in float64 elsewhere.
+    """
+    scale, rows = float(call.scale), []
+    total, previous = call.total.detach(), None if call.previous is None else call.previous.detach()
+    for k, (tensor, offset) in enumerate(zip(call.tensors, call.stretches.offsets, strict=True)):
+        x, row = tensor.detach().reshape(-1), [0.0, 0.0]
+        v = None if call.second_moments is None else call.second_moments[k].detach().reshape(-1)
+        plain = v is None and previous is None and x.dtype is not _FLOAT64
+        wide = torch.float32 if plain else _FLOAT64
+        for begin in range(0, x.numel(), _BLOCK):
+            block = slice(begin, begin + _BLOCK)
+            values = x[block].to(wide)
+            if v is not None:
+                values = _weighted(values, v[block].to(wide), call.eps)
+            to = total[offset + begin : offset + begin + values.numel()]
+            square, nonfinite = _square(values)
+            if previous is not None:
+                last = previous[offset + begin : offset + begin + values.numel()]
+                now = values.to(torch.float32)
+                values = now.to(wide) - last.to(wide)
+                last.copy_(now)
+                square = torch.dot(values, values).item()
+            row[0] += square
+            row[1] += nonfinite
+            if plain:
+                to.add_(values, alpha=scale)
+            else:
+                to.copy_(to.to(wide).add_(values, alpha=scale))
+        rows.append(row)
+    sums = _sums(rows, 2, call.per_tensor)
+    if call.into is None:
+        return sums
+    call.into.detach().add_(sums)
+    return call.into
 
 
 def _write(call: SketchCall, totals: dict[int, Tensor]) -> None:

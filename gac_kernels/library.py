@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gac_kernels.arguments import accumulator_dtype
 from gac_kernels.backends import implementation, runner
-from gac_kernels.calls import absorb_call, sketch_call, token_call
+from gac_kernels.calls import absorb_call, accumulate_call, sketch_call, token_call
 from gac_kernels.layout import LANES, SketchLayout
 
 _library = torch.library.Library("gac_kernels", "DEF")
@@ -111,6 +111,44 @@ def _run_sketch(tensors: Any, out: Tensor, into: Tensor | None, *arguments: Any)
         eps=eps,
     )
     return runner("sketch", out.device.type)(call)
+
+
+_SUMMED = f"{_PLACES}, Tensor? scale, float factor, bool per_tensor, Tensor[]? second_moments, float eps"
+
+
+@_operator(
+    f"accumulate_(Tensor[] tensors, Tensor(a!) total, Tensor(b!)? previous, {_SUMMED}) -> Tensor",
+    lambda tensors, total, *arguments: _sums([total], 2, False).new_empty((len(tensors), 2) if arguments[-3] else 2),
+)
+def _accumulate_(tensors: Any, total: Tensor, previous: Any, *arguments: Any) -> Tensor:
+    return _run_accumulate(tensors, total, previous, None, *arguments)
+
+
+@_operator(
+    f"accumulate_into_(Tensor[] tensors, Tensor(a!) total, Tensor(b!)? previous, Tensor(c!) into, {_SUMMED}) -> ()",
+    lambda *arguments: None,
+)
+def _accumulate_into_(tensors: Any, total: Tensor, previous: Any, into: Tensor, *arguments: Any) -> None:
+    _run_accumulate(tensors, total, previous, into, *arguments)
+
+
+def _run_accumulate(tensors: Any, total: Tensor, previous: Any, into: Any, *arguments: Any) -> Tensor:
+    """Runs what the two schemas describe."""
+    numels, rows_per_slab, lanes, regions, starts, seed, scale, factor, per_tensor, second_moments, eps = arguments
+    call = accumulate_call(
+        tensors,
+        total,
+        layout=None if numels is None else SketchLayout(tuple(numels), rows_per_slab, seed, lanes),
+        regions=regions,
+        starts=starts,
+        previous=previous,
+        scale=factor if scale is None else scale,
+        per_tensor=per_tensor,
+        into=into,
+        second_moments=second_moments,
+        eps=eps,
+    )
+    return runner("accumulate_", total.device.type)(call)
 
 
 @_operator(

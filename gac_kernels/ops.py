@@ -17,10 +17,10 @@ from torch import Tensor
 from gac_kernels import library
 from gac_kernels.backends import implementation, runner
 from gac_kernels.backends import status as backend_status
-from gac_kernels.calls import absorb_call, sketch_call, token_call
+from gac_kernels.calls import absorb_call, accumulate_call, sketch_call, token_call
 from gac_kernels.layout import SketchLayout
 
-__all__ = ["absorb_", "backend_status", "mix_", "moments", "pair_moments", "sketch", "token_moments"]
+__all__ = ["absorb_", "accumulate_", "backend_status", "mix_", "moments", "pair_moments", "sketch", "token_moments"]
 
 
 @functools.cache
@@ -149,6 +149,72 @@ def sketch(
         eps=eps,
     )
     return runner("sketch", "cpu" if out.is_cpu else out.device.type)(call)
+
+
+def accumulate_(
+    tensors: Any,
+    total: Tensor,
+    *,
+    layout: SketchLayout | None = None,
+    regions: Any = None,
+    starts: Any = None,
+    previous: Tensor | None = None,
+    scale: Tensor | float | None = None,
+    per_tensor: bool = False,
+    into: Tensor | None = None,
+    second_moments: Any = None,
+    eps: float = 1e-8,
+) -> Tensor:
+    """Adds the tensors to one vector, ``total += scale * x``, and takes their moments from the same read.
+
+    What :func:`sketch` with ``accumulate`` does in a layout that gives each element a bucket of its own, without signs.
+
+    Args:
+        tensors: a tensor or a list of tensors on ``total``'s device; any shape, floating dtype and strides. None may
+            share memory with ``total`` or ``previous``.
+        total: ``[layout.size]`` float32, contiguous.
+        layout: where elements go: one with ``rows_per_slab`` 1 (:meth:`SketchLayout.per_tensor` without a size). None:
+            the tensors lie end to end, and ``total`` has as many elements as they.
+        regions: the region of each tensor (default: tensor ``k`` belongs to region ``k``). Only with ``layout``.
+        starts: the position of each tensor's first element within its region (default 0). Only with ``layout``. No two
+            tensors may share elements.
+        previous: ``[layout.size]`` float32, contiguous: ``x - previous`` is added in place of ``x``, and ``previous``
+            becomes ``x``, rounded to float32 before either. So the tensors may be running sums.
+        scale: multiplies what is added (a number, or a 0-dim tensor that is read on the device); default 1.
+        per_tensor: moments as one row for each tensor.
+        into: what to add the moments to, of their shape, dtype and device, contiguous; None for a new tensor.
+        second_moments, eps: as for :func:`sketch`: each element ``x`` counts as ``x / (sqrt(v) + eps)``.
+
+    Returns:
+        ``[2]`` (``[n, 2]`` with ``per_tensor``): sum of squares of what was added, before ``scale``, and number of
+        non-finite elements among the (weighted) ``x``; float64 (float32 where the device has no float64). ``into``
+        itself where it is given.
+
+    Raises:
+        TypeError, ValueError: with the argument's name, what it was and what is needed.
+    """
+    if _traced():
+        place = library.place_arguments(layout, regions, starts, 0)
+        second_moments = None if second_moments is None else _listed(second_moments)
+        rest = (*place, *library.scalar_parts(scale), per_tensor, second_moments, eps)
+        if into is None:
+            return torch.ops.gac_kernels.accumulate_(_listed(tensors), total, previous, *rest)
+        torch.ops.gac_kernels.accumulate_into_(_listed(tensors), total, previous, into, *rest)
+        return into
+    call = accumulate_call(
+        tensors,
+        total,
+        layout=layout,
+        regions=regions,
+        starts=starts,
+        previous=previous,
+        scale=scale,
+        per_tensor=per_tensor,
+        into=into,
+        second_moments=second_moments,
+        eps=eps,
+    )
+    return runner("accumulate_", "cpu" if total.is_cpu else total.device.type)(call)
 
 
 def pair_moments(a: Any, b: Any, *, per_tensor: bool = False) -> Tensor:

@@ -15,10 +15,20 @@ import torch
 from torch import Tensor
 
 from gac_kernels.arguments import accumulator_dtype, check_pair, check_scalar, tensor_list
-from gac_kernels.calls import AbsorbCall, SketchCall, TokenCall, absorb_call, sketch_call, takes, token_call
+from gac_kernels.calls import (
+    AbsorbCall,
+    AccumulateCall,
+    SketchCall,
+    TokenCall,
+    absorb_call,
+    accumulate_call,
+    sketch_call,
+    takes,
+    token_call,
+)
 from gac_kernels.layout import LANES, SIGN_BITS, SketchLayout, sign_key
 
-__all__ = ["absorb_", "mix_", "moments", "pair_moments", "signs", "sketch", "token_moments"]
+__all__ = ["absorb_", "accumulate_", "mix_", "moments", "pair_moments", "signs", "sketch", "token_moments"]
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -99,6 +109,26 @@ def _added(sums: Tensor, into: Tensor | None) -> Tensor:
         return sums
     into.detach().add_(sums)
     return into
+
+
+@takes(accumulate_call)
+def accumulate_(call: AccumulateCall) -> Tensor:
+    """Adds tensors to one vector, and their moments; see :func:`gac_kernels.accumulate_`."""
+    total, tensors, dtype = call.total.detach(), call.tensors, accumulator_dtype(call.total.device)
+    previous = None if call.previous is None else call.previous.detach()
+    if call.second_moments is not None:
+        tensors = [_weighted(x, v, call.eps) for x, v in zip(tensors, call.second_moments, strict=True)]
+    rows = _moments(tensors, total.device)
+    for row, tensor, offset in zip(rows, tensors, call.stretches.offsets, strict=True):
+        stretch = slice(offset, offset + tensor.numel())
+        added = _flat(tensor)
+        if previous is not None:
+            now = added.to(torch.float32)
+            added = now.to(dtype) - previous[stretch].to(dtype)
+            previous[stretch] = now
+            row[0] = added.square().sum()
+        total[stretch] = (total[stretch].to(dtype) + _number(call.scale, added) * added).to(torch.float32)
+    return _added(rows if call.per_tensor else rows.sum(0), call.into)
 
 
 def pair_moments(a: Any, b: Any, *, per_tensor: bool = False) -> Tensor:

@@ -1,6 +1,6 @@
 """The sums that one optimizer step's contributions leave behind, for the parameters of one device.
 
-Three ways to take a contribution ``x`` in, chosen by :class:`gac.observe.observer.Observer`:
+Four ways to take a contribution ``x`` in, chosen by :class:`gac.observe.observer.Observer`:
 
 ``running``
     ``p.grad`` holds the running sum ``R`` of what was accumulated. ``S R`` is written over ``current`` and the
@@ -9,12 +9,14 @@ Three ways to take a contribution ``x`` in, chosen by :class:`gac.observe.observ
     the gradient is seen before accumulation and sketched over ``current``, region by region; regions of parameters
     that got no gradient are cleared at the contribution's end.
 ``incoming``, lossless layout
-    every element has its own bucket: ``x`` goes straight into the branch's total, and its norm is the one from the
-    same read, so nothing is approximated.
+    every element has its own bucket: ``x`` itself goes into the branch's total, and its norm is the one from the same
+    read, so nothing is approximated.
+``running``, lossless layout
+    the same with the difference of ``R`` and what it was before, once for each parameter, at the contribution's end.
 
 Launches of a contribution on a GPU: two for each call of ``read`` (one more for each further dtype among the gradients)
-and, except in the last way, one at the end. The second way makes one more where regions have to be cleared, and two
-more for a call with parameters that were read before. Every contribution has a row of sums of its own, which the same
+and, in the first two ways, one at the end; two in all in the last. The second way makes one more where regions have to
+be cleared, and two more for a call with parameters that were read before. Every contribution has a row of sums of its own, which the same
 kernels add up and which become numbers once a step. In a step that is also taken apart by module, every call is cut
 into one for each module.
 """
@@ -29,7 +31,7 @@ import torch
 from torch import Tensor
 
 from gac.statistics import Branch
-from gac_kernels import SketchLayout, absorb_, pair_moments, sketch
+from gac_kernels import SketchLayout, absorb_, accumulate_, pair_moments, sketch
 from gac_kernels.arguments import accumulator_dtype
 from gac_kernels.layout import LANES
 
@@ -75,28 +77,32 @@ class Ledger:
         self.layout = SketchLayout.per_tensor(numels, size=size, seed=seed)
         self.device = device
         self.running = running
-        self.direct = self.layout.lossless and not running
+        self.lossless = self.layout.lossless
+        self.direct = self.lossless and not running
         m = self.layout.size
-        self.vectors = 2 if self.direct else 3 + running
+        self.vectors = 2 + running + (not self.lossless)
         """Vectors of the layout's size that are kept."""
         self._vectors = torch.zeros(self.vectors * m, dtype=torch.float32, device=device)
         parts = self._vectors.split(m) if m else [self._vectors] * self.vectors
         self.totals: dict[Branch, Tensor] = {Branch.SFT: parts[0], Branch.RL: parts[1]}
-        self.current = None if self.direct else parts[2]
-        self.previous = parts[3] if running else None
+        self.previous = parts[2] if running else None
+        self.current = None if self.lossless else parts[2 + running]
         self.modules = list(modules) if modules is not None else [0] * len(numels)
         self.module_count = module_count
         self.copies = copies
         self.by_module = False
         """Whether the contributions of this step are taken apart by module; set it between steps."""
-        # A row for each contribution: squares and non-finite elements as read, then the squares that absorb_ finds.
-        cells = 0 if self.direct else -(-m // LANES)
+        # A row for each contribution: squares and non-finite elements as read (of differences, where the layout is
+        # lossless), then the squares that absorb_ finds.
+        cells = 0 if self.lossless else -(-m // LANES)
         self._cells = slice(2, 2 + cells)
         self._set_rows(torch.zeros(8, 2 + cells + cells % 2, dtype=accumulator_dtype(device), device=device))
         self._module_rows: list[Tensor] = []  # [modules, 2] for each contribution of a step taken apart
         self._scales: list[Tensor] = []  # of each contribution
         self._filled: set[int] = set()  # regions of current that hold the open contribution ...
         self._stale: set[int] = set()  # ... and those that hold an earlier one
+        self._sums: dict[int, tuple[Tensor, Tensor | None]] = {}  # running sums that are read at the end, by region
+        self._eps = 0.0
         self._nothing = torch.empty(0, device=device)
 
     def _set_rows(self, rows: Tensor) -> None:
@@ -140,6 +146,7 @@ class Ledger:
         """Before the first gradient of a contribution."""
         self._stale |= self._filled
         self._filled = set()
+        self._sums.clear()
         if len(self._scales) == len(self._rows):
             self._set_rows(torch.cat([self._rows, torch.zeros_like(self._rows)]))
         if self.by_module:
@@ -155,10 +162,13 @@ class Ledger:
     ) -> None:
         """Takes running sums as the ones before the next contribution; parameters that are not named have none."""
         assert self.previous is not None  # only running sums are asked for
-        assert self.current is not None
+        weights: dict[str, Any] = {} if second_moments is None else {"second_moments": second_moments, "eps": eps}
+        if self.current is None:
+            self.previous.zero_()
+            accumulate_(sums, self.previous, layout=self.layout, regions=indices, **weights)
+            return
         self.current.zero_()
         if indices:
-            weights = {} if second_moments is None else {"second_moments": second_moments, "eps": eps}
             sketch(sums, self.current, layout=self.layout, regions=indices, **weights)
         self.previous.copy_(self.current)
 
@@ -174,26 +184,35 @@ class Ledger:
         """Takes in some parameters' gradients (or running sums) of the open contribution, each once.
 
         ``second_moments``, one for each gradient, make it a measurement in the optimizer's space: each element is
-        divided by ``sqrt(v) + eps`` on the way.
+        divided by ``sqrt(v) + eps`` on the way. Lossless running sums are read at the contribution's end: a parameter
+        whose gradient comes in parts then makes one difference.
         """
-        if not self.by_module or not self.direct:
-            into = self._views[len(self._scales)][0]
-            self._read(branch, indices, gradients, scale, second_moments, eps, into)
+        if self.direct:
+            self._accumulate(branch, indices, gradients, scale, second_moments, eps)
+        elif self.lossless:
+            moments = [None] * len(indices) if second_moments is None else second_moments
+            self._sums.update(zip(indices, zip(gradients, moments, strict=True), strict=True))
+            self._eps = eps
+        else:
+            self._read(indices, gradients, second_moments, eps, self._views[len(self._scales)][0])
+
+    def _accumulate(
+        self, branch: Branch, indices: Any, gradients: Any, scale: Tensor, second_moments: Any, eps: float
+    ) -> None:
+        """Adds gradients, or what running sums have gained, to a branch's total; module by module where that is asked."""
+        common = {"layout": self.layout, "previous": self.previous, "scale": scale, "eps": eps}
+        if not self.by_module:
+            common["into"] = self._views[len(self._scales)][0]
+            accumulate_(gradients, self.totals[branch], regions=indices, second_moments=second_moments, **common)
             return
         for module in dict.fromkeys(self.modules[k] for k in indices):
             at = [j for j, k in enumerate(indices) if self.modules[k] == module]
-            moments = None if second_moments is None else [second_moments[j] for j in at]
-            into = self._module_rows[-1][module]
-            self._read(branch, [indices[j] for j in at], [gradients[j] for j in at], scale, moments, eps, into)
+            common["into"] = self._module_rows[-1][module]
+            common["second_moments"] = None if second_moments is None else [second_moments[j] for j in at]
+            regions = [indices[j] for j in at]
+            accumulate_([gradients[j] for j in at], self.totals[branch], regions=regions, **common)
 
-    def _read(
-        self, branch: Any, indices: Any, gradients: Any, scale: Any, second_moments: Any, eps: float, into: Any
-    ) -> None:
-        if self.direct:
-            self._sketch(
-                indices, gradients, into, second_moments, eps, out=self.totals[branch], scale=scale, accumulate=True
-            )
-            return
+    def _read(self, indices: Any, gradients: Any, second_moments: Any, eps: float, into: Any) -> None:
         again = () if self.running else self._filled.intersection(indices)
         if again:  # parameters whose gradient comes in parts
             for repeated in (True, False):
@@ -214,27 +233,24 @@ class Ledger:
         into: Any,
         second_moments: Any = None,
         eps: float = 0.0,
-        *,
-        out: Any = None,
         **options: Any,
     ) -> None:
         if second_moments is not None:
             options |= {"second_moments": second_moments, "eps": eps}
-        sketch(
-            gradients,
-            self.current if out is None else out,
-            layout=self.layout,
-            regions=indices,
-            into=into,
-            **options,
-        )
+        sketch(gradients, self.current, layout=self.layout, regions=indices, into=into, **options)
 
     def end(self, branch: Branch, scale: Tensor) -> None:
         """After the last gradient of a contribution."""
+        if self.lossless:
+            if self._sums:
+                gradients, moments = zip(*self._sums.values(), strict=True)
+                weighted = None if moments[0] is None else list(moments)
+                self._accumulate(branch, list(self._sums), list(gradients), scale, weighted, self._eps)
+                self._sums.clear()
+            self._scales.append(scale)
+            return
         moments, squares = self._views[len(self._scales)]
         self._scales.append(scale)
-        if self.direct:
-            return
         left = sorted(self._stale - self._filled)
         if left:
             self._sketch(left, [self._nothing] * len(left), moments)  # writes zeros
@@ -254,7 +270,7 @@ class Ledger:
         k = len(self._scales)
         if self.by_module and k:
             return self.module_powers().sum(1)
-        return self._scaled(self._rows[:k, 0]) if self.direct else self._rows[:k, self._cells].sum(1)
+        return self._scaled(self._rows[:k, 0]) if self.lossless else self._rows[:k, self._cells].sum(1)
 
     def powers_on_host(self) -> list[float]:
         """:meth:`powers` as numbers; the host waits."""
@@ -270,7 +286,7 @@ class Ledger:
 
     def _scaled(self, squares: Tensor) -> Tensor:
         """Squares of what was read as those of the contributions."""
-        if not self.direct or not self._scales:
+        if not self.lossless or not self._scales:
             return squares
         factors = torch.stack(self._scales).to(squares.dtype).square()
         return squares * factors.view(-1, *[1] * (squares.dim() - 1))
@@ -278,7 +294,7 @@ class Ledger:
     def nonfinite(self) -> Tensor:
         """Non-finite elements read in this step, 0-dim."""
         found = self._rows[:, 1].sum()
-        if self.direct:
+        if self.lossless:
             for rows in self._module_rows:
                 found = found + rows[:, 1].sum()
         return found
@@ -301,3 +317,4 @@ class Ledger:
         self._module_rows.clear()
         self._scales.clear()
         self._filled, self._stale = set(), set()
+        self._sums.clear()

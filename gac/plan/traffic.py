@@ -33,7 +33,7 @@ REPLICA_NUMBERS, SHARD_NUMBERS = 10, 7
 """Numbers in the message of replicas, beside both branches' sketches, and of shards, beside two a contribution."""
 
 SKETCH_LAUNCHES, ABSORB_LAUNCHES = 2, 1
-"""Kernels of one call of ``sketch`` (for gradients of one dtype) and of ``absorb_``."""
+"""Kernels of one call of ``sketch`` or ``accumulate_`` (for gradients of one dtype) and of ``absorb_``."""
 
 
 def buckets(numels: Sequence[int], itemsize: int, *, sharded: bool, running: bool) -> list[list[int]]:
@@ -72,11 +72,11 @@ def ledger_after(numels: Sequence[int], *, lossless: bool, running: bool, contri
 
 def kernel_bytes(local: Parameters, calls: list[list[int]], ledger: Ledger, device: Device) -> int:
     """What one backward pass's kernels move besides the gradients that they read."""
+    size = ledger.layout.size
+    if ledger.lossless:  # added to the branch's total, and to what running sums were
+        return (2 + 2 * ledger.running) * 4 * size
     between = 0
     if not device.synchronous:  # the CPU library adds up in cache
         between = sum(workspace_bytes([local.numels[k] for k in bucket], ledger.layout) for bucket in calls)
-    size = ledger.layout.size
-    if ledger.direct:
-        return between + 2 * 4 * size  # added to the branch's total
     absorbed = 5 if ledger.running else 3
     return between + 4 * size + absorbed * 4 * size

@@ -8,10 +8,10 @@ from functools import cache
 
 from gac_kernels.cpu.builtins import NAMES, builtins_for
 from gac_kernels.cpu.library import Library, failure, load
-from gac_kernels.cpu.operations import absorb_, mix_, moments, pair_moments, sketch
+from gac_kernels.cpu.operations import absorb_, accumulate_, mix_, moments, pair_moments, sketch
 from gac_kernels.cpu.tokens import token_moments
 
-__all__ = ["absorb_", "available", "mix_", "moments", "pair_moments", "sketch", "status", "token_moments"]
+__all__ = ["absorb_", "accumulate_", "available", "mix_", "moments", "pair_moments", "sketch", "status", "token_moments"]
 
 
 @cache
@@ -33,7 +33,7 @@ def status() -> dict:
     library = load()
     if library is None:
         return {"available": False, "reason": failure()}
-    names = ("moments", "sketch", "pair_moments", "mix_", "token_moments", "absorb_")
+    names = ("moments", "sketch", "pair_moments", "mix_", "token_moments", "absorb_", "accumulate_")
     return {
         "available": True,
         "path": str(library.path),

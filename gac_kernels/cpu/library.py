@@ -32,9 +32,11 @@ INTERFACE = {
     ),
     "gac_token_moments": "int(const gac_tokens*, double*, int)",
     "gac_absorb": "int(const float*, float*, float*, int64, double, double*, int, int)",
+    "gac_accumulate": "int(const int64*, const int64*, int64, int, const gac_sum*, double*, int)",
     "gac_python_call": "object*(const char*, object*, const void*, const void*, const void*, int64)",
     "gac_python_names": "const char*()",
     "struct gac_sketch_map": "qqQdPqqiiii",
+    "struct gac_sum": "PPPddii",
     "struct gac_tokens": "qqPqqPqqPqqPqiiii",
     "dtypes": "float32 bfloat16 float16 float64",
     "elements of a sum of absorb_": "1024",
@@ -44,7 +46,7 @@ module ``struct``, codes of dtypes from 0 on, and numbers. The library has made 
 
 _CODES = {1: "null pointer", 2: "out of memory"}
 _TYPES = {"void": None, "int": c_int, "int64": c_int64, "double": c_double, "object*": py_object}
-_BYTES = ("const char*", "const gac_sketch_map*", "const gac_tokens*")
+_BYTES = ("const char*", "const gac_sketch_map*", "const gac_sum*", "const gac_tokens*")
 
 
 def _type(name: str) -> type | None:

@@ -19,7 +19,17 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from gac_kernels.arguments import check_pair, check_scalar, getter, tensor_list
-from gac_kernels.calls import AbsorbCall, Places, SketchCall, absorb_call, sketch_call, takes
+from gac_kernels.calls import (
+    AbsorbCall,
+    AccumulateCall,
+    Places,
+    SketchCall,
+    Stretches,
+    absorb_call,
+    accumulate_call,
+    sketch_call,
+    takes,
+)
 from gac_kernels.cpu.library import check, require
 from gac_kernels.cpu.quick import ONE_THREAD, QUICK, QUICK_PACKED, pack, pack_pair, single, with_threads
 from gac_kernels.cpu.tables import (
@@ -33,7 +43,7 @@ from gac_kernels.cpu.tables import (
 )
 from gac_kernels.strides import flat_views, runs
 
-__all__ = ["absorb_", "mix_", "moments", "pair_moments", "sketch"]
+__all__ = ["absorb_", "accumulate_", "mix_", "moments", "pair_moments", "sketch"]
 
 _CPU = torch.device("cpu")
 _FLOAT64 = torch.float64
@@ -261,3 +271,38 @@ def absorb_(call: AbsorbCall) -> Tensor:
     check(absorb(current.data_ptr(), last, total.data_ptr(), numel, float(scale), out.data_ptr(), add, threads))
     increment_version([t for t in (total, previous, into) if t is not None])
     return out
+
+
+@lru_cache(maxsize=256)
+def _offsets(stretches: Stretches) -> array:
+    return array("q", stretches.offsets)
+
+
+_SUM = struct.Struct("@PPPddii")
+
+
+@takes(accumulate_call)
+def accumulate_(call: AccumulateCall) -> Tensor:
+    """Adds tensors to one vector, and their moments; see :func:`gac_kernels.accumulate_`."""
+    library, total, previous, into = require(), call.total, call.previous, call.into
+    require_cpu([total], "tensors and total")
+    numels = call.stretches.numels
+    table = list_table(call.listed, numels)
+    weights = None if call.second_list is None else list_table(call.second_list, numels)
+    count, elements = len(numels), sum(numels)
+    result = _sums(count, 2, call.per_tensor) if into is None else into
+    head = _SUM.pack(
+        _offsets(call.stretches).buffer_info()[0],
+        total.data_ptr(),
+        0 if previous is None else previous.data_ptr(),
+        call.scale,
+        call.eps,
+        call.per_tensor,
+        into is not None,
+    )
+    accumulate = library.quick.gac_accumulate if elements <= QUICK else library.call.gac_accumulate
+    forms = table.form if weights is None else table.form | weights.form << 4
+    seconds = None if weights is None else weights.rows
+    check(accumulate(table.rows, seconds, count, forms, head, result.data_ptr(), _threads(elements)))
+    increment_version([t for t in (total, previous, into) if t is not None])
+    return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Table:
 
     __slots__ = ("form", "kept", "numels", "rows")
 
-    def __init__(self, rows: bytes, numels: list[int], form: int, kept: list[Tensor] | None) -> None:
+    def __init__(self, rows: bytes, numels: Sequence[int], form: int, kept: list[Tensor] | None) -> None:
         self.rows = rows
         self.numels = numels
         self.form = form
@@ -74,7 +75,7 @@ def readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in DTYPE_CODES else tensor.to(torch.float32)
 
 
-def list_table(listed: TensorList, numels: list[int]) -> Table:
+def list_table(listed: TensorList, numels: Sequence[int]) -> Table:
     """The table of checked CPU tensors of `numels` elements, whatever their strides."""
     tensors = listed.tensors
     if (

@@ -94,12 +94,14 @@ def _reduce_range(partials, total, begin, end, out, COLUMNS: tl.constexpr, ADD: 
 
 
 @triton.jit(do_not_specialize=["total"])
-def reduce_kernel(partials, total, ranges, out, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Second stage of the moments: row ``r`` of ``out`` adds the partials of chunks ``ranges[r]``."""
+def reduce_kernel(
+    partials, total, ranges, out, COLUMNS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Second stage of the moments: row ``r`` of ``out`` is, or with ADD gets, the partials of chunks ``ranges[r]``."""
     row = tl.program_id(0)
     begin = tl.load(ranges + 2 * row)
     end = tl.load(ranges + 2 * row + 1)
-    _reduce_range(partials, total, begin, end, out + row * COLUMNS, COLUMNS, False, BLOCK)
+    _reduce_range(partials, total, begin, end, out + row * COLUMNS, COLUMNS, ADD, BLOCK)
 
 
 @triton.jit(do_not_specialize=["first_chunk", "total"])
@@ -502,6 +504,130 @@ def sketch_finish_kernel(
         if ACCUMULATE:
             value += tl.load(out + bucket + lane, mask=mask, other=0.0).to(tl.float64)
         tl.store(out + bucket + lane, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _accumulate_step(
+    pointer,
+    second,
+    previous,
+    total,
+    index,
+    mask,
+    scale,
+    eps,
+    square,
+    ACC: tl.constexpr,
+    BITWISE_BF16: tl.constexpr,
+):
+    """A tile ``[n, WIDTH]``: its loads go out before its stores, which keep later loads from moving up."""
+    x = _sketched(pointer, second, 0, index, mask, eps, ACC, BITWISE_BF16)
+    before = tl.load(total + index, mask=mask)
+    added = x.to(tl.float64)
+    if previous is not None:
+        now = x.to(tl.float32)
+        added = now.to(tl.float64) - tl.load(previous + index, mask=mask).to(tl.float64)
+        tl.store(previous + index, now, mask=mask)
+    if mask is not None:
+        added = tl.where(mask, added, 0.0)
+    tl.store(total + index, (before.to(tl.float64) + scale * added).to(tl.float32), mask=mask)
+    return square + tl.sum(added * added, axis=0)
+
+
+@triton.jit(do_not_specialize=["first_chunk", "count_all"])
+def accumulate_kernel(
+    addresses,
+    second_addresses,
+    chunks,
+    offsets,
+    first_chunk,
+    previous,
+    total,
+    partials,
+    count_all,
+    scale_pointer,
+    scale_high,
+    scale_low,
+    eps_high,
+    eps_low,
+    ELEMENT: tl.constexpr,
+    SECOND: tl.constexpr,
+    ACC: tl.constexpr,
+    WIDTH: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BITWISE_BF16: tl.constexpr,
+):
+    """One chunk of ``accumulate_``: what it adds to ``total``, and its moments. Sums and differences are float64.
+
+    ``offsets`` says where in ``total`` (and ``previous``) each tensor begins. SECOND is the type of the second moments,
+    which act in ACC; with None there are none.
+    """
+    chunk = (first_chunk + tl.program_id(0)).to(tl.int64)
+    row = chunks + chunk * CHUNK_COLUMNS
+    tensor = tl.load(row)
+    begin = tl.load(row + 1)
+    count = tl.load(row + 2).to(tl.int32)
+    place = tl.load(offsets + tensor) + begin
+    pointer = _address(addresses, tensor, ELEMENT) + begin
+    to = total + place
+    aligned = _is_aligned(pointer) & _is_aligned(to)
+    if SECOND is None:
+        second = None
+        eps = None
+    else:
+        second = _address(second_addresses, tensor, SECOND) + begin
+        eps = _scalar(None, eps_high, eps_low)
+        aligned = aligned & _is_aligned(second)
+    if previous is None:
+        last = None
+    else:
+        last = previous + place
+        aligned = aligned & _is_aligned(last)
+    scale = _scalar(scale_pointer, scale_high, scale_low)
+    index = tl.arange(0, WIDTH)[None, :]
+    tile = tl.arange(0, UNROLL)[:, None] * WIDTH + index
+    square = tl.zeros([WIDTH], tl.float64)
+
+    full = count // (WIDTH * UNROLL)
+    if aligned:
+        for step in range(full):
+            first = step * (WIDTH * UNROLL)
+            here = tl.multiple_of(pointer + first, 16)
+            sum_here = tl.multiple_of(to + first, 16)
+            there = None
+            last_here = None
+            if SECOND is not None:
+                there = tl.multiple_of(second + first, 16)
+            if previous is not None:
+                last_here = tl.multiple_of(last + first, 16)
+            square = _accumulate_step(
+                here, there, last_here, sum_here, tile, None, scale, eps, square, ACC, BITWISE_BF16
+            )
+    else:
+        for step in range(full):
+            offset = step * (WIDTH * UNROLL) + tile
+            square = _accumulate_step(pointer, second, last, to, offset, None, scale, eps, square, ACC, BITWISE_BF16)
+    for first in range(full * (WIDTH * UNROLL), count, WIDTH):
+        offset = first + index
+        square = _accumulate_step(
+            pointer, second, last, to, offset, offset < count, scale, eps, square, ACC, BITWISE_BF16
+        )
+
+    sum_of_squares = tl.sum(square)
+    nonfinite = sum_of_squares * 0.0
+    if _is_nonfinite(sum_of_squares):
+        exact = tl.zeros([WIDTH], tl.float64)
+        bad = tl.zeros([WIDTH], tl.int32)
+        for first in range(0, count, WIDTH):
+            offset = first + tl.arange(0, WIDTH)
+            x = _sketched(pointer, second, 0, offset, offset < count, eps, tl.float64, BITWISE_BF16)
+            exact += x.to(tl.float64) * x.to(tl.float64)
+            bad += _is_nonfinite(x).to(tl.int32)
+        if previous is None:  # what was there before is gone
+            sum_of_squares = tl.sum(exact)
+        nonfinite = tl.sum(bad).to(tl.float64)
+    tl.store(partials + chunk, sum_of_squares)
+    tl.store(partials + count_all + chunk, nonfinite)
 
 
 @triton.jit(do_not_specialize=["numel"])

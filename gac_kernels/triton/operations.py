@@ -13,7 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from gac_kernels.arguments import check_pair, check_scalar, tensor_list
-from gac_kernels.calls import AbsorbCall, SketchCall, TokenCall, absorb_call, sketch_call, takes, token_call
+from gac_kernels.calls import (
+    AbsorbCall,
+    AccumulateCall,
+    SketchCall,
+    TokenCall,
+    absorb_call,
+    accumulate_call,
+    sketch_call,
+    takes,
+    token_call,
+)
 from gac_kernels.layout import LANES, sketch_chunk_rows
 from gac_kernels.triton import config, kernels
 from gac_kernels.triton.launch import WIDTH, check_device, interpreted, launch, scalar_arguments, split
@@ -74,14 +84,27 @@ def _chunk_table(plan: Chunks, device: torch.device) -> Tensor:
     return device_tables.get(("chunks", plan), device, lambda: plan.table)
 
 
-def _reduce(plan: Chunks, order: Sequence[int], partials: Tensor, per_tensor: bool) -> Tensor:
-    """Second stage: ``partials`` ``[columns, chunks]`` to ``[columns]`` or ``[n, columns]``."""
+def _reduce(
+    plan: Chunks, order: Sequence[int], partials: Tensor, per_tensor: bool, into: Tensor | None = None
+) -> Tensor:
+    """Second stage: ``partials`` ``[columns, chunks]`` to ``[columns]`` or ``[n, columns]``, or added to ``into``."""
     columns, device = partials.shape[0], partials.device
     ranges, rows = _ranges(plan, order, 1, per_tensor, device)
-    out = torch.empty(rows, columns, dtype=torch.float64, device=device)
+    out = torch.empty(rows, columns, dtype=torch.float64, device=device) if into is None else into.detach()
     launch(
-        kernels.reduce_kernel, (rows,), device, partials, plan.count, ranges, out, COLUMNS=columns, BLOCK=_REDUCE_BLOCK
+        kernels.reduce_kernel,
+        (rows,),
+        device,
+        partials,
+        plan.count,
+        ranges,
+        out,
+        COLUMNS=columns,
+        ADD=into is not None,
+        BLOCK=_REDUCE_BLOCK,
     )
+    if into is not None:
+        return into
     return out if per_tensor else out[0]
 
 
@@ -219,6 +242,59 @@ def sketch(call: SketchCall) -> Tensor:
     if into is not None:
         return into
     return result if call.per_tensor else result[0]
+
+
+@takes(accumulate_call)
+def accumulate_(call: AccumulateCall) -> Tensor:
+    """See :func:`gac_kernels.accumulate_`. Two launches (one more for each further dtype); sums in float64.
+
+    Weights act in float32, in float64 where a tensor or its second moment is.
+    """
+    total, previous, seconds, into = call.total, call.previous, call.second_moments, call.into
+    device = _indexed(total.device)
+    check_device(device)
+    if not any(call.stretches.numels):
+        shape = (len(call.stretches.numels), 2) if call.per_tensor else (2,)
+        return torch.zeros(shape, dtype=torch.float64, device=device) if into is None else into
+    tensors = in_order(call.tensors)
+    if seconds is None:
+        order, groups = _by_dtype(list(zip(map(_dtype, tensors), repeat(None))))
+    else:
+        seconds = in_order(seconds)
+        order, groups = _by_dtype(list(zip(map(_dtype, tensors), map(_dtype, seconds), strict=True)))
+        seconds = _reordered(seconds, order)
+    tensors = _reordered(tensors, order)
+    numels, starts = (tuple(_reordered(x, order)) for x in (call.stretches.numels, call.stretches.offsets))
+    plan = flat_chunks(numels, tuple(n for _, n in groups), config.CHUNK)
+    partials = torch.empty(2, plan.count, dtype=torch.float64, device=device)
+    table, where = _chunk_table(plan, device), addresses(tensors, device)
+    offsets = device_tables.get(("offsets", starts), device, lambda: torch.tensor(starts, dtype=torch.int64))
+    second_where = None if seconds is None else addresses(seconds, device)
+    setup = config.for_device(device)
+    for (dtypes, _), (first, count) in zip(groups, _ends(plan), strict=True):
+        launch(
+            kernels.accumulate_kernel,
+            (count,),
+            device,
+            where,
+            second_where,
+            table,
+            offsets,
+            first,
+            None if previous is None else previous.detach(),
+            total.detach(),
+            partials,
+            plan.count,
+            *scalar_arguments(call.scale),
+            *((None, None) if seconds is None else split(call.eps)),
+            ELEMENT=ELEMENTS[dtypes[0]],
+            SECOND=None if seconds is None else ELEMENTS[dtypes[1]],
+            ACC=_accumulator(*dtypes),
+            WIDTH=WIDTH,
+            UNROLL=setup.pair_unroll if seconds is None or previous is None else 1,
+            BITWISE_BF16=interpreted(),
+        )
+    return _reduce(plan, order, partials, call.per_tensor, into)
 
 
 def _pair(a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool, want: bool, per_tensor: bool) -> Any:

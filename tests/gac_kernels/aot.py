@@ -76,12 +76,22 @@ def recorded_launches() -> dict[str, tuple]:
         operations.mix_([a], [b], mu)
         label = f"{name}/mix+moments"
         operations.mix_([a], [b], 0.25, moments=True)
+        label = name
+        total = torch.zeros(5000)
+        operations.accumulate_([a], total, scale=mu)
+        label = f"{name}/running"
+        operations.accumulate_([a], total, scale=0.5, previous=total.clone(), into=torch.zeros(2, dtype=torch.float64))
         label = f"{name}/accumulate"
         moments = torch.zeros(2, dtype=torch.float64)
         operations.sketch([a], out, layout=layout, scale=0.5, accumulate=True, into=moments)
         for second in (dtype,) if dtype == torch.float64 else (torch.float32, dtype):
             label = f"{name}/{_TYPES[second]}"
             operations.sketch([a], out, layout=layout, second_moments=[a.to(second)])
+            if dtype == torch.float16 or second == torch.bfloat16:
+                continue  # as with bfloat16 and float32 but for a conversion
+            operations.accumulate_([a], total, second_moments=[a.to(second)])
+            label = f"{name}/{_TYPES[second]}/running"
+            operations.accumulate_([a], total, previous=total.clone(), second_moments=[a.to(second)])
     m = torch.zeros(3000)
     label = ""
     operations.absorb_(m, m.clone(), m.clone(), mu)
@@ -109,7 +119,7 @@ def _wide_accesses(ptx: str, kind: str) -> int:
     return len(re.findall(rf"{kind}\.global[\w.:]*\.(?:v4\.[bfus]32|v2\.[bfus]64)", ptx))
 
 
-_HEAVIEST = ("sketch_kernel/", "mix+moments", "token_kernel")
+_HEAVIEST = ("sketch_kernel/", "/running", "mix+moments", "token_kernel")
 _LIGHTER = ("fp16", "bf16/bf16", "fp64/fp64")
 
 

@@ -70,6 +70,19 @@ def test_all_loads_of_the_fast_path_are_128_bits_wide(reports, capability, dtype
     for second in {dtype} if dtype == "fp64" else {dtype, "fp32"}:
         steps = PAIR_UNROLL // 2 if dtype == "fp64" else PAIR_UNROLL
         expected[f"sketch_kernel/{dtype}/{second}"] = (steps * (loads + SIZES[second] // 2), None)
+    total = SIZES["fp32"] // 2  # float32 beside every dtype: read and written, twice with a vector of what was there before
+    for running in (0, 1):
+        expected[f"accumulate_kernel/{dtype}" + "/running" * running] = (
+            PAIR_UNROLL * (loads + total * (1 + running)),
+            PAIR_UNROLL * total * (1 + running),
+        )
+        if dtype != "fp16":
+            second = "fp64" if dtype == "fp64" else "fp32"
+            steps = 1 if running else PAIR_UNROLL
+            expected[f"accumulate_kernel/{dtype}/{second}" + "/running" * running] = (
+                steps * (loads + SIZES[second] // 2 + total * (1 + running)),
+                steps * total * (1 + running),
+            )
     for variant in ("", "/mix", "/mix+moments"):
         expected[f"pair_kernel/{dtype}{variant}"] = (2 * PAIR_UNROLL * loads, PAIR_UNROLL * loads if variant else 0)
     compiled = {name: reports[capability][name] for name in expected if name in reports[capability]}

@@ -25,6 +25,14 @@ from gac_kernels import cpu, reference
 from gac_kernels.cpu import library as cpu_library
 from gac_kernels.layout import SketchLayout
 from gac_kernels.strides import overlaps_itself
+from tests.gac_kernels.accumulation import (
+    Errors,
+    accumulate_cases,
+    check_accumulate,
+    check_accumulate_errors,
+    check_accumulated_nonfinite,
+    check_contributions_of_a_running_sum,
+)
 from tests.gac_kernels.cases import (
     SMALLEST,
     UNIT_ROUNDOFF,
@@ -448,6 +456,26 @@ def test_list_of_regions_is_checked_on_every_call():
         cpu.sketch([values(100)], out.bfloat16(), layout=layout, regions=[0])
 
 
+# ------------------------------------------------------------------------------------------------------ accumulate
+
+ACCUMULATED = Errors(weight=3.01, sums=2 * DEPTH * U64)
+
+
+@pytest.mark.parametrize("case", accumulate_cases(), ids=str)
+def test_accumulate(case, isa):
+    check_accumulate(cpu, case, "cpu", ACCUMULATED)
+
+
+def test_accumulate_beside_the_usual(isa):
+    check_accumulated_nonfinite(cpu, "cpu")
+    check_contributions_of_a_running_sum(cpu, "cpu")
+    check_accumulate_errors(cpu, "cpu")
+    total, previous, into = torch.zeros(5), torch.zeros(5), torch.zeros(2, dtype=torch.float64)
+    versions = [t._version for t in (total, previous, into)]
+    cpu.accumulate_(values(5), total, previous=previous, into=into)
+    assert all(t._version > before for t, before in zip((total, previous, into), versions, strict=True))
+
+
 # ---------------------------------------------------------------------------------------- tokens and running sketch
 
 
@@ -544,6 +572,10 @@ def _everything(large):
         cpu.mix_(together, rows, mu, moments=True)
         assert same(whole, together)
         results += [whole, *[m.contiguous() for m in mixed]]
+    for previous in (None, torch.zeros(sum(numels))):
+        total = torch.zeros(sum(numels))
+        results += [cpu.accumulate_(tensors, total, previous=previous, scale=0.3, per_tensor=True), total]
+        results.append(cpu.accumulate_(tensors, total, previous=previous, second_moments=[t.square() for t in other]))
     logprobs = -values(64, 300).abs()
     results.append(cpu.token_moments(logprobs, values(64), torch.ones(64, 300), torch.arange(64) % 2 == 0))
     return results
@@ -650,6 +682,24 @@ def test_weighted_sketch_is_linear(layout, seed, factor, isa):
 
 
 @QUIET
+@given(st.lists(st.integers(0, 9000), max_size=6), st.floats(-3, 3), st.booleans(), st.sampled_from(ISAS))
+def test_accumulating_pieces_is_accumulating_the_whole(cuts, scale, running, isa):
+    LIBRARY.select(isa)
+    x, start = values(9000, seed=3), values(9000, seed=4)
+    edges = [0, *sorted(cuts), 9000]
+    layout = SketchLayout((9000,), 1)
+    whole, cut, before = start.clone(), start.clone(), [values(9000, seed=5) if running else None for _ in range(2)]
+    moments = cpu.accumulate_(x, whole, previous=before[0], scale=scale)
+    pieces = [x[a:b] for a, b in itertools.pairwise(edges)]
+    options = {"layout": layout, "regions": [0] * len(pieces), "starts": edges[:-1]}
+    parts = cpu.accumulate_(pieces, cut, previous=before[1], scale=scale, **options)
+    # fused or not, a float64 sum is rounded to float32: to either neighbour where it lies half-way between them
+    assert torch.allclose(whole, cut, rtol=2 * U32, atol=2 * SMALLEST[torch.float32])
+    assert not running or same(*before)
+    assert torch.allclose(moments, parts, rtol=2 * DEPTH * U64, atol=0)
+
+
+@QUIET
 @given(layouts, st.lists(st.integers(0, 9000), max_size=6), st.sampled_from(ISAS))
 def test_cuts_change_nothing(layout, cuts, isa):
     LIBRARY.select(isa)
@@ -709,6 +759,8 @@ def test_errors_are_those_of_the_reference():
         lambda m: m.sketch(x, torch.zeros(10), second_moments=x, eps=1e-40),
         lambda m: m.sketch(x, torch.zeros(10), second_moments=x, eps=math.nan),
         lambda m: m.sketch(x, torch.zeros(10), second_moments=x, eps=torch.ones(())),
+        lambda m: m.accumulate_(x, torch.zeros(9)),
+        lambda m: m.accumulate_(x, torch.zeros(10), previous=x.double()),
         lambda m: m.token_moments(x, x, x, x),
         lambda m: m.absorb_(x, None, x[:3], 1.0),
     ]

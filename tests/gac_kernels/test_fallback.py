@@ -8,6 +8,14 @@ import torch
 import gac_kernels
 from gac_kernels import SketchLayout, backends, fallback, ops, reference
 from gac_kernels.strides import overlaps_itself
+from tests.gac_kernels.accumulation import (
+    Errors,
+    accumulate_cases,
+    check_accumulate,
+    check_accumulate_errors,
+    check_accumulated_nonfinite,
+    check_contributions_of_a_running_sum,
+)
 from tests.gac_kernels.cases import (
     SMALLEST,
     UNIT_ROUNDOFF,
@@ -137,6 +145,18 @@ def test_the_same_errors_and_edges():
     assert fallback.pair_moments([], [], per_tensor=True).shape == (0, 3)
     with pytest.raises(TypeError, match="floating point"):
         fallback.moments(torch.ones(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("case", accumulate_cases(), ids=str)
+def test_accumulate(case):
+    # In float64, except plain float32, where scale, product and sum are rounded.
+    check_accumulate(fallback, case, "cpu", Errors(weight=4.0, wide=True, sums=DOT, added=2.0))
+
+
+def test_accumulate_beside_the_usual():
+    check_accumulated_nonfinite(fallback, "cpu")
+    check_contributions_of_a_running_sum(fallback, "cpu")
+    check_accumulate_errors(fallback, "cpu")
 
 
 def test_a_machine_without_a_compiled_library_gets_it(monkeypatch):

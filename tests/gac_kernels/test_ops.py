@@ -44,6 +44,7 @@ def operator_calls():
     parameters = [torch.nn.Parameter(t) for t in inputs()[0]]
     seconds, none = [t.square() for t in (b[2], b[0], b[1])], (None, 1e-8)
     numbers = [list(LAYOUT.numels), 2, 1024, [2, 0, 1], [0, 0, 0], 7]
+    flat, lossless = (None, 0, 0, None, None, 0), [numbers[0], 1, *numbers[2:]]
     c, p, t = (values(1500, seed=s) for s in (1, 2, 3))
     two, rows, cells = (torch.ones(shape, dtype=torch.float64) for shape in (2, (3, 2), 2))
     return {
@@ -72,6 +73,16 @@ def operator_calls():
         "mix_number": (OPERATORS.mix_, (a, b, None, 0.4)),
         "mix_moments_": (OPERATORS.mix_moments_, (a, b, MU, 1.0)),
         "token_moments": (OPERATORS.token_moments, TOKENS),
+        "accumulate_": (OPERATORS.accumulate_, (a, t[:126], None, *flat, MU, 1.0, True, *none)),
+        "accumulate_running": (
+            OPERATORS.accumulate_,
+            ([a[2], a[0], a[1]], t[:126], p[:126], *lossless, None, 2.0, False, seconds, 1e-8),
+        ),
+        "accumulate_into_": (
+            OPERATORS.accumulate_into_,
+            ([a[2], a[0], a[1]], t[:126], p[:126], two, *lossless, MU, 1.0, False, *none),
+        ),
+        "accumulate_into_first": (OPERATORS.accumulate_into_, (a, t[:126], None, rows, *flat, None, 2.0, True, *none)),
         "absorb_": (OPERATORS.absorb_, (c, p, t, MU, 1.0)),
         "absorb_first": (OPERATORS.absorb_, (c, None, t, None, 0.5)),
         "absorb_into_": (OPERATORS.absorb_into_, (c, p, t, cells, MU, 1.0)),
@@ -104,6 +115,9 @@ def everything(a, b, mu, out, flat, c, p, t, two, rows, cells):
         gac_kernels.mix_(a, b, mu, moments=True),
         gac_kernels.mix_(a, b, 0.5),
         gac_kernels.token_moments(*TOKENS),
+        gac_kernels.accumulate_(a, t[:126], scale=mu),
+        gac_kernels.accumulate_(a, t[:126], layout=SketchLayout((100, 21, 5), 1), previous=p[:126], per_tensor=True),
+        gac_kernels.accumulate_(a, t[:126], scale=0.5, second_moments=[x * x for x in b], into=two),
         gac_kernels.absorb_(c, None, t, mu),
         gac_kernels.absorb_(c, p, t, 0.5),
         gac_kernels.absorb_(c, p, t, mu, into=cells),
@@ -142,6 +156,8 @@ def test_fake_tensors_go_through_the_operators():
         assert gac_kernels.sketch(x, torch.empty(13), per_tensor=True).shape == (2, 2)
         assert gac_kernels.absorb_(torch.empty(1025), None, torch.empty(1025), 1.0).shape == (2,)
         into = torch.empty(2, dtype=torch.float64)
+        assert gac_kernels.accumulate_(x, torch.empty(13), per_tensor=True).shape == (2, 2)
+        assert gac_kernels.accumulate_(x, torch.empty(13), previous=torch.empty(13), into=into) is into
         assert gac_kernels.sketch(x, torch.empty(13), into=into) is into
         assert gac_kernels.sketch(x, torch.empty(13), second_moments=x).shape == (2,)
         assert gac_kernels.absorb_(torch.empty(1025), None, torch.empty(1025), 1.0, into=into) is into
@@ -275,9 +291,10 @@ def test_other_devices_are_served_by_the_reference():
     assert backends.select("mps")[:2] == (reference, "reference")
 
 
-@pytest.mark.parametrize("name", ["sketch", "absorb_", "token_moments"])
+@pytest.mark.parametrize("name", ["sketch", "accumulate_", "absorb_", "token_moments"])
 def test_a_checked_call_has_the_signature_of_its_operation(name):
-    make = {"sketch": calls.sketch_call, "absorb_": calls.absorb_call, "token_moments": calls.token_call}[name]
+    makes = {"sketch": "sketch_call", "accumulate_": "accumulate_call", "absorb_": "absorb_call"}
+    make = getattr(calls, makes.get(name, "token_call"))
     public = inspect.signature(getattr(gac_kernels, name)).parameters
     assert list(public.values()) == list(inspect.signature(make).parameters.values())
     for backend in (reference, fallback, cpu):

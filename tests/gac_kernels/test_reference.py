@@ -8,6 +8,11 @@ import torch
 from gac_kernels import SketchLayout, reference
 from gac_kernels.arguments import check_scalar
 from gac_kernels.strides import overlaps_itself
+from tests.gac_kernels.accumulation import (
+    check_accumulate_errors,
+    check_accumulated_nonfinite,
+    check_contributions_of_a_running_sum,
+)
 from tests.gac_kernels.cases import (
     check_added_moments,
     check_second_moments_of_zero,
@@ -99,6 +104,25 @@ def test_absorb_takes_the_difference_and_remembers():
     torch.testing.assert_close(total, 2 * running, rtol=0, atol=6 * 24 * 2.0**-24)
     assert reference.absorb_(running, None, total, 1.0).shape == (2,)
     assert reference.absorb_(running[:0], None, total[:0], 1.0).shape == (0,)
+
+
+def test_accumulate_by_hand():
+    total, previous = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 0.0, 0.0, 7.0])
+    layout = SketchLayout((1, 3), 1)
+    x = torch.tensor([2.0, 4.0], dtype=torch.bfloat16)
+    got = reference.accumulate_(x, total, layout=layout, regions=[1], starts=[1], scale=0.5)
+    assert (total.tolist(), got.tolist()) == ([1.0, 2.0, 4.0, 6.0], [20.0, 0.0])
+    got = reference.accumulate_(
+        [x, x[:1]], total, layout=layout, regions=[1, 0], starts=[1, 0], previous=previous, per_tensor=True
+    )
+    assert (total.tolist(), previous.tolist()) == ([2.0, 2.0, 6.0, 3.0], [2.0, 0.0, 2.0, 4.0])
+    assert got.tolist() == [[13.0, 0.0], [1.0, 0.0]]
+    v = torch.tensor([4.0, 0.0])
+    got = reference.accumulate_(x, total[:2], second_moments=v, eps=0.0)
+    assert (total[:2].tolist(), got.tolist()) == ([3.0, 2.0], [1.0, 0.0])
+    check_accumulated_nonfinite(reference, "cpu")
+    check_contributions_of_a_running_sum(reference, "cpu")
+    check_accumulate_errors(reference, "cpu")
 
 
 def test_overlap_is_found():

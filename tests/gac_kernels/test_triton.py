@@ -29,6 +29,14 @@ from gac_kernels import cpu, reference
 from gac_kernels.layout import SketchLayout
 from gac_kernels.strides import overlaps_itself
 from gac_kernels.triton import config, kernels, launch, operations, readable, tables
+from tests.gac_kernels.accumulation import (
+    Errors,
+    accumulate_cases,
+    check_accumulate,
+    check_accumulate_errors,
+    check_accumulated_nonfinite,
+    check_contributions_of_a_running_sum,
+)
 from tests.gac_kernels.cases import (
     DTYPES,
     SMALLEST,
@@ -443,6 +451,33 @@ def test_absorb(numel, given_previous):
         assert torch.equal(previous, current)
 
 
+ACCUMULATED = Errors(weight=WEIGHT, sums=LATER * U64)
+
+
+@pytest.mark.parametrize(
+    "case",
+    some(
+        accumulate_cases(),
+        "empty_list misaligned_bfloat16 strided_float16 beyond_a_chunk_bfloat16 zero_dim zero_size mixed_dtypes parameters "
+        "around_1e+25_float32 subnormal after_1_bfloat16 after_4_float32 after_4_float64 pieces pieces_weighted "
+        "bfloat16_by_float32 float16_by_float64 float64_by_float64 aligned_by_shifted_bfloat16 other_shapes "
+        "second_moments_around_0 second_moments_around_1e-44 subnormal_by_subnormal_without_eps",
+    ),
+    ids=str,
+)
+def test_accumulate(case):
+    check_accumulate(operations, case, DEVICE, ACCUMULATED)
+
+
+def test_accumulate_beside_the_usual(launches):
+    cases = some(nonfinite_cases(), "nan_1_float32 inf_33_bfloat16 -inf_1025_float16 nan_1025_float64")
+    check_accumulated_nonfinite(operations, DEVICE, cases)
+    check_contributions_of_a_running_sum(operations, DEVICE)
+    launches.clear()
+    check_accumulate_errors(operations, DEVICE)
+    assert launches == []
+
+
 def test_offsets_beyond_32_bits():
     """Chunks whose offset exceeds 2**32: the address handed over lies that far before the memory there is."""
     far = 2**33 + 7 * 1024
@@ -486,7 +521,9 @@ def test_the_same_bits_every_time():
         seconds, weighted_out = [t.square() for t in others], torch.empty_like(out)
         weighted = operations.sketch(tensors, weighted_out, layout=layout, second_moments=seconds)
         pairs = operations.pair_moments(tensors, others)
-        return [operations.moments(tensors), moments, out, weighted, weighted_out, pairs]
+        total = torch.ones(sum(t.numel() for t in tensors), device=DEVICE)
+        accumulated = operations.accumulate_(tensors, total, previous=total.clone(), scale=0.1)
+        return [operations.moments(tensors), moments, out, weighted, weighted_out, pairs, accumulated, total]
 
     assert all(torch.equal(a, b) for a, b in zip(everything(), everything(), strict=True))
 
@@ -527,6 +564,10 @@ def test_launches_do_not_grow_with_the_list(launches):
     operations.mix_(tensors, tensors, 0.5)
     operations.absorb_(out, None, out.clone(), 1.0)
     assert launches == ["pair_kernel", "absorb_kernel"]
+    launches.clear()
+    total = torch.zeros(480, device=DEVICE)
+    operations.accumulate_(tensors, total, previous=total.clone())
+    assert launches == ["accumulate_kernel", "reduce_kernel"]
     launches.clear()
     operations.moments(tensors[:2] + [t.double() for t in tensors[:2]])
     assert launches == ["moments_kernel", "moments_kernel", "reduce_kernel"]  # one for each dtype
@@ -628,6 +669,19 @@ def test_the_weighted_sketch_is_linear(numel, rows, c, seed):
         operations.sketch(tensor, out, layout=layout, second_moments=v.square(), eps=0.1)
     # as without weights, of terms up to 10 times as large with a few roundings more
     assert ((outs[2] - (outs[0] + c * outs[1])).abs() <= 20 * rows * U64 * 60 * (1 + abs(c)) * rows).all()
+
+
+@PROPERTY
+@given(numel=st.integers(1, 5000), cut=st.integers(0, 5000), c=st.floats(-3, 3), seed=st.integers(0, 99))
+def test_accumulate_equals_the_cpu_formula(numel, cut, c, seed):
+    x, start = random_tensor(seed, numel), random_tensor(seed + 100, numel)
+    pieces, cut = [x[: min(cut, numel)], x[min(cut, numel) :]], min(cut, numel)
+    total = start.clone()
+    options = {"layout": SketchLayout((numel,), 1), "regions": [0, 0], "starts": [0, cut]}
+    got = operations.accumulate_(pieces, total, scale=c, **options)
+    want = (start.double() + c * x.double()).float()
+    torch.testing.assert_close(total, want, rtol=2 * U32, atol=2.0**-40)  # of a sum that cancels, 48 bits of the scale
+    torch.testing.assert_close(got[0], x.double().square().sum(), rtol=LATER * U64, atol=0)
 
 
 @PROPERTY
