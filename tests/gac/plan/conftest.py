@@ -9,19 +9,27 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import gac.observe.ledger
 
 
+READING = ("sketch", "accumulate_")
+"""The operations that read gradients."""
+
+
 @pytest.fixture
 def recorded(monkeypatch):
     """Calls of the kernels by the ledgers: ``(operation, bytes of the gradients or of the vectors)``; nothing runs."""
     calls = []
 
-    def sketch(tensors, out, **options):
-        read = [*tensors, *(options.get("second_moments") or ())]
-        calls.append(("sketch", sum(t.numel() * t.element_size() for t in read)))
+    def reading(operation):
+        def read(tensors, out, **options):
+            both = [*tensors, *(options.get("second_moments") or ())]
+            calls.append((operation, sum(t.numel() * t.element_size() for t in both)))
+
+        return read
 
     def absorb_(current, previous, total, scale, **options):
         calls.append(("absorb_", sum(t.nbytes for t in (current, previous, total) if t is not None)))
 
-    monkeypatch.setattr(gac.observe.ledger, "sketch", sketch)
+    for operation in READING:
+        monkeypatch.setattr(gac.observe.ledger, operation, reading(operation))
     monkeypatch.setattr(gac.observe.ledger, "absorb_", absorb_)
     return calls
 

@@ -67,10 +67,8 @@ def test_a_step_of_fsdp2(ranks, estimator, recorded, monkeypatch):
     found = make_plan(setup)
     assert found.sketch_bytes == held
     assert sent == [found.all_reduce_bytes]
-    reads = [size for operation, size in calls if operation == "sketch"]
-    assert reads == [found.read_bytes_per_backward] * 4
-    assert len(calls) == 8
-    assert found.launches_per_backward == plan.SKETCH_LAUNCHES + plan.ABSORB_LAUNCHES
+    assert calls == [("accumulate_", found.read_bytes_per_backward)] * 4  # no sketch of so small a model loses anything
+    assert found.launches_per_backward == plan.SKETCH_LAUNCHES
 
 
 def test_cpu_overhead_is_the_measured_one_within_a_factor_of_two():
