@@ -18,10 +18,11 @@ from torch import Tensor
 
 from gac_kernels import reference
 from gac_kernels.arguments import check_pair, check_scalar, tensor_list
-from gac_kernels.calls import AccumulateCall, SketchCall, accumulate_call, sketch_call, takes
+from gac_kernels.calls import SketchCall, sketch_call, takes
 from gac_kernels.layout import SIGN_BITS, SketchLayout
 from gac_kernels.reference import absorb_, token_moments
 from gac_kernels.strides import flat_views
+from gac_kernels.totals import AccumulateCall, accumulate_call
 
 __all__ = ["absorb_", "accumulate_", "mix_", "moments", "pair_moments", "sketch", "token_moments"]
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from gac_kernels.arguments import accumulator_dtype
 from gac_kernels.backends import implementation, runner
-from gac_kernels.calls import absorb_call, accumulate_call, sketch_call, token_call
+from gac_kernels.calls import sketch_call, token_call
 from gac_kernels.layout import LANES, SketchLayout
+from gac_kernels.totals import absorb_call, accumulate_call
 
 _library = torch.library.Library("gac_kernels", "DEF")
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from gac_kernels import library
 from gac_kernels.backends import implementation, runner
 from gac_kernels.backends import status as backend_status
-from gac_kernels.calls import absorb_call, accumulate_call, sketch_call, token_call
+from gac_kernels.calls import sketch_call, token_call
 from gac_kernels.layout import SketchLayout
+from gac_kernels.totals import absorb_call, accumulate_call
 
 __all__ = ["absorb_", "accumulate_", "backend_status", "mix_", "moments", "pair_moments", "sketch", "token_moments"]
 

@@ -15,18 +15,9 @@ import torch
 from torch import Tensor
 
 from gac_kernels.arguments import accumulator_dtype, check_pair, check_scalar, tensor_list
-from gac_kernels.calls import (
-    AbsorbCall,
-    AccumulateCall,
-    SketchCall,
-    TokenCall,
-    absorb_call,
-    accumulate_call,
-    sketch_call,
-    takes,
-    token_call,
-)
+from gac_kernels.calls import SketchCall, TokenCall, sketch_call, takes, token_call
 from gac_kernels.layout import LANES, SIGN_BITS, SketchLayout, sign_key
+from gac_kernels.totals import AbsorbCall, AccumulateCall, absorb_call, accumulate_call
 
 __all__ = ["absorb_", "accumulate_", "mix_", "moments", "pair_moments", "signs", "sketch", "token_moments"]
 

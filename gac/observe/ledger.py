@@ -16,9 +16,9 @@ Four ways to take a contribution ``x`` in, chosen by :class:`gac.observe.observe
 
 Launches of a contribution on a GPU: two for each call of ``read`` (one more for each further dtype among the gradients)
 and, in the first two ways, one at the end; two in all in the last. The second way makes one more where regions have to
-be cleared, and two more for a call with parameters that were read before. Every contribution has a row of sums of its own, which the same
-kernels add up and which become numbers once a step. In a step that is also taken apart by module, every call is cut
-into one for each module.
+be cleared, and two more for a call with parameters that were read before. Every contribution has a row of sums of its
+own, which the same kernels add up and which become numbers once a step. In a step that is also taken apart by module,
+every call is cut into one for each module.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class Ledger:
     def _accumulate(
         self, branch: Branch, indices: Any, gradients: Any, scale: Tensor, second_moments: Any, eps: float
     ) -> None:
-        """Adds gradients, or what running sums have gained, to a branch's total; module by module where that is asked."""
+        """Adds gradients, or what running sums have gained, to a branch's total, by module where that is asked."""
         common = {"layout": self.layout, "previous": self.previous, "scale": scale, "eps": eps}
         if not self.by_module:
             common["into"] = self._views[len(self._scales)][0]
@@ -274,7 +274,7 @@ class Ledger:
 
     def powers_on_host(self) -> list[float]:
         """:meth:`powers` as numbers; the host waits."""
-        if not self.direct or self.by_module:
+        if not self.lossless or self.by_module:
             return self.powers().tolist()
         scales = {id(scale): float(scale) ** 2 for scale in self._scales}  # one for each branch
         squares = self._rows[: len(self._scales), 0].tolist()

@@ -11,7 +11,17 @@ from gac_kernels.cpu.library import Library, failure, load
 from gac_kernels.cpu.operations import absorb_, accumulate_, mix_, moments, pair_moments, sketch
 from gac_kernels.cpu.tokens import token_moments
 
-__all__ = ["absorb_", "accumulate_", "available", "mix_", "moments", "pair_moments", "sketch", "status", "token_moments"]
+__all__ = [
+    "absorb_",
+    "accumulate_",
+    "available",
+    "mix_",
+    "moments",
+    "pair_moments",
+    "sketch",
+    "status",
+    "token_moments",
+]
 
 
 @cache

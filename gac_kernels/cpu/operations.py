@@ -19,17 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from gac_kernels.arguments import check_pair, check_scalar, getter, tensor_list
-from gac_kernels.calls import (
-    AbsorbCall,
-    AccumulateCall,
-    Places,
-    SketchCall,
-    Stretches,
-    absorb_call,
-    accumulate_call,
-    sketch_call,
-    takes,
-)
+from gac_kernels.calls import Places, SketchCall, sketch_call, takes
 from gac_kernels.cpu.library import check, require
 from gac_kernels.cpu.quick import ONE_THREAD, QUICK, QUICK_PACKED, pack, pack_pair, single, with_threads
 from gac_kernels.cpu.tables import (
@@ -42,6 +32,7 @@ from gac_kernels.cpu.tables import (
     strided_table,
 )
 from gac_kernels.strides import flat_views, runs
+from gac_kernels.totals import AbsorbCall, AccumulateCall, Stretches, absorb_call, accumulate_call
 
 __all__ = ["absorb_", "accumulate_", "mix_", "moments", "pair_moments", "sketch"]
 

@@ -94,9 +94,7 @@ def _reduce_range(partials, total, begin, end, out, COLUMNS: tl.constexpr, ADD: 
 
 
 @triton.jit(do_not_specialize=["total"])
-def reduce_kernel(
-    partials, total, ranges, out, COLUMNS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr
-):
+def reduce_kernel(partials, total, ranges, out, COLUMNS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """Second stage of the moments: row ``r`` of ``out`` is, or with ADD gets, the partials of chunks ``ranges[r]``."""
     row = tl.program_id(0)
     begin = tl.load(ranges + 2 * row)

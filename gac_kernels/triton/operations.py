@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import repeat
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from gac_kernels.arguments import check_pair, check_scalar, tensor_list
-from gac_kernels.calls import (
-    AbsorbCall,
-    AccumulateCall,
-    SketchCall,
-    TokenCall,
-    absorb_call,
-    accumulate_call,
-    sketch_call,
-    takes,
-    token_call,
-)
+from gac_kernels.calls import SketchCall, TokenCall, sketch_call, takes, token_call
 from gac_kernels.layout import LANES, sketch_chunk_rows
+from gac_kernels.totals import AbsorbCall, AccumulateCall, absorb_call, accumulate_call
 from gac_kernels.triton import config, kernels
+from gac_kernels.triton.grouping import (
+    accumulator,
+    by_dtype,
+    chunk_table,
+    ends,
+    indexed,
+    reordered,
+    row_count,
+    row_ranges,
+)
 from gac_kernels.triton.launch import WIDTH, check_device, interpreted, launch, scalar_arguments, split
 from gac_kernels.triton.readable import ELEMENTS, all_plain, any_order, in_order, readable_pairs, supported
 from gac_kernels.triton.tables import Chunks, addresses, device_tables, flat_chunks, sketch_chunks
@@ -35,61 +34,12 @@ _FINISH_SLOTS = 8
 _REDUCE_BLOCK = 2048
 
 
-def _indexed(device: torch.device) -> torch.device:
-    """``device`` with its index, so that equal devices have equal keys."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _reordered(items: Sequence, order: Sequence[int]) -> Sequence:
-    """``items`` in ``order``; themselves where nothing moves."""
-    return items if isinstance(order, range) else [items[k] for k in order]
-
-
-@lru_cache(maxsize=256)
-def _rows(numels: tuple[int, ...], lanes: int) -> int:
-    """Rows of all tensors."""
-    return sum(-(-n // lanes) for n in numels)
-
-
-def _by_dtype(kinds: list) -> tuple[Sequence[int], list[tuple[object, int]]]:
-    """A stable order that brings equal kinds together, and the (kind, length) of each run."""
-    if len(set(kinds)) == 1:
-        return range(len(kinds)), [(kinds[0], len(kinds))]
-    groups: dict[object, list[int]] = {}
-    for k, kind in enumerate(kinds):
-        groups.setdefault(kind, []).append(k)
-    order = [k for members in groups.values() for k in members]
-    return order, [(kind, len(members)) for kind, members in groups.items()]
-
-
-def _ranges(
-    plan: Chunks, order: Sequence[int], columns: int, per_tensor: bool, device: torch.device
-) -> tuple[Tensor, int]:
-    """The chunk range of each row of the result: a row for each tensor, or one for all."""
-    if not per_tensor:
-        whole = lambda: torch.tensor([[0, plan.count * columns]])
-        return device_tables.get(("whole", plan.count * columns), device, whole), 1
-
-    def build() -> Tensor:
-        table = torch.empty_like(plan.ranges)
-        table[torch.tensor(order, dtype=torch.int64)] = plan.ranges * columns
-        return table
-
-    return device_tables.get(("ranges", plan, tuple(order), columns), device, build), len(order)
-
-
-def _chunk_table(plan: Chunks, device: torch.device) -> Tensor:
-    return device_tables.get(("chunks", plan), device, lambda: plan.table)
-
-
 def _reduce(
     plan: Chunks, order: Sequence[int], partials: Tensor, per_tensor: bool, into: Tensor | None = None
 ) -> Tensor:
     """Second stage: ``partials`` ``[columns, chunks]`` to ``[columns]`` or ``[n, columns]``, or added to ``into``."""
     columns, device = partials.shape[0], partials.device
-    ranges, rows = _ranges(plan, order, 1, per_tensor, device)
+    ranges, rows = row_ranges(plan, order, 1, per_tensor, device)
     out = torch.empty(rows, columns, dtype=torch.float64, device=device) if into is None else into.detach()
     launch(
         kernels.reduce_kernel,
@@ -108,16 +58,6 @@ def _reduce(
     return out if per_tensor else out[0]
 
 
-def _accumulator(*dtypes: torch.dtype) -> Any:
-    return tl.float64 if torch.float64 in dtypes else tl.float32
-
-
-def _ends(plan: Chunks) -> list[tuple[int, int]]:
-    """First chunk and number of chunks of each dtype group."""
-    starts = (0, *plan.group_ends)
-    return [(a, b - a) for a, b in zip(starts, plan.group_ends, strict=False)]
-
-
 def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
     """See :func:`gac_kernels.moments`. Squares are added in float32 within a chunk.
 
@@ -125,19 +65,19 @@ def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
     the result is off by at most that much for each element smaller than 3.7e-23.
     """
     tensors = tensor_list(tensors, "tensors")
-    device = _indexed(tensors[0].device) if tensors else torch.device("cpu")
+    device = indexed(tensors[0].device) if tensors else torch.device("cpu")
     shape = (len(tensors), 2) if per_tensor else (2,)
     if not any(t.numel() for t in tensors):
         return torch.zeros(shape, dtype=torch.float64, device=device)
     check_device(device)
     if not all_plain(tensors):
         tensors = [any_order(t) for t in tensors]
-    order, groups = _by_dtype(list(map(_dtype, tensors)))
-    tensors = _reordered(tensors, order)
+    order, groups = by_dtype(list(map(_dtype, tensors)))
+    tensors = reordered(tensors, order)
     plan = flat_chunks(tuple(map(Tensor.numel, tensors)), tuple(n for _, n in groups), config.CHUNK)
     partials = torch.empty(2, plan.count, dtype=torch.float64, device=device)
-    table, where = _chunk_table(plan, device), addresses(tensors, device)
-    for (dtype, _), (first, count) in zip(groups, _ends(plan), strict=True):
+    table, where = chunk_table(plan, device), addresses(tensors, device)
+    for (dtype, _), (first, count) in zip(groups, ends(plan), strict=True):
         launch(
             kernels.moments_kernel,
             (count,),
@@ -148,7 +88,7 @@ def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
             partials,
             plan.count,
             ELEMENT=ELEMENTS[dtype],
-            ACC=_accumulator(dtype),
+            ACC=accumulator(dtype),
             WIDTH=WIDTH,
             UNROLL=config.for_device(device).unroll,
             BITWISE_BF16=interpreted(),
@@ -165,24 +105,24 @@ def sketch(call: SketchCall) -> Tensor:
     float32's range.
     """
     layout, out, seconds, into = call.layout, call.out, call.second_moments, call.into
-    device = _indexed(out.device)
+    device = indexed(out.device)
     check_device(device)
     tensors = in_order(call.tensors)
     if seconds is None:
-        order, groups = _by_dtype(list(zip(map(_dtype, tensors), repeat(None))))
+        order, groups = by_dtype(list(zip(map(_dtype, tensors), repeat(None))))
     else:
         seconds = in_order(seconds)
-        order, groups = _by_dtype(list(zip(map(_dtype, tensors), map(_dtype, seconds), strict=True)))
-        seconds = _reordered(seconds, order)
-    tensors = _reordered(tensors, order)
+        order, groups = by_dtype(list(zip(map(_dtype, tensors), map(_dtype, seconds), strict=True)))
+        seconds = reordered(seconds, order)
+    tensors = reordered(tensors, order)
     numels = tuple(map(Tensor.numel, tensors))
     plan = sketch_chunks(
         numels,
         tuple(n for _, n in groups),
         layout,
-        tuple(_reordered(call.places.regions, order)),
-        tuple(_reordered(call.places.starts, order)),
-        sketch_chunk_rows(_rows(numels, layout.lanes), layout.lanes),
+        tuple(reordered(call.places.regions, order)),
+        tuple(reordered(call.places.starts, order)),
+        sketch_chunk_rows(row_count(numels, layout.lanes), layout.lanes),
         call.accumulate,
         call.tail,
     )
@@ -194,9 +134,9 @@ def sketch(call: SketchCall) -> Tensor:
     lane_partials = torch.empty(plan.count, lanes, dtype=torch.float64 if wide else torch.float32, device=device)
     partials = torch.empty(2, plan.count * blocks, dtype=torch.float64, device=device)
     if plan.count:
-        table, where = _chunk_table(plan, device), addresses(tensors, device)
+        table, where = chunk_table(plan, device), addresses(tensors, device)
         second_where = None if seconds is None else addresses(seconds, device)
-        for (dtypes, _), (first, chunks) in zip(groups, _ends(plan), strict=True):
+        for (dtypes, _), (first, chunks) in zip(groups, ends(plan), strict=True):
             launch(
                 kernels.sketch_kernel,
                 (chunks, blocks),
@@ -211,13 +151,13 @@ def sketch(call: SketchCall) -> Tensor:
                 *((None, None) if seconds is None else split(call.eps)),
                 ELEMENT=ELEMENTS[dtypes[0]],
                 SECOND=None if seconds is None else ELEMENTS[dtypes[1]],
-                ACC=_accumulator(*dtypes),
+                ACC=accumulator(*dtypes),
                 LANES=lanes,
                 WORDS=words,
                 UNROLL=setup.unroll if seconds is None else max(1, setup.pair_unroll // (2 if wide else 1)),
                 BITWISE_BF16=interpreted(),
             )
-    ranges, moment_rows = _ranges(plan, order, blocks, call.per_tensor, device)
+    ranges, moment_rows = row_ranges(plan, order, blocks, call.per_tensor, device)
     result = torch.empty(moment_rows, 2, dtype=torch.float64, device=device) if into is None else into.detach()
     launch(
         kernels.sketch_finish_kernel,
@@ -251,27 +191,27 @@ def accumulate_(call: AccumulateCall) -> Tensor:
     Weights act in float32, in float64 where a tensor or its second moment is.
     """
     total, previous, seconds, into = call.total, call.previous, call.second_moments, call.into
-    device = _indexed(total.device)
+    device = indexed(total.device)
     check_device(device)
     if not any(call.stretches.numels):
         shape = (len(call.stretches.numels), 2) if call.per_tensor else (2,)
         return torch.zeros(shape, dtype=torch.float64, device=device) if into is None else into
     tensors = in_order(call.tensors)
     if seconds is None:
-        order, groups = _by_dtype(list(zip(map(_dtype, tensors), repeat(None))))
+        order, groups = by_dtype(list(zip(map(_dtype, tensors), repeat(None))))
     else:
         seconds = in_order(seconds)
-        order, groups = _by_dtype(list(zip(map(_dtype, tensors), map(_dtype, seconds), strict=True)))
-        seconds = _reordered(seconds, order)
-    tensors = _reordered(tensors, order)
-    numels, starts = (tuple(_reordered(x, order)) for x in (call.stretches.numels, call.stretches.offsets))
+        order, groups = by_dtype(list(zip(map(_dtype, tensors), map(_dtype, seconds), strict=True)))
+        seconds = reordered(seconds, order)
+    tensors = reordered(tensors, order)
+    numels, starts = (tuple(reordered(x, order)) for x in (call.stretches.numels, call.stretches.offsets))
     plan = flat_chunks(numels, tuple(n for _, n in groups), config.CHUNK)
     partials = torch.empty(2, plan.count, dtype=torch.float64, device=device)
-    table, where = _chunk_table(plan, device), addresses(tensors, device)
+    table, where = chunk_table(plan, device), addresses(tensors, device)
     offsets = device_tables.get(("offsets", starts), device, lambda: torch.tensor(starts, dtype=torch.int64))
     second_where = None if seconds is None else addresses(seconds, device)
     setup = config.for_device(device)
-    for (dtypes, _), (first, count) in zip(groups, _ends(plan), strict=True):
+    for (dtypes, _), (first, count) in zip(groups, ends(plan), strict=True):
         launch(
             kernels.accumulate_kernel,
             (count,),
@@ -289,7 +229,7 @@ def accumulate_(call: AccumulateCall) -> Tensor:
             *((None, None) if seconds is None else split(call.eps)),
             ELEMENT=ELEMENTS[dtypes[0]],
             SECOND=None if seconds is None else ELEMENTS[dtypes[1]],
-            ACC=_accumulator(*dtypes),
+            ACC=accumulator(*dtypes),
             WIDTH=WIDTH,
             UNROLL=setup.pair_unroll if seconds is None or previous is None else 1,
             BITWISE_BF16=interpreted(),
@@ -299,15 +239,15 @@ def accumulate_(call: AccumulateCall) -> Tensor:
 
 def _pair(a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool, want: bool, per_tensor: bool) -> Any:
     """``pair_moments`` and ``mix_`` on pairs of contiguous tensors of supported dtypes."""
-    device = _indexed(a[0].device)
+    device = indexed(a[0].device)
     check_device(device)
-    order, groups = _by_dtype(list(zip(map(_dtype, a), map(_dtype, b), strict=True)))
-    a, b = _reordered(a, order), _reordered(b, order)
+    order, groups = by_dtype(list(zip(map(_dtype, a), map(_dtype, b), strict=True)))
+    a, b = reordered(a, order), reordered(b, order)
     plan = flat_chunks(tuple(map(Tensor.numel, a)), tuple(n for _, n in groups), config.CHUNK)
     partials = torch.empty(3, plan.count if want else 0, dtype=torch.float64, device=device)
-    table = _chunk_table(plan, device)
+    table = chunk_table(plan, device)
     a_addresses, b_addresses = addresses(a, device), addresses(b, device)
-    for (dtypes, _), (first, count) in zip(groups, _ends(plan), strict=True):
+    for (dtypes, _), (first, count) in zip(groups, ends(plan), strict=True):
         launch(
             kernels.pair_kernel,
             (count,),
@@ -321,7 +261,7 @@ def _pair(a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool
             *scalar_arguments(weight),
             A=ELEMENTS[dtypes[0]],
             B=ELEMENTS[dtypes[1]],
-            ACC=_accumulator(*dtypes),
+            ACC=accumulator(*dtypes),
             WIDTH=WIDTH,
             UNROLL=config.for_device(device).pair_unroll,
             MIX=mix,
@@ -364,7 +304,7 @@ def mix_(a: Any, b: Any, mu: Tensor | float, *, moments: bool = False) -> Tensor
 def token_moments(call: TokenCall) -> Tensor:
     """See :func:`gac_kernels.token_moments`. One launch, one program a sequence, float64 throughout."""
     logprobs, advantages, mask, is_expert = call
-    device = _indexed(logprobs.device)
+    device = indexed(logprobs.device)
     check_device(device)
     rows, length = logprobs.shape
     out = torch.empty(rows, 7, dtype=torch.float64, device=device)
@@ -394,7 +334,7 @@ def token_moments(call: TokenCall) -> Tensor:
 def absorb_(call: AbsorbCall) -> Tensor:
     """See :func:`gac_kernels.absorb_`. One launch, float64 arithmetic."""
     current, previous, total, scale, into, cells = call
-    device = _indexed(current.device)
+    device = indexed(current.device)
     check_device(device)
     out = torch.empty(cells, dtype=torch.float64, device=device) if into is None else into.detach()
     launch(

@@ -27,7 +27,16 @@ NAMES = {
     "gac.schedules": ("warmup_cosine",),
     "gac.statistics": ("Statistics",),
     "gac.trainers": ("GacCallback", "HybridGRPOConfig", "HybridGRPOTrainer", "MixedBatch"),
-    "gac_kernels": ("SketchLayout", "absorb_", "accumulate_", "mix_", "moments", "pair_moments", "sketch", "token_moments"),
+    "gac_kernels": (
+        "SketchLayout",
+        "absorb_",
+        "accumulate_",
+        "mix_",
+        "moments",
+        "pair_moments",
+        "sketch",
+        "token_moments",
+    ),
     "gac_kernels.reference": ("absorb_", "accumulate_", "mix_", "moments", "pair_moments", "sketch", "token_moments"),
 }
 METHODS = (

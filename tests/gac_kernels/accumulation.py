@@ -1,9 +1,9 @@
 """Cases of ``accumulate_`` and its checks against the reference in float64, for every backend.
 
-Error bounds. An element ``x`` is exact, or divided by ``sqrt(v) + eps`` with an error of ``weight`` units (of float32, or
-of float64 where a tensor or its second moment is) and, in float32, of its smallest number. The total is rounded once to
-float32, after sums in float64 (a Python scale may have 48 bits). With ``previous`` the element is rounded to float32 before
-the difference, which a weighted one may be to either neighbour. Squares are added with a relative error of ``sums``.
+Error bounds. An element ``x`` is exact, or divided by ``sqrt(v) + eps`` with an error of ``weight`` units (of float32,
+or of float64 where a tensor or its second moment is) and, in float32, of its smallest number. The total is rounded once
+to float32, after sums in float64 (a Python scale may have 48 bits). With ``previous`` the element is rounded to float32
+before the difference, which a weighted one may be to either neighbour. Squares err by ``sums``, relative.
 """
 
 from __future__ import annotations
@@ -67,10 +67,13 @@ def accumulate_cases() -> list[SketchCase]:
         add(case.name, case.make, SketchLayout(tuple(t.numel() for t in case.make("cpu")), 1))
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         name = str(dtype).removeprefix("torch.")
-        one = lambda device, d=dtype: [values(n, dtype=d, device=device, seed=n) for n in (9000, 9001)]
-        for by in range(1, 5):  # the second tensor begins at a total's address of every alignment
-            shifted = lambda device, d=dtype, by=by: [*one(device, d), misaligned(7000, d, device, 5, by)]
-            add(f"after_{by}_{name}", lambda device, s=shifted, by=by: [values(by, device=device), *s(device)], scale=0.37)
+        for by in range(1, 5):  # the second tensor begins at an address of the total of every alignment
+            tensors = lambda device, d=dtype, by=by: [
+                values(by, device=device),
+                *(values(n, dtype=d, device=device, seed=n) for n in (9000, 9001)),
+                misaligned(7000, d, device, 5, by),
+            ]
+            add(f"after_{by}_{name}", tensors, scale=0.37)
     pieces = lambda device: [values(n, device=device, seed=n) for n in (500, 1, 3000, 700)]
     layout = SketchLayout((10, 4000, 33, 5000, 0), 1, lanes=96)
     add("pieces", pieces, layout, (3, 1, 3, 1), (4500, 17, 1000, 3000), scale=-1.5)

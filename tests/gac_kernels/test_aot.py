@@ -70,7 +70,9 @@ def test_all_loads_of_the_fast_path_are_128_bits_wide(reports, capability, dtype
     for second in {dtype} if dtype == "fp64" else {dtype, "fp32"}:
         steps = PAIR_UNROLL // 2 if dtype == "fp64" else PAIR_UNROLL
         expected[f"sketch_kernel/{dtype}/{second}"] = (steps * (loads + SIZES[second] // 2), None)
-    total = SIZES["fp32"] // 2  # float32 beside every dtype: read and written, twice with a vector of what was there before
+    total = (
+        SIZES["fp32"] // 2
+    )  # float32 beside every dtype: read and written, twice with a vector of what was there before
     for running in (0, 1):
         expected[f"accumulate_kernel/{dtype}" + "/running" * running] = (
             PAIR_UNROLL * (loads + total * (1 + running)),

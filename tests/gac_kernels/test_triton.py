@@ -458,7 +458,7 @@ ACCUMULATED = Errors(weight=WEIGHT, sums=LATER * U64)
     "case",
     some(
         accumulate_cases(),
-        "empty_list misaligned_bfloat16 strided_float16 beyond_a_chunk_bfloat16 zero_dim zero_size mixed_dtypes parameters "
+        "empty_list misaligned_bfloat16 strided_float16 beyond_a_chunk_bfloat16 zero_size mixed_dtypes parameters "
         "around_1e+25_float32 subnormal after_1_bfloat16 after_4_float32 after_4_float64 pieces pieces_weighted "
         "bfloat16_by_float32 float16_by_float64 float64_by_float64 aligned_by_shifted_bfloat16 other_shapes "
         "second_moments_around_0 second_moments_around_1e-44 subnormal_by_subnormal_without_eps",

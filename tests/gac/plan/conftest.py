@@ -8,7 +8,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import gac.observe.ledger
 
-
 READING = ("sketch", "accumulate_")
 """The operations that read gradients."""
 
