@@ -27,6 +27,7 @@ FLOORS = (
     ("gac.audit", "gac.bench"),
     ("gac.cli",),
     (
+        "benchmarks.accumulate",
         "benchmarks.communication",
         "benchmarks.conftest",
         "benchmarks.fallback",
