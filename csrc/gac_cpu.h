@@ -112,7 +112,9 @@ struct gac_sum {
 GAC_API int gac_accumulate(const int64_t* table, const int64_t* seconds, int64_t n, int form, const struct gac_sum* sum,
                            double* moments, int threads);
 
-// A new function object for Python that takes the plain calls of an operation: "moments", "pair_moments" or "mix_".
+// A new function object for Python that takes the plain calls of an operation: "moments", "pair_moments" or "mix_"; or
+// "describe", which makes the bytes of int64 numbers of a list of contiguous tensors on one device: the dtype of all or -1,
+// then their table of form 0.
 // Other calls it passes on to the callable `behind`, which is also what is returned for another name. Called with the
 // interpreter lock held; see python_calls.cpp and gac_kernels/cpu/builtins.py. functions, objects: the addresses that
 // gac_python_names() lists. exchange: a DLPackExchangeAPI of version 1.3 or a later 1.x. quick: elements up to which a

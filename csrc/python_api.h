@@ -34,6 +34,7 @@ constexpr int kFastCall = 0x80 | 0x02;  // METH_FASTCALL | METH_KEYWORDS
   X(tuple_set, PyTuple_SetItem, int, (Object*, Size, Object*)) /* takes the reference */    \
   X(tuple_size, PyTuple_Size, Size, (Object*))                                              \
   X(tuple_item, PyTuple_GetItem, Object*, (Object*, Size)) /* borrowed */                   \
+  X(bytes_new, PyBytes_FromStringAndSize, Object*, (const char*, Size))                     \
   X(dict_new, PyDict_New, Object*, ())                                                      \
   X(dict_set, PyDict_SetItem, int, (Object*, Object*, Object*))                             \
   X(as_double, PyFloat_AsDouble, double, (Object*))                                         \

@@ -158,7 +158,17 @@ Object* call_mix(Object* self, Object* const* args, Size count, Object* names) {
   });
 }
 
+Object* call_describe(Object* self, Object* const* args, Size count, Object* names) {
+  return guarded(self, args, count, names, [&](Object*& answer) {
+    std::vector<int64_t> numbers;
+    if (count != 1 || names || !describe(args[0], numbers)) return false;
+    answer = py.bytes_new(reinterpret_cast<const char*>(numbers.data()), static_cast<Size>(8 * numbers.size()));
+    return true;
+  });
+}
+
 MethodDef methods[] = {
+    {"describe", call_describe, kFastCall, "describe(tensors)\n--\n\nA plain list in numbers; see __self__."},
     {"moments", call_moments, kFastCall, "moments(tensors, *, per_tensor=False)\n--\n\nThe plain calls; see __self__."},
     {"pair_moments", call_pair_moments, kFastCall,
      "pair_moments(a, b, *, per_tensor=False)\n--\n\nThe plain calls; see __self__."},

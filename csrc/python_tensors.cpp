@@ -26,6 +26,9 @@ bool same_shape(const Plain& a, const Plain& b) {
   return true;
 }
 
+// The same as below for any device, with all that was said of the tensor.
+bool read(Object* object, Plain& tensor, DlTensor& t);
+
 // The memory of a result, handed to torch, which then makes a tensor of it in half the time of torch.empty.
 struct Result {
   DlManaged managed;
@@ -36,15 +39,45 @@ struct Result {
 }  // namespace
 
 bool read(Object* object, Plain& tensor) {
+  DlTensor t;
+  if (!read(object, tensor, t) || t.device_type != kDlCpu) return false;
+  ask_ahead(tensor);
+  return true;
+}
+
+bool describe(Object* list, std::vector<int64_t>& numbers) {
+  if (type_of(list) != objects.list) return false;
+  const Size count = py.list_size(list);
+  numbers.resize(1 + 3 * count);
+  int64_t* const rows = numbers.data() + 1;
+  DlTensor t, first = {};
+  Plain tensor;
+  numbers[0] = -1;
+  for (Size k = 0; k < count; ++k) {
+    Object* const object = py.list_item(list, k);
+    if (!object) py.clear_error();
+    if (!object || !read(object, tensor, t)) return false;
+    if (!k) first = t, numbers[0] = tensor.dtype;
+    if (t.device_type != first.device_type || t.device_id != first.device_id) return false;
+    if (tensor.dtype != numbers[0]) numbers[0] = -1;
+    rows[k] = static_cast<int64_t>(reinterpret_cast<intptr_t>(tensor.data));
+    rows[count + k] = tensor.numel;
+    rows[2 * count + k] = tensor.dtype;
+  }
+  return true;
+}
+
+namespace {
+
+bool read(Object* object, Plain& tensor, DlTensor& t) {
   Object* const type = type_of(object);
   if (type != objects.tensor && type != objects.parameter) return false;
-  DlTensor t;
   if (exchange->describe(object, &t)) {  // no memory (meta), no strides (sparse), wrapped by functorch, ...
     py.clear_error();
     return false;
   }
   const int dtype = dtype_of(t);
-  if (dtype < 0 || t.device_type != kDlCpu || (t.dimensions && !t.strides)) return false;
+  if (dtype < 0 || (t.dimensions && !t.strides)) return false;
   int64_t numel = 1;
   bool contiguous = true;
   for (int k = t.dimensions - 1; k >= 0; --k) {
@@ -58,9 +91,10 @@ bool read(Object* object, Plain& tensor) {
     if (!negated.get() || py.is_true(negated.get())) return false;
   }
   tensor = {static_cast<char*>(t.data) + t.byte_offset, numel, dtype, t.dimensions, t.shape};
-  ask_ahead(tensor);
   return true;
 }
+
+}  // namespace
 
 bool Tensors::open(Object* argument) {
   list_ = type_of(argument) == objects.list ? argument : nullptr;

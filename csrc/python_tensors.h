@@ -19,6 +19,10 @@ struct Plain {
 // False for what is no such tensor. Subclasses are not: their memory may not be their own.
 bool read(Object* object, Plain& tensor);
 
+// A list of contiguous tensors of plain types on one device, in numbers: dtype of all or -1, then the table of gac_cpu.h of
+// form 0. False for any other list.
+bool describe(Object* list, std::vector<int64_t>& numbers);
+
 // One tensor, or the tensors of a list: the table of gac_cpu.h. Holds references while the interpreter lock is away,
 // when other threads may change the list.
 class Tensors {

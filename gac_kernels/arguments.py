@@ -6,6 +6,7 @@ passes in C (``map`` over attribute getters); loops in Python only look for what
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,9 +29,18 @@ def getter(name: str) -> Callable[[Tensor], Any]:
 _dtype, _device, _layout, _is_cpu, _shape = map(getter, ("dtype", "device", "layout", "is_cpu", "shape"))
 
 
+_NUMBER = struct.Struct("q")
+
+
 def accumulator_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 on devices that lack it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+KNOWN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""By their codes in :attr:`TensorList.numbers` and in the C++ library."""
+
+_ALONE = tuple(frozenset((dtype,)) for dtype in KNOWN_DTYPES)
 
 
 class TensorList(NamedTuple):
@@ -40,11 +50,31 @@ class TensorList(NamedTuple):
         tensors: the tensors.
         dtypes: those there are.
         plain: all are contiguous and of plain types.
+        numbers: int64 numbers, where one pass in C has made them: addresses, elements and codes of dtypes, a row of
+            each; None.
     """
 
     tensors: list[Tensor]
     dtypes: frozenset[torch.dtype]
     plain: bool
+    numbers: bytes | None = None
+
+    def numels(self) -> tuple[int, ...]:
+        """Elements of each tensor."""
+        count = len(self.tensors)
+        if self.numbers is None:
+            return tuple(map(Tensor.numel, self.tensors))
+        return struct.unpack_from(f"{count}q", self.numbers, 8 * count)
+
+
+def describe(tensors: Any) -> bytes | None:
+    """Where the C++ library is loaded, its builtin stands here (``csrc/python_calls.cpp``): one pass over a list.
+
+    Returns:
+        int64 numbers of contiguous tensors of plain types, known dtypes and one device: the code of the dtype of all or
+        -1, and the rows of :attr:`TensorList.numbers`. None for anything else: it has to be looked at by Python.
+    """
+    return None
 
 
 def described(tensors: Any, name: str) -> TensorList:
@@ -55,7 +85,15 @@ def described(tensors: Any, name: str) -> TensorList:
     """
     if isinstance(tensors, Tensor):
         tensors = [tensors]
-    elif not isinstance(tensors, Sequence):
+    numbers = None
+    if type(tensors) is list:
+        tensors = tensors.copy()  # before it is looked at: another thread may change the caller's
+        numbers = describe(tensors)
+    if numbers is not None:
+        code = _NUMBER.unpack_from(numbers)[0]
+        dtypes = _ALONE[code] if code >= 0 else frozenset(map(_dtype, tensors))
+        return TensorList(tensors, dtypes, True, numbers[8:])
+    if not isinstance(tensors, Sequence):
         try:
             tensors = list(tensors)
         except TypeError:
@@ -144,7 +182,7 @@ def check_into(into: Tensor, shape: tuple[int, ...], device: torch.device) -> Te
     return into.detach()
 
 
-def check_second_moments(second_moments: Any, numels: list[int], device: torch.device, eps: float) -> TensorList:
+def check_second_moments(second_moments: Any, numels: tuple[int, ...], device: torch.device, eps: float) -> TensorList:
     """``second_moments`` as a list of tensors that pair up with those of ``numels`` elements on ``device``."""
     found = described(second_moments, "second_moments")
     seconds = found.tensors
@@ -152,9 +190,10 @@ def check_second_moments(second_moments: Any, numels: list[int], device: torch.d
         raise ValueError(f"second_moments has {len(seconds)} tensors, tensors {len(numels)}: they must pair up")
     if seconds and seconds[0].device != device:
         raise ValueError(f"second_moments[0] is on {seconds[0].device}, tensors[0] on {device}: move it there first")
-    for k, (got, numel) in enumerate(zip(map(Tensor.numel, seconds), numels, strict=True)):
-        if got != numel:
-            raise ValueError(f"second_moments[{k}] has {got} elements, tensors[{k}] {numel}: must be equal")
+    if found.numels() != numels:
+        for k, (got, numel) in enumerate(zip(found.numels(), numels, strict=True)):
+            if got != numel:
+                raise ValueError(f"second_moments[{k}] has {got} elements, tensors[{k}] {numel}: must be equal")
     check_eps(eps)
     return found
 

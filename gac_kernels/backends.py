@@ -40,6 +40,7 @@ def _triton_backend() -> ModuleType:
     if version < _OLDEST_TRITON:
         oldest = ".".join(map(str, _OLDEST_TRITON))
         raise _Unavailable(f"triton {triton.__version__} is too old: version {oldest} or later is needed")
+    importlib.import_module("gac_kernels.cpu").available()  # its pass over lists serves on GPUs, too
     return importlib.import_module("gac_kernels.triton")
 
 

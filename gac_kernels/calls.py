@@ -83,7 +83,7 @@ class SketchCall(NamedTuple):
     """
 
     listed: TensorList
-    numels: list[int]
+    numels: tuple[int, ...]
     out: Tensor
     places: Places
     tail: int
@@ -135,17 +135,17 @@ def sketch_call(
     device = out.device
     if tensors and tensors[0].device != device:
         raise ValueError(f"tensors are on {tensors[0].device}, out on {device}: they must be on one device")
-    numels, size, tail = list(map(Tensor.numel, tensors)), out.numel(), 0
+    numels, size, tail = listed.numels(), out.numel(), 0
     if layout is None:
         if regions is not None or starts is not None:
             raise ValueError("regions and starts need a layout: pass layout=SketchLayout.per_tensor(...)")
-        places = _end_to_end(tuple(numels), size, seed)
+        places = _end_to_end(numels, size, seed)
         tail = 0 if accumulate else size - places.layout.size
     else:
         if size != layout.size:
             raise ValueError(f"out has {size} elements, the layout needs {layout.size}: torch.zeros(layout.size)")
         places = places_of(layout, len(numels), numbers(regions), numbers(starts))
-        if not all(map(operator.le, numels, places.room)):
+        if numels != places.room and not all(map(operator.le, numels, places.room)):
             name_the_long_one(numels, places)
     second_list = None if second_moments is None else check_second_moments(second_moments, numels, device, eps)
     if into is not None:

@@ -88,7 +88,7 @@ def accumulate_call(
     device = total.device
     if tensors and tensors[0].device != device:
         raise ValueError(f"tensors are on {tensors[0].device}, total on {device}: they must be on one device")
-    numels = tuple(map(Tensor.numel, tensors))
+    numels = listed.numels()
     if layout is None:
         if regions is not None or starts is not None:
             raise ValueError("regions and starts need a layout: pass layout=SketchLayout.per_tensor(...)")
@@ -98,7 +98,7 @@ def accumulate_call(
         stretches, size = _stretches(places, numels), layout.size
     if total.numel() != size:
         raise ValueError(f"total has {total.numel()} elements, {size} are needed: torch.zeros({size})")
-    second_list = None if second_moments is None else check_second_moments(second_moments, list(numels), device, eps)
+    second_list = None if second_moments is None else check_second_moments(second_moments, numels, device, eps)
     if into is not None:
         check_into(into, (len(tensors), 2) if per_tensor else (2,), device)
     scale = 1.0 if scale is None else check_scalar(scale, "scale", device)

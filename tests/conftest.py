@@ -17,6 +17,7 @@ SLOW = (
     "gac/trainers",
     "gac_kernels/test_aot.py",
     "gac_kernels/test_interpreter.py",
+    "gac_kernels/test_prepared.py",
     "test_readme.py",
     # simulations of many steps
     "gac/laws/test_choice.py",

@@ -6,7 +6,8 @@ loaded by the first call or by :func:`available`, which also puts builtins in th
 
 from functools import cache
 
-from gac_kernels.cpu.builtins import NAMES, builtins_for
+from gac_kernels import arguments
+from gac_kernels.cpu.builtins import DESCRIBE, NAMES, builtins_for
 from gac_kernels.cpu.library import Library, failure, load
 from gac_kernels.cpu.operations import absorb_, accumulate_, mix_, moments, pair_moments, sketch
 from gac_kernels.cpu.tokens import token_moments
@@ -27,7 +28,10 @@ __all__ = [
 @cache
 def _put_builtins(library: Library) -> None:
     functions = globals()
-    functions.update(builtins_for(library.quick, {name: functions[name] for name in NAMES}))
+    behind = {name: functions[name] for name in NAMES} | {DESCRIBE: arguments.describe}
+    builtins = builtins_for(library.quick, behind)
+    arguments.describe = builtins.pop(DESCRIBE, arguments.describe)
+    functions.update(builtins)
 
 
 def available() -> bool:

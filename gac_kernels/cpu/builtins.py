@@ -23,6 +23,9 @@ from gac_kernels.cpu.quick import QUICK
 NAMES = ("moments", "pair_moments", "mix_")
 """The operations that have a builtin."""
 
+DESCRIBE = "describe"
+"""The pass over a list that the checks of the others begin with: :func:`gac_kernels.arguments.describe`."""
+
 _CAPSULE = b"dlpack_exchange_api"
 
 
@@ -74,7 +77,7 @@ def _objects() -> dict[str, object]:
 
 
 def builtins_for(library: ctypes.PyDLL, behind: Mapping[str, Callable]) -> dict[str, Callable]:
-    """The builtins by the names of the operations; none where they cannot be had.
+    """The builtins by their names; none where they cannot be had.
 
     Args:
         library: the C++ library, called with the interpreter lock held.
@@ -99,4 +102,4 @@ def builtins_for(library: ctypes.PyDLL, behind: Mapping[str, Callable]) -> dict[
     functions = (ctypes.c_void_p * len(addresses))(*addresses)
     objects = (ctypes.py_object * len(wanted))(*[kept[name] for name in wanted])
     make = library.gac_python_call
-    return {name: make(name.encode(), behind[name], functions, objects, exchange, QUICK) for name in NAMES}
+    return {name: make(name.encode(), behind[name], functions, objects, exchange, QUICK) for name in behind}

@@ -78,6 +78,9 @@ def readable(tensor: Tensor) -> Tensor:
 def list_table(listed: TensorList, numels: Sequence[int]) -> Table:
     """The table of checked CPU tensors of `numels` elements, whatever their strides."""
     tensors = listed.tensors
+    if listed.numbers is not None:
+        form = 2 + DTYPE_CODES[next(iter(listed.dtypes))] if len(listed.dtypes) == 1 else 0
+        return Table(listed.numbers, numels, form, None)
     if (
         not listed.plain
         or not DTYPE_CODES.keys() >= listed.dtypes

@@ -3,6 +3,8 @@
 Importing this package imports Triton; :mod:`gac_kernels` does so at the first call that needs it.
 """
 
-from gac_kernels.triton.operations import absorb_, accumulate_, mix_, moments, pair_moments, sketch, token_moments
+from gac_kernels.triton.accumulating import accumulate_
+from gac_kernels.triton.operations import absorb_, mix_, moments, pair_moments, token_moments
+from gac_kernels.triton.sketching import sketch
 
 __all__ = ["absorb_", "accumulate_", "mix_", "moments", "pair_moments", "sketch", "token_moments"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -19,9 +21,22 @@ ELEMENTS = {
 _dtype = operator.attrgetter("dtype")
 
 
+def dtypes_of(tensors: Sequence[Tensor], seen: frozenset[torch.dtype] = frozenset()) -> Any:
+    """The dtype of all tensors, or a tuple of their dtypes. ``seen``: those there are, where that is known."""
+    if len(seen) == 1:
+        return next(iter(seen))
+    dtypes = tuple(map(_dtype, tensors))
+    return dtypes[0] if len(set(dtypes)) == 1 else dtypes
+
+
 def supported(tensor: Tensor) -> Tensor:
     """``tensor`` in a dtype that the kernels read (8-bit floats are widened)."""
     return tensor.detach() if tensor.dtype in ELEMENTS else tensor.detach().float()
+
+
+def is_known(dtypes: frozenset[torch.dtype]) -> bool:
+    """True when kernels can read all of these."""
+    return ELEMENTS.keys() >= dtypes
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -29,12 +44,12 @@ def is_plain(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and tensor.dtype in ELEMENTS
 
 
-def all_plain(tensors: list[Tensor]) -> bool:
+def all_plain(tensors: Sequence[Tensor]) -> bool:
     """The same of all; host time counts here, lists have hundreds of tensors (see :mod:`gac_kernels.arguments`)."""
     return all(map(Tensor.is_contiguous, tensors)) and ELEMENTS.keys() >= set(map(_dtype, tensors))
 
 
-def in_order(tensors: list[Tensor]) -> list[Tensor]:
+def in_order(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Contiguous memory with the same elements in the same order, copied only if it has to be."""
     if all_plain(tensors):
         return tensors

@@ -10,8 +10,9 @@ contain the stream: on another stream nothing says that the copy is over.
 
 from __future__ import annotations
 
+import struct
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -58,6 +59,10 @@ class DeviceTables:
             self._captured.append(table)  # the graph keeps its address
         return table
 
+    def keep(self, *tables: Tensor | None) -> None:
+        """Keeps tables whose addresses a CUDA graph takes down."""
+        self._captured.extend(table for table in tables if table is not None)
+
     def clear(self) -> None:
         self._tables.clear()
 
@@ -87,10 +92,33 @@ def to_device(table: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def addresses(tensors: list[Tensor], device: torch.device) -> Tensor:
+def addresses(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """``[n]`` int64 on ``device``: where the tensors' first elements lie."""
-    pointers = tuple(map(Tensor.data_ptr, tensors))
+    return _address_table(tuple(map(Tensor.data_ptr, tensors)), device)
+
+
+def _address_table(pointers: tuple[int, ...], device: torch.device) -> Tensor:
     return device_tables.get(("addresses", pointers), device, lambda: torch.tensor(pointers, dtype=torch.int64))
+
+
+class Addresses:
+    """The address table of calls that repeat on one stream: uploaded when the addresses change."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pointers: tuple[int, ...] | bytes | None = None
+        self._table: Tensor | None = None
+
+    def of(self, tensors: Sequence[Tensor], numbers: bytes | None = None) -> Tensor:
+        """As :func:`addresses`. ``numbers`` begins with the addresses, where somebody knows them."""
+        pointers = tuple(map(Tensor.data_ptr, tensors)) if numbers is None else numbers[: 8 * len(tensors)]
+        if self._table is None or pointers != self._pointers or is_capturing(self._device):
+            if isinstance(pointers, bytes):
+                table = _address_table(struct.unpack(f"{len(tensors)}q", pointers), self._device)
+            else:
+                table = _address_table(pointers, self._device)
+            self._pointers, self._table = pointers, table
+        return self._table
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gac_kernels import SketchLayout
-from gac_kernels.triton import config, operations
+from gac_kernels import triton as operations
+from gac_kernels.triton import config
+from gac_kernels.triton import launch as starting
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _TYPES = {
@@ -43,7 +45,7 @@ def recorded_launches() -> dict[str, tuple]:
     seen = set()
     label = ""
 
-    def record(kernel, grid, device, *args, **constants):
+    def record(kernel, grid, device, *args, slot=None, **constants):
         signature, constexprs, attributes = {}, dict(constants), {}
         for position, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
             if isinstance(value, torch.Tensor):
@@ -59,8 +61,8 @@ def recorded_launches() -> dict[str, tuple]:
             seen.add(specialization)
             launches[kernel.__name__ + label] = (kernel, signature, constexprs, attributes)
 
-    operations.launch = record
-    operations.check_device = lambda device: None
+    starting.launch = record
+    starting.check_device = lambda device: None
     config.for_device = lambda device: GPU
     mu = torch.tensor(0.5)
     for dtype in DTYPES:

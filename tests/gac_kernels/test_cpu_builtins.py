@@ -16,7 +16,7 @@ from torch.func import vmap
 from torch.nn import Parameter
 from torch.testing._internal.two_tensor import TwoTensor
 
-from gac_kernels import cpu
+from gac_kernels import arguments, cpu
 from gac_kernels.cpu import builtins as cpu_builtins
 from gac_kernels.cpu import library as cpu_library
 from gac_kernels.cpu import operations
@@ -264,6 +264,30 @@ def test_function_modes_do_not_change_results(made):
         assert same(made["moments"](x), expected)
     with torch.device("meta"):
         assert same(made["moments"]([x]), expected)
+
+
+@pytest.mark.skipif(not EXPECTED, reason="this Python or torch has no builtins")
+def test_a_list_is_described_as_python_sees_it(monkeypatch):
+    describe = cpu_builtins.builtins_for(LIBRARY.quick, {cpu_builtins.DESCRIBE: lambda tensors: None})["describe"]
+    plain = [values(n, dtype=d, seed=n) for n in (0, 1, 7, 300) for d in arguments.KNOWN_DTYPES]
+    lists = [[], plain, plain[::4], [torch.nn.Parameter(values(3, 5)), values(2, 1, 4)], [values()]]
+    for tensors in lists:
+        numbers = memoryview(describe(tensors)).cast("q").tolist()
+        dtypes = [arguments.KNOWN_DTYPES.index(t.dtype) for t in tensors]
+        assert numbers[0] == (dtypes[0] if len(set(dtypes)) == 1 else -1)
+        assert numbers[1:] == [*map(torch.Tensor.data_ptr, tensors), *map(torch.Tensor.numel, tensors), *dtypes]
+        found = []
+        for function in (describe, lambda tensors: None):
+            monkeypatch.setattr(arguments, "describe", function)
+            listed = arguments.described(tensors, "tensors")
+            found.append((*map(id, listed.tensors), listed.dtypes, listed.plain, listed.numels()))
+        assert found[0] == found[1]
+    negated = torch.zeros(1, dtype=torch.complex64).conj().imag
+    others = (values(6, 4).t(), values(9).to_sparse(), values(3).to(torch.float8_e4m3fn), torch.arange(3), negated)
+    for other in (*others, values(3).to("meta"), 3, torch.ones(3).as_subclass(type("Mine", (torch.Tensor,), {}))):
+        assert describe([plain[3], other]) is None
+    for whole in (plain[3], tuple(plain), iter(plain), None):
+        assert describe(whole) is None
 
 
 def test_they_stand_in_their_places_or_nobody_does(monkeypatch):

@@ -26,9 +26,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gac_kernels import cpu, reference
+from gac_kernels import triton as operations
 from gac_kernels.layout import SketchLayout
 from gac_kernels.strides import overlaps_itself
-from gac_kernels.triton import config, kernels, launch, operations, readable, tables
+from gac_kernels.triton import config, kernels, launch, readable, tables
 from tests.gac_kernels.accumulation import (
     Errors,
     accumulate_cases,
@@ -539,13 +540,13 @@ def test_three_hundred_tensors_at_once():
 def launches(monkeypatch):
     """Names of the kernels started."""
     names = []
-    real = operations.launch
+    real = launch.launch
 
     def counted(kernel, grid, *args, **constants):
         names.append(kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__)
         real(kernel, grid, *args, **constants)
 
-    monkeypatch.setattr(operations, "launch", counted)
+    monkeypatch.setattr(launch, "launch", counted)
     return names
 
 

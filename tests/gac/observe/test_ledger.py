@@ -167,15 +167,15 @@ import math, sys
 import torch
 import gac.observe.ledger, gac.observe.observer, gac.observe.pending
 from gac.statistics import Branch
-from gac_kernels.triton import operations
+from gac_kernels.triton import launch as starting
 
 count = 0
-launch = operations.launch
+launch = starting.launch
 def counted(*args, **constants):
     global count
     count += 1
     launch(*args, **constants)
-operations.launch = counted
+starting.launch = counted
 
 BUCKET = gac.observe.pending.BUCKET_BYTES = gac.observe.pending.RUNNING_BUCKET_BYTES = 8192
 gac.observe.ledger.SMALLEST_SKETCH = 2048

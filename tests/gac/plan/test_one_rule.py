@@ -95,12 +95,12 @@ def test_the_size_of_a_sketch_is_one(monkeypatch):
 def test_the_rows_of_a_chunk_are_one(fewest, monkeypatch):
     """The kernel's own workspace holds as many lanes as the plan says."""
     triton = pytest.importorskip("gac_kernels.triton")
-    from gac_kernels.triton import operations
+    from gac_kernels.triton import launch as starting
 
     monkeypatch.setattr("gac_kernels.layout.SKETCH_CHUNK_ROWS", (fewest, fewest))
     launched = []
-    monkeypatch.setattr(operations, "launch", lambda kernel, grid, device, *args, **constants: launched.append(args))
-    monkeypatch.setattr(operations, "check_device", lambda device: None)
+    monkeypatch.setattr(starting, "launch", lambda kernel, grid, device, *args, **constants: launched.append(args))
+    monkeypatch.setattr(starting, "check_device", lambda device: None)
     x = torch.zeros(300_000)
     layout = SketchLayout.per_tensor([x.numel()], size=4096)
     triton.sketch([x], torch.zeros(layout.size), layout=layout)

@@ -92,11 +92,11 @@ def test_calls_of_a_real_model_in_the_order_of_its_backward_pass(name, recorded)
 def test_launches_are_those_of_the_triton_kernels(estimator, monkeypatch):
     """Every kernel starts in one place, where it is counted instead of run."""
     triton = pytest.importorskip("gac_kernels.triton")
-    from gac_kernels.triton import operations
+    from gac_kernels.triton import launch as starting
 
     launched = []
-    monkeypatch.setattr(operations, "launch", lambda kernel, grid, device, *args, **constants: launched.append(kernel))
-    monkeypatch.setattr(operations, "check_device", lambda device: None)
+    monkeypatch.setattr(starting, "launch", lambda kernel, grid, device, *args, **constants: launched.append(kernel))
+    monkeypatch.setattr(starting, "check_device", lambda device: None)
     for operation in ("sketch", "accumulate_", "absorb_"):
         monkeypatch.setattr(gac.observe.ledger, operation, getattr(triton, operation))
     model = Listed([(40, 30), (7,), (2000, 100)])

@@ -1,0 +1,140 @@
+"""``sketch`` on GPUs: a call looks its plan up, compares addresses with the last ones, and starts two kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gac_kernels import layout as layouts
+from gac_kernels.calls import SketchCall, sketch_call, takes
+from gac_kernels.triton import config, kernels, launch
+from gac_kernels.triton.grouping import (
+    Plan,
+    Plans,
+    Readable,
+    accumulator,
+    chunk_table,
+    ends,
+    indexed,
+    readable,
+    reordered,
+    row_count,
+    row_ranges,
+)
+from gac_kernels.triton.launch import interpreted, kind, scalar_arguments, split
+from gac_kernels.triton.readable import ELEMENTS
+from gac_kernels.triton.tables import current_stream, device_tables, sketch_chunks
+
+_FINISH_SLOTS = 8
+_REDUCE_BLOCK = 2048
+
+
+@takes(sketch_call)
+def sketch(call: SketchCall) -> Tensor:
+    """See :func:`gac_kernels.sketch`. Buckets and squares are added in float32 within a chunk.
+
+    So are weights, in float64 where a tensor or its second moment is. The moments have the value range of
+    :func:`moments`. A bucket overflows where a partial sum of at most 256 of its elements (before ``scale``) exceeds
+    float32's range.
+    """
+    out = call.out
+    device = indexed(out.device)
+    launch.check_device(device)
+    tensors = readable(call.listed)
+    seconds = None if call.second_list is None else readable(call.second_list)
+    dtypes = tensors[1], None if seconds is None else seconds[1], out.dtype
+    options = call.into is None, call.accumulate, call.per_tensor, call.tail
+    key = (call.places, call.numels, dtypes, options, device, current_stream(device), layouts.SKETCH_CHUNK_ROWS)
+    return plans.get(key, lambda: SketchPlan(call, *dtypes[:2], device)).run(call, tensors, seconds)
+
+
+class SketchPlan(Plan):
+    """Chunks of a sketch, their tables and the kernels' constants, for calls like ``call``."""
+
+    def __init__(self, call: SketchCall, dtypes: object, second_dtypes: object, device: torch.device) -> None:
+        super().__init__(len(call.numels), dtypes, second_dtypes, device)
+        layout, setup = call.layout, config.for_device(device)
+        numels, regions, starts = (
+            tuple(reordered(x, self.order)) for x in (call.numels, call.places.regions, call.places.starts)
+        )
+        rows = layouts.sketch_chunk_rows(row_count(numels, layout.lanes), layout.lanes)
+        self.chunks = sketch_chunks(numels, self.sizes, layout, regions, starts, rows, call.accumulate, call.tail)
+        self.lanes = layout.lanes
+        words = min(-(-self.lanes // 32), config.COLUMN_BLOCK // 32)
+        words = 1 << (words - 1).bit_length()
+        self.blocks = -(-self.lanes // (words * 32))
+        unroll = max(1, setup.pair_unroll // (2 if self.wide else 1)) if self.weighted else setup.unroll
+        self.constants = [
+            {
+                "ELEMENT": ELEMENTS[pair[0]],
+                "SECOND": ELEMENTS[pair[1]] if self.weighted else None,
+                "ACC": accumulator(*pair),
+                "LANES": self.lanes,
+                "WORDS": words,
+                "UNROLL": unroll,
+                "BITWISE_BF16": interpreted(),
+            }
+            for pair, _ in self.groups
+        ]
+        self.finish_constants = {
+            "LANES": self.lanes,
+            "WIDTH": setup.finish_width,
+            "SLOTS": _FINISH_SLOTS,
+            "ACCUMULATE": call.accumulate,
+            "ADD": call.into is not None,
+            "BLOCK": _REDUCE_BLOCK,
+        }
+        self.table = chunk_table(self.chunks, device) if self.chunks.count else None
+        self.slabs = device_tables.get(("slabs", self.chunks), device, lambda: self.chunks.slabs)
+        self.ranges, self.moment_rows = row_ranges(self.chunks, self.order, self.blocks, call.per_tensor, device)
+        self.finish_programs = self.moment_rows + len(self.chunks.slabs) * -(-self.lanes // setup.finish_width)
+
+    def run(self, call: SketchCall, tensors: Readable, seconds: Readable | None) -> Tensor:
+        """Makes the call."""
+        device, count, into = self.device, self.chunks.count, call.into
+        self.keep(self.table, self.slabs, self.ranges)
+        acc = torch.float64 if self.wide else torch.float32
+        lane_partials = torch.empty(count, self.lanes, dtype=acc, device=device)
+        partials = torch.empty(2, count * self.blocks, dtype=torch.float64, device=device)
+        if count:
+            where, second_where = self.where(tensors, seconds)
+            eps = split(call.eps) if self.weighted else (None, None)
+            for (first, chunks), constants, slot in zip(ends(self.chunks), self.constants, self.slots, strict=True):
+                launch.launch(
+                    kernels.sketch_kernel,
+                    (chunks, self.blocks),
+                    device,
+                    where,
+                    second_where,
+                    self.table,
+                    first,
+                    lane_partials,
+                    partials,
+                    count * self.blocks,
+                    *eps,
+                    slot=slot,
+                    **constants,
+                )
+        result = torch.empty(self.moment_rows, 2, dtype=torch.float64, device=device) if into is None else into
+        launch.launch(
+            kernels.sketch_finish_kernel,
+            (self.finish_programs,),
+            device,
+            lane_partials,
+            self.slabs,
+            call.out,
+            *scalar_arguments(call.scale),
+            partials,
+            count * self.blocks,
+            self.ranges,
+            result,
+            self.moment_rows,
+            slot=self.slots_of((kind(call.out), kind(call.scale), kind(into)))[-1],
+            **self.finish_constants,
+        )
+        if into is not None:
+            return into
+        return result if call.per_tensor else result[0]
+
+
+plans: Plans[SketchPlan] = Plans()

@@ -1,0 +1,168 @@
+"""Launches without a GPU: kernels are compiled for one, and a driver that starts nothing records what it was given.
+
+Run as a program (``python stub_driver.py``): it makes calls again and again, and prints as JSON, for each, the launches
+that went through Triton's own interface and those that reached the driver. ``--unprepared`` pretends that this version
+of Triton is not known. ``--time`` measures the host time of calls instead, in microseconds: least and median.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from statistics import median
+from time import perf_counter
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from gac_kernels import SketchLayout, cpu
+from gac_kernels import triton as operations
+from gac_kernels.triton import config, kernels
+from gac_kernels.triton import launch as starting
+
+reached: list[tuple] = []
+ordinary: list[str] = []
+
+
+class Utils:
+    def load_binary(self, name, *rest):
+        return name, f"function of {name}", 32, 0, 1024
+
+    def unload_module(self, module):
+        pass
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
+
+
+class Launcher:
+    """Takes the place of what calls the CUDA driver."""
+
+    def __init__(self, source, metadata):
+        self.name = metadata.name
+
+    def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
+        numbers = [a.data_ptr() if isinstance(a, torch.Tensor) else str(a) for a in args]
+        reached.append((self.name, [x, y, z], stream, function, numbers))
+
+
+class Driver:
+    utils = Utils()
+    launcher_cls = Launcher
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def set_current_device(self, device):
+        pass
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_device_interface(self):
+        return torch.cuda
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def is_active(self):
+        return True
+
+    def map_python_to_cpp_type(self, name):
+        return name
+
+
+def observed(call) -> dict:
+    """What one call launched."""
+    reached.clear()
+    ordinary.clear()
+    call()
+    return {"reached": list(reached), "ordinary": list(ordinary)}
+
+
+def watch(kernel) -> None:
+    """Notes the launches that go through Triton's own interface."""
+    run = kernel.run
+
+    def noted(*args, **options):
+        ordinary.append(kernel.__name__)
+        return run(*args, **options)
+
+    kernel.run = noted
+
+
+def times() -> dict[str, tuple[float, float]]:
+    """Of calls on lists of 1, 38, 100 and 300 tensors."""
+    found = {}
+    Launcher.__call__ = lambda *args: None
+    for count in (1, 38, 100, 300):
+        gradients = [torch.zeros(64, dtype=torch.bfloat16) for _ in range(count)]
+        options = {"regions": list(range(count)), "into": torch.zeros(2, dtype=torch.float64)}
+        for name, size in (("sketch", 65536), ("accumulate_", None)):
+            layout = SketchLayout.per_tensor([64] * count, size=size)
+            out, call = torch.zeros(layout.size), getattr(operations, name)
+            measured = []
+            for _ in range(40):
+                start = perf_counter()
+                for _ in range(50):
+                    call(gradients, out, layout=layout, **options)
+                measured.append((perf_counter() - start) / 50 * 1e6)
+            found[f"{name} of {count}"] = (round(min(measured), 1), round(median(measured), 1))
+    return found
+
+
+def main() -> dict:
+    driver.set_active(Driver())
+    starting.check_device = lambda device: None
+    gpu = config.for_device(torch.device("cuda"))
+    config.for_device = lambda device: gpu
+    if "--time" in sys.argv:
+        cpu.available()
+        return times()
+    for name in ("sketch_kernel", "sketch_finish_kernel", "accumulate_kernel", "reduce_kernel", "absorb_kernel"):
+        watch(getattr(kernels, name))
+    if "--unprepared" in sys.argv:
+        starting.PREPARED_VERSIONS = ((99, 0), (99, 9))
+        starting._KNOBS = starting._runtime_knobs()
+    cpu.available()  # its pass over lists
+    numels = (3000, 70, 1025)
+    gradients = [torch.zeros(n, dtype=torch.bfloat16) for n in numels]
+    layout = SketchLayout(numels, 2)
+    out, room = torch.zeros(layout.size), torch.zeros(layout.size + 1)
+    into, total = torch.zeros(2, dtype=torch.float64), torch.zeros(sum(numels))
+    mu, scales = torch.tensor(0.5), torch.zeros(8)
+    cells = torch.zeros(-(-layout.size // 1024), dtype=torch.float64)
+
+    def sketched(tensors=gradients, to=out, **options):
+        return lambda: operations.sketch(tensors, to, layout=layout, into=into, **options)
+
+    accumulated = lambda: operations.accumulate_(gradients, total, scale=mu, into=into)
+    absorbed = lambda: operations.absorb_(out, None, room[:-1], mu, into=cells)
+    found = {}
+    for name, call in (("sketch", sketched(scale=mu)), ("accumulate_", accumulated), ("absorb_", absorbed)):
+        found[name] = [observed(call) for _ in range(3)]
+    moved = [t.clone() for t in gradients]
+    found["moved"] = [observed(sketched(moved, scale=mu)) for _ in range(2)]
+    found["other scale"] = [observed(sketched(scale=scales[0])), observed(sketched(scale=scales[4]))]
+    found["unaligned scale"] = [observed(sketched(scale=scales[1])) for _ in range(2)]
+    found["unaligned out"] = [observed(sketched(to=room[1:], scale=mu)) for _ in range(2)]
+    found["number"] = [observed(sketched(scale=s)) for s in (0.25, 0.75)]
+    found["two dtypes"] = [observed(sketched([gradients[0], gradients[1].float(), gradients[2]])) for _ in range(2)]
+    seen: list[int] = []
+    hook = getattr(getattr(triton, "knobs", None), "runtime", None)
+    if hook is not None:
+        add = lambda metadata: seen.append(1)
+        hook.launch_enter_hook.add(add)
+        found["watched"] = [observed(sketched(scale=mu))]
+        hook.launch_enter_hook.remove(add)
+        found["no longer watched"] = [observed(sketched(scale=mu))]
+    return found
+
+
+if __name__ == "__main__":
+    json.dump(main(), sys.stdout)
