@@ -53,13 +53,18 @@ GAC_API int gac_mix(const int64_t* a, const int64_t* b, int64_t n, int form, dou
 GAC_API int gac_mix_one(void* a, const void* b, int64_t packed, double mu, double* out);
 
 // The linear map of gac_kernels/layout.py. pieces is a table of n columns: region's first bucket, region's first sign
-// index, elements of the region, start of the piece within the region.
+// index, elements of the region, start of the piece within the region, region's first cell.
+//
+// With total, each tensor fills its region, each another, and out is a float32 vector of what buckets held before: with
+// delta = scale * (float32 sum - out), total += delta and out <- the sum. The squares of delta over each 128 lanes of a
+// slab are added to moments + 2, from the region's first cell on. per_tensor is then 0.
 struct gac_sketch_map {
   int64_t lanes;
   int64_t rows_per_slab;
   uint64_t seed;  // low 32 bits count
   double scale;
   void* out;
+  float* total;        // or null
   int64_t out_size;    // elements of out
   int64_t used;        // elements of out that the layout covers; the rest is zeroed when overwriting
   int32_t out_double;  // 0: float32, 1: float64

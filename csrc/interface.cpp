@@ -65,8 +65,8 @@ std::string format(const Fields&...) {
 
 // These do not compile when a field comes or goes.
 std::string format_of(const gac_sketch_map& map) {
-  const auto& [a, b, c, d, e, f, g, h, i, j, k] = map;
-  return format(a, b, c, d, e, f, g, h, i, j, k);
+  const auto& [a, b, c, d, e, f, g, h, i, j, k, l] = map;
+  return format(a, b, c, d, e, f, g, h, i, j, k, l);
 }
 std::string format_of(const gac_sum& sum) {
   const auto& [a, b, c, d, e, f, g] = sum;
@@ -108,6 +108,7 @@ std::string interface() {
   text += "\ndtypes:";
   for (const char* dtype : dtypes) text += std::string(" ") + dtype;
   GAC_LINE("elements of a sum of absorb_", std::to_string(kAbsorbCell))
+  GAC_LINE("lanes of a sum of absorb_sketch_", std::to_string(kCellLanes))
 #undef GAC_FUNCTION
 #undef GAC_LINE
   return text;

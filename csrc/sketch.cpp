@@ -63,6 +63,7 @@ struct Sketch {
   const int64_t* pieces;
   const gac_sketch_map& map;
   const Weights* weights;  // null: elements count as they are
+  double* cells;           // squares of what totals gain, where there are such
   int64_t n = tensors.size();
   int64_t slab = map.lanes * map.rows_per_slab;
   bool split = map.rows_per_slab > kSplitRows;
@@ -78,6 +79,10 @@ struct Sketch {
   int64_t index_offset(int64_t k) const { return pieces[n + k]; }
   int64_t region_numel(int64_t k) const { return pieces[2 * n + k]; }
   int64_t start(int64_t k) const { return pieces[3 * n + k]; }
+  // Cells of the slab that position j opens.
+  double* cells_of(int64_t k, int64_t j) const {
+    return cells ? cells + pieces[4 * n + k] + j / slab * ceil_div(map.lanes, kCellLanes) : nullptr;
+  }
 
   int64_t unit_of(int64_t j) const {
     if (!split) return j / (slab * unit_slabs);
@@ -110,7 +115,7 @@ struct Sketch {
   void combine(int64_t begin, int64_t end);
   void fill_gaps();
   template <class S>
-  void write(int64_t bucket, int64_t count, const S* lanes) const;
+  void write(int64_t k, int64_t at, int64_t count, const S* lanes) const;
   void write_zero(int64_t begin, int64_t end) const;
 };
 
@@ -202,9 +207,19 @@ void Sketch::check(int64_t number) {
   nonfinite[number] = sums[1];
 }
 
+// Writes the buckets of the slab that position `at` of region k opens, or has totals gain what they gained.
 template <class S>
-void Sketch::write(int64_t bucket, int64_t count, const S* lanes) const {
-  if (map.out_double) {
+void Sketch::write(int64_t k, int64_t at, int64_t count, const S* lanes) const {
+  const int64_t bucket = bucket_of(k, at);
+  if (map.total) {
+    double* cell = cells_of(k, at);
+    float now[kCellLanes];
+    for (int64_t i = 0; i < count; i += kCellLanes) {
+      const int64_t m = std::min(kCellLanes, count - i);
+      for (int64_t j = 0; j < m; ++j) now[j] = static_cast<float>(lanes[i + j]);
+      *cell++ += kernels().absorb(now, static_cast<float*>(map.out) + bucket + i, map.total + bucket + i, m, map.scale);
+    }
+  } else if (map.out_double) {
     double* out = static_cast<double*>(map.out) + bucket;
     for (int64_t i = 0; i < count; ++i) out[i] = (map.accumulate ? out[i] : 0.0) + map.scale * lanes[i];
   } else {
@@ -240,7 +255,7 @@ void Sketch::run_unit(const Unit& unit, const Unit& next) {
     std::fill(lanes.data, lanes.data + map.lanes, A(0));
     for (int64_t s = first; s < next.first && segments[s].start < stop; ++s) add(segments[s], at, stop, lanes.data, s);
     if (!split) {
-      write(bucket_of(k, at), count, lanes.data);
+      write(k, at, count, lanes.data);
     } else {
       double* partial = &partials[unit.part * map.lanes];
       for (int64_t i = 0; i < map.lanes; ++i) partial[i] += lanes.data[i];
@@ -257,7 +272,7 @@ void Sketch::combine(int64_t begin, int64_t end) {
     for (int64_t i = 0; i < map.lanes; ++i) sum[i] += more[i];
   }
   const int64_t k = units[begin].region, at = unit_begin(units[begin].number) / slab * slab;
-  write(bucket_of(k, at), std::min(map.lanes, region_numel(k) - at), sum);
+  write(k, at, std::min(map.lanes, region_numel(k) - at), sum);
 }
 
 // Zeroes the buckets of the named regions that no unit writes, and those beyond the layout.
@@ -285,7 +300,7 @@ void Sketch::fill_gaps() {
 
 void run(const Table& tensors, const int64_t* pieces, const gac_sketch_map& map, const Weights* weights,
          double* moments, int threads) {
-  Sketch work{tensors, pieces, map, weights};
+  Sketch work{tensors, pieces, map, weights, map.total ? moments + 2 : nullptr};
   work.plan();
   bool wide = map.out_double != 0;
   for (int64_t k = 0; k < work.n; ++k)
@@ -307,7 +322,7 @@ void run(const Table& tensors, const int64_t* pieces, const gac_sketch_map& map,
     auto finish = [&](int64_t s) { work.combine(slabs[s], slabs[s + 1]); };
     parallel_for(threads, static_cast<int64_t>(slabs.size()) - 1, finish);
   }
-  if (!map.accumulate) work.fill_gaps();
+  if (!map.accumulate && !map.total) work.fill_gaps();
   // A tensor's segments are in order of position.
   std::vector<double> sums(2 * work.n);
   for (size_t s = 0; s < work.segments.size(); ++s) {

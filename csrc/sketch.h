@@ -7,6 +7,7 @@
 namespace gac {
 
 constexpr int64_t kAbsorbCell = 1024;  // elements of one sum of absorb
+constexpr int64_t kCellLanes = 128;    // lanes of one sum where a sketch is absorbed
 
 // Each as gac_cpu.h says of the function of the same name.
 void sketch(const Table& tensors, const int64_t* pieces, const gac_sketch_map& map, double* moments, int threads);

@@ -7,11 +7,22 @@ and returns, :mod:`gac_kernels.reference` for the formulas.
 
 from gac_kernels import library, reference
 from gac_kernels.layout import SketchLayout
-from gac_kernels.ops import absorb_, accumulate_, backend_status, mix_, moments, pair_moments, sketch, token_moments
+from gac_kernels.ops import (
+    absorb_,
+    absorb_sketch_,
+    accumulate_,
+    backend_status,
+    mix_,
+    moments,
+    pair_moments,
+    sketch,
+    token_moments,
+)
 
 __all__ = [
     "SketchLayout",
     "absorb_",
+    "absorb_sketch_",
     "accumulate_",
     "backend_status",
     "library",

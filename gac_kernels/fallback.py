@@ -22,9 +22,9 @@ from gac_kernels.calls import SketchCall, sketch_call, takes
 from gac_kernels.layout import SIGN_BITS, SketchLayout
 from gac_kernels.reference import absorb_, token_moments
 from gac_kernels.strides import flat_views
-from gac_kernels.totals import AccumulateCall, accumulate_call
+from gac_kernels.totals import AbsorbSketchCall, AccumulateCall, absorb_sketch_call, accumulate_call
 
-__all__ = ["absorb_", "accumulate_", "mix_", "moments", "pair_moments", "sketch", "token_moments"]
+__all__ = ["absorb_", "absorb_sketch_", "accumulate_", "mix_", "moments", "pair_moments", "sketch", "token_moments"]
 
 _BLOCK = 1 << 16
 """Elements of a block: two of them in float32 fit the second cache. Of 32 M pairs on two cores, medians of one run:
@@ -199,6 +199,12 @@ def sketch(call: SketchCall) -> Tensor:
 
 def _weighted(x: Tensor, v: Tensor, eps: float) -> Tensor:
     return x / (v.sqrt() + eps).masked_fill(v == 0, math.inf)
+
+
+@takes(absorb_sketch_call)
+def absorb_sketch_(call: AbsorbSketchCall) -> Tensor:
+    """Takes the newest contribution out of running sums; see :func:`gac_kernels.absorb_sketch_`."""
+    return reference.absorbed(call, sketch.run)
 
 
 @takes(accumulate_call)

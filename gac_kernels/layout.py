@@ -29,6 +29,9 @@ SKETCH_CHUNKS = 4096
 SIGN_BITS = 32
 """Signs that one hash serves."""
 
+CELL_LANES = 128
+"""Lanes of one sum of squares of ``absorb_sketch_``."""
+
 _MASK32 = 0xFFFFFFFF
 _GOLDEN32 = 0x9E3779B9
 
@@ -141,6 +144,24 @@ class SketchLayout:
     def size(self) -> int:
         """Buckets in all: the number of elements of ``out``."""
         return sum(self.region_size(n) for n in self.numels)
+
+    @property
+    def cells_of_slab(self) -> int:
+        """Sums of squares that ``absorb_sketch_`` makes of a slab."""
+        return _ceil_div(self.lanes, CELL_LANES)
+
+    @cached_property
+    def cell_offsets(self) -> tuple[int, ...]:
+        """First cell of each region, and their number in all."""
+        offsets = [0]
+        for numel in self.numels:
+            offsets.append(offsets[-1] + _ceil_div(self.region_size(numel), self.lanes) * self.cells_of_slab)
+        return tuple(offsets)
+
+    @property
+    def cells(self) -> int:
+        """Sums of squares that ``absorb_sketch_`` makes in all."""
+        return self.cell_offsets[-1]
 
     @property
     def lossless(self) -> bool:

@@ -16,7 +16,7 @@ from gac_kernels.arguments import accumulator_dtype
 from gac_kernels.backends import implementation, runner
 from gac_kernels.calls import sketch_call, token_call
 from gac_kernels.layout import LANES, SketchLayout
-from gac_kernels.totals import absorb_call, accumulate_call
+from gac_kernels.totals import absorb_call, absorb_sketch_call, accumulate_call
 
 _library = torch.library.Library("gac_kernels", "DEF")
 
@@ -201,3 +201,39 @@ def _run_absorb(current: Tensor, previous: Any, total: Tensor, into: Any, scale:
     """Runs what the two schemas describe."""
     call = absorb_call(current, previous, total, factor if scale is None else scale, into=into)
     return runner("absorb_", current.device.type)(call)
+
+
+_ABSORBED = (
+    "int[] numels, int rows_per_slab, int lanes, int[]? regions, int seed, Tensor? scale, float factor, "
+    "Tensor[]? second_moments, float eps"
+)
+
+
+def _fake_absorb_sketch(tensors: Any, previous: Tensor, total: Tensor, *arguments: Any) -> Tensor:
+    numels, rows_per_slab, lanes, *_ = arguments
+    return _sums([previous], 1, False).new_empty(2 + SketchLayout(tuple(numels), rows_per_slab, 0, lanes).cells)
+
+
+@_operator(
+    f"absorb_sketch_(Tensor[] tensors, Tensor(a!) previous, Tensor(b!) total, {_ABSORBED}) -> Tensor",
+    _fake_absorb_sketch,
+)
+def _absorb_sketch_(tensors: Any, previous: Tensor, total: Tensor, *arguments: Any) -> Tensor:
+    return _run_absorb_sketch(tensors, previous, total, None, *arguments)
+
+
+@_operator(
+    f"absorb_sketch_into_(Tensor[] tensors, Tensor(a!) previous, Tensor(b!) total, Tensor(c!) into, {_ABSORBED}) -> ()",
+    lambda *arguments: None,
+)
+def _absorb_sketch_into_(tensors: Any, previous: Tensor, total: Tensor, into: Tensor, *arguments: Any) -> None:
+    _run_absorb_sketch(tensors, previous, total, into, *arguments)
+
+
+def _run_absorb_sketch(tensors: Any, previous: Tensor, total: Tensor, into: Any, *arguments: Any) -> Tensor:
+    """Runs what the two schemas describe."""
+    numels, rows_per_slab, lanes, regions, seed, scale, factor, second_moments, eps = arguments
+    layout = SketchLayout(tuple(numels), rows_per_slab, seed, lanes)
+    options = {"layout": layout, "regions": regions, "into": into, "second_moments": second_moments, "eps": eps}
+    call = absorb_sketch_call(tensors, previous, total, factor if scale is None else scale, **options)
+    return runner("absorb_sketch_", previous.device.type)(call)

@@ -19,9 +19,19 @@ from gac_kernels.backends import implementation, runner
 from gac_kernels.backends import status as backend_status
 from gac_kernels.calls import sketch_call, token_call
 from gac_kernels.layout import SketchLayout
-from gac_kernels.totals import absorb_call, accumulate_call
+from gac_kernels.totals import absorb_call, absorb_sketch_call, accumulate_call
 
-__all__ = ["absorb_", "accumulate_", "backend_status", "mix_", "moments", "pair_moments", "sketch", "token_moments"]
+__all__ = [
+    "absorb_",
+    "absorb_sketch_",
+    "accumulate_",
+    "backend_status",
+    "mix_",
+    "moments",
+    "pair_moments",
+    "sketch",
+    "token_moments",
+]
 
 
 @functools.cache
@@ -320,3 +330,52 @@ def absorb_(
         return into
     call = absorb_call(current, previous, total, scale, into=into)
     return runner("absorb_", current.device.type)(call)
+
+
+def absorb_sketch_(
+    tensors: Any,
+    previous: Tensor,
+    total: Tensor,
+    scale: Tensor | float,
+    *,
+    layout: SketchLayout,
+    regions: Any = None,
+    into: Tensor | None = None,
+    second_moments: Any = None,
+    eps: float = 1e-8,
+) -> Tensor:
+    """:func:`sketch` of running sums, and :func:`absorb_` of what they have gained, in one.
+
+    With ``now`` the tensors' sketch in float32 and ``delta = scale * (now - previous)``, in the regions named:
+    ``total += delta``, then ``previous <- now``. Other regions stay.
+
+    Args:
+        tensors: a tensor or a list of tensors that fill their regions; as for :func:`sketch`.
+        previous: ``[layout.size]`` float32, contiguous: the sketch of the running sums at the last call.
+        total: ``[layout.size]`` float32, contiguous. It must not overlap ``previous``.
+        scale: a number, or a 0-dim tensor that is read on the device.
+        layout: where elements go.
+        regions: the region of each tensor (default: tensor ``k`` fills region ``k``), each another.
+        into: what to add the sums to, of their shape, dtype and device, contiguous; None for a new tensor.
+        second_moments, eps: as for :func:`sketch`.
+
+    Returns:
+        ``[2 + layout.cells]``: moments of the (weighted) tensors, as :func:`sketch` gives them, and the sum of squares
+        of ``delta`` over each 128 lanes of each slab of the layout (0 where no region was named); float64 (float32
+        where the device has no float64). ``into`` itself where it is given.
+
+    Raises:
+        TypeError, ValueError: with the argument's name, what it was and what is needed.
+    """
+    if _traced():
+        numels, listed = list(layout.numels), None if regions is None else list(regions)
+        seconds = None if second_moments is None else _listed(second_moments)
+        rest = (numels, layout.rows_per_slab, layout.lanes, listed, layout.seed & 0xFFFFFFFF)
+        rest = (*rest, *library.scalar_parts(scale), seconds, eps)
+        if into is None:
+            return torch.ops.gac_kernels.absorb_sketch_(_listed(tensors), previous, total, *rest)
+        torch.ops.gac_kernels.absorb_sketch_into_(_listed(tensors), previous, total, into, *rest)
+        return into
+    options = {"layout": layout, "regions": regions, "into": into, "second_moments": second_moments, "eps": eps}
+    call = absorb_sketch_call(tensors, previous, total, scale, **options)
+    return runner("absorb_sketch_", previous.device.type)(call)

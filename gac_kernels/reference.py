@@ -8,6 +8,7 @@ written to be read, not to be fast, and it makes float64 copies of its input.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import einops
@@ -16,10 +17,27 @@ from torch import Tensor
 
 from gac_kernels.arguments import accumulator_dtype, check_pair, check_scalar, tensor_list
 from gac_kernels.calls import SketchCall, TokenCall, sketch_call, takes, token_call
-from gac_kernels.layout import LANES, SIGN_BITS, SketchLayout, sign_key
-from gac_kernels.totals import AbsorbCall, AccumulateCall, absorb_call, accumulate_call
+from gac_kernels.layout import CELL_LANES, LANES, SIGN_BITS, SketchLayout, sign_key
+from gac_kernels.totals import (
+    AbsorbCall,
+    AbsorbSketchCall,
+    AccumulateCall,
+    absorb_call,
+    absorb_sketch_call,
+    accumulate_call,
+)
 
-__all__ = ["absorb_", "accumulate_", "mix_", "moments", "pair_moments", "signs", "sketch", "token_moments"]
+__all__ = [
+    "absorb_",
+    "absorb_sketch_",
+    "accumulate_",
+    "mix_",
+    "moments",
+    "pair_moments",
+    "signs",
+    "sketch",
+    "token_moments",
+]
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -172,3 +190,30 @@ def absorb_(call: AbsorbCall) -> Tensor:
         previous.copy_(current)
     padded = torch.nn.functional.pad(delta.square(), (0, call.cells * LANES - delta.numel()))
     return _added(einops.reduce(padded, "(cell lane) -> cell", "sum", lane=LANES), call.into)
+
+
+@takes(absorb_sketch_call)
+def absorb_sketch_(call: AbsorbSketchCall) -> Tensor:
+    """Takes the newest contribution out of running sums; see :func:`gac_kernels.absorb_sketch_`."""
+    return absorbed(call, sketch.run)
+
+
+def absorbed(call: AbsorbSketchCall, run: Callable[[SketchCall], Tensor]) -> Tensor:
+    """``absorb_sketch_`` by a backend's ``sketch``: slab by slab."""
+    layout, previous, total = call.sketched.layout, call.previous.detach(), call.total.detach()
+    current = torch.zeros_like(previous)
+    dtype = accumulator_dtype(current.device)
+    sums = torch.zeros(2 + layout.cells, dtype=dtype, device=current.device)
+    sums[:2] = run(call.sketched._replace(out=current))
+    for region in call.sketched.places.regions:
+        begin, size = layout.bucket_offsets[region], layout.region_size(layout.numels[region])
+        here = slice(begin, begin + size)
+        delta = _number(call.scale, sums) * (current[here].to(dtype) - previous[here].to(dtype))
+        total[here] = (total[here].to(dtype) + delta).to(torch.float32)
+        previous[here] = current[here]
+        first = 2 + layout.cell_offsets[region]
+        for slab in delta.square().split(layout.lanes):
+            parts = torch.stack([part.sum() for part in slab.split(CELL_LANES)])
+            sums[first : first + len(parts)] = parts
+            first += layout.cells_of_slab
+    return _added(sums, call.into)

@@ -1,4 +1,7 @@
-"""Checked calls of the operations that add to totals: ``accumulate_`` and ``absorb_``; see :mod:`gac_kernels.calls`."""
+"""Checked calls of the operations that add to totals: ``accumulate_``, ``absorb_``, ``absorb_sketch_``.
+
+See :mod:`gac_kernels.calls`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gac_kernels.arguments import TensorList, check_into, check_scalar, check_second_moments, described
-from gac_kernels.calls import Places, name_the_long_one, numbers, places_of
+from gac_kernels.calls import Places, SketchCall, name_the_long_one, numbers, places_of, sketch_call
 from gac_kernels.layout import LANES, SketchLayout
 
 
@@ -190,3 +193,50 @@ def _name_the_wrong_vector(named: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} has {value.numel()} elements, {first} {like.numel()}: they must be equal")
         if value.device != like.device:
             raise ValueError(f"{name} is on {value.device}, {first} on {like.device}: they must be on one device")
+
+
+class AbsorbSketchCall(NamedTuple):
+    """A checked call of ``absorb_sketch_``.
+
+    Attributes:
+        sketched: what is sketched, and where it goes: tensors that fill their regions, each another. Its ``out`` is
+            ``previous``.
+        previous, total: contiguous ``[layout.size]`` float32.
+        scale: a number or a 0-dim tensor on the device.
+        into: ``[2 + layout.cells]``, what the sums are added to; None for a new tensor.
+    """
+
+    sketched: SketchCall
+    previous: Tensor
+    total: Tensor
+    scale: Tensor | float
+    into: Tensor | None
+
+
+def absorb_sketch_call(
+    tensors: Any,
+    previous: Tensor,
+    total: Tensor,
+    scale: Tensor | float,
+    *,
+    layout: SketchLayout,
+    regions: Any = None,
+    into: Tensor | None = None,
+    second_moments: Any = None,
+    eps: float = 1e-8,
+) -> AbsorbSketchCall:
+    """Checks the arguments of :func:`gac_kernels.absorb_sketch_`. Raises its errors."""
+    named = {"previous": previous, "total": total}
+    if not all(_is_float_vector(value, previous) for value in named.values()):
+        _name_the_wrong_vector(named)
+    options = {"regions": regions, "second_moments": second_moments, "eps": eps}
+    sketched = sketch_call(tensors, previous, layout=layout, **options)
+    places = sketched.places
+    if sketched.numels != places.room or len(set(places.regions)) < len(places.regions):
+        for k, (numel, room) in enumerate(zip(sketched.numels, places.room, strict=True)):
+            if numel != room:
+                raise ValueError(f"tensors[{k}] has {numel} elements, its region {room}: they must be equal")
+        raise ValueError(f"regions must differ, got {places.regions}: one tensor for each")
+    if into is not None:
+        check_into(into, (2 + layout.cells,), previous.device)
+    return AbsorbSketchCall(sketched, previous, total, check_scalar(scale, "scale", previous.device), into)

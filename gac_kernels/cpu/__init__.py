@@ -9,11 +9,12 @@ from functools import cache
 from gac_kernels import arguments
 from gac_kernels.cpu.builtins import DESCRIBE, NAMES, builtins_for
 from gac_kernels.cpu.library import Library, failure, load
-from gac_kernels.cpu.operations import absorb_, accumulate_, mix_, moments, pair_moments, sketch
+from gac_kernels.cpu.operations import absorb_, absorb_sketch_, accumulate_, mix_, moments, pair_moments, sketch
 from gac_kernels.cpu.tokens import token_moments
 
 __all__ = [
     "absorb_",
+    "absorb_sketch_",
     "accumulate_",
     "available",
     "mix_",
@@ -47,7 +48,7 @@ def status() -> dict:
     library = load()
     if library is None:
         return {"available": False, "reason": failure()}
-    names = ("moments", "sketch", "pair_moments", "mix_", "token_moments", "absorb_", "accumulate_")
+    names = ("moments", "sketch", "pair_moments", "mix_", "token_moments", "absorb_", "absorb_sketch_", "accumulate_")
     return {
         "available": True,
         "path": str(library.path),

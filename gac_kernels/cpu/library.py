@@ -35,11 +35,12 @@ INTERFACE = {
     "gac_accumulate": "int(const int64*, const int64*, int64, int, const gac_sum*, double*, int)",
     "gac_python_call": "object*(const char*, object*, const void*, const void*, const void*, int64)",
     "gac_python_names": "const char*()",
-    "struct gac_sketch_map": "qqQdPqqiiii",
+    "struct gac_sketch_map": "qqQdPPqqiiii",
     "struct gac_sum": "PPPddii",
     "struct gac_tokens": "qqPqqPqqPqqPqiiii",
     "dtypes": "float32 bfloat16 float16 float64",
     "elements of a sum of absorb_": "1024",
+    "lanes of a sum of absorb_sketch_": "128",
 }
 """What this package takes the library to be, in the words of ``gac_interface()``: functions, formats of structs for the
 module ``struct``, codes of dtypes from 0 on, and numbers. The library has made its own from ``csrc/gac_cpu.h``."""

@@ -5,6 +5,15 @@ Importing this package imports Triton; :mod:`gac_kernels` does so at the first c
 
 from gac_kernels.triton.accumulating import accumulate_
 from gac_kernels.triton.operations import absorb_, mix_, moments, pair_moments, token_moments
-from gac_kernels.triton.sketching import sketch
+from gac_kernels.triton.sketching import absorb_sketch_, sketch
 
-__all__ = ["absorb_", "accumulate_", "mix_", "moments", "pair_moments", "sketch", "token_moments"]
+__all__ = [
+    "absorb_",
+    "absorb_sketch_",
+    "accumulate_",
+    "mix_",
+    "moments",
+    "pair_moments",
+    "sketch",
+    "token_moments",
+]

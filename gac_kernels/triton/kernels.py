@@ -24,6 +24,9 @@ import triton.language as tl
 SKETCH_COLUMNS = tl.constexpr(8)
 """Columns of the sketch's chunk table: tensor, offset, begin, end, word, slot, key, next key."""
 
+SLAB_COLUMNS = tl.constexpr(5)
+"""Columns of the table of slabs: first bucket, buckets, first and last slot, first cell."""
+
 CHUNK_COLUMNS = tl.constexpr(3)
 """Columns of the flat chunk table: tensor, begin, count."""
 
@@ -455,6 +458,17 @@ def sketch_kernel(
     tl.store(partials + total + place, nonfinite)
 
 
+@triton.jit
+def _slab_sum(lane_partials, first, last, lane, mask, LANES: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr):
+    """The sum of a slab's slots ``first .. last``, WIDTH lanes of them, in a fixed order."""
+    acc = tl.zeros([SLOTS, WIDTH], tl.float64)
+    for start in range(first, last, SLOTS):
+        slot = start + tl.arange(0, SLOTS)
+        there = (slot < last)[:, None] & mask[None, :]
+        acc += tl.load(lane_partials + slot[:, None] * LANES + lane[None, :], mask=there, other=0.0).to(tl.float64)
+    return tl.sum(acc, axis=0)
+
+
 @triton.jit(do_not_specialize=["total", "moment_rows"])
 def sketch_finish_kernel(
     lane_partials,
@@ -477,8 +491,8 @@ def sketch_finish_kernel(
 ):
     """Second stage of the sketch: the first programs add up moments, the others ``WIDTH`` buckets of a slab each.
 
-    A row of ``slabs`` is: first bucket, number of buckets, and the range of slots (chunks) that belong to the slab.
-    ACCUMULATE adds to the buckets, ADD to the moments.
+    A row of ``slabs`` is: first bucket, number of buckets, the range of slots (chunks) that belong to the slab, and its
+    first cell. ACCUMULATE adds to the buckets, ADD to the moments.
     """
     program = tl.program_id(0)
     if program < moment_rows:
@@ -487,21 +501,58 @@ def sketch_finish_kernel(
         _reduce_range(partials, total, begin, end, moments + program * 2, 2, ADD, BLOCK)
     else:
         BLOCKS: tl.constexpr = (LANES + WIDTH - 1) // WIDTH
-        slab = slabs + ((program - moment_rows) // BLOCKS).to(tl.int64) * 4
+        slab = slabs + ((program - moment_rows) // BLOCKS).to(tl.int64) * SLAB_COLUMNS
         lane = (program - moment_rows) % BLOCKS * WIDTH + tl.arange(0, WIDTH)
         bucket = tl.load(slab)
         mask = lane < tl.load(slab + 1).to(tl.int32)
-        first = tl.load(slab + 2)
-        last = tl.load(slab + 3)
-        acc = tl.zeros([SLOTS, WIDTH], tl.float64)
-        for start in range(first, last, SLOTS):
-            slot = start + tl.arange(0, SLOTS)
-            there = (slot < last)[:, None] & mask[None, :]
-            acc += tl.load(lane_partials + slot[:, None] * LANES + lane[None, :], mask=there, other=0.0).to(tl.float64)
-        value = tl.sum(acc, axis=0) * _scalar(scale_pointer, scale_high, scale_low)
+        value = _slab_sum(lane_partials, tl.load(slab + 2), tl.load(slab + 3), lane, mask, LANES, WIDTH, SLOTS)
+        value *= _scalar(scale_pointer, scale_high, scale_low)
         if ACCUMULATE:
             value += tl.load(out + bucket + lane, mask=mask, other=0.0).to(tl.float64)
         tl.store(out + bucket + lane, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["all_partials"])
+def sketch_absorb_kernel(
+    lane_partials,
+    slabs,
+    previous,
+    total,
+    scale_pointer,
+    scale_high,
+    scale_low,
+    partials,
+    all_partials,
+    ranges,
+    sums,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Second stage of ``absorb_sketch_``, as ``sketch_finish_kernel`` and ``absorb_kernel``: adds to all it writes.
+
+    The first program adds up moments, the others the squares of what WIDTH buckets of a slab gain, a cell each.
+    """
+    program = tl.program_id(0)
+    if program < 1:
+        _reduce_range(partials, all_partials, tl.load(ranges), tl.load(ranges + 1), sums, 2, True, BLOCK)
+    else:
+        BLOCKS: tl.constexpr = (LANES + WIDTH - 1) // WIDTH
+        block = (program - 1) % BLOCKS
+        slab = slabs + ((program - 1) // BLOCKS).to(tl.int64) * SLAB_COLUMNS
+        lane = block * WIDTH + tl.arange(0, WIDTH)
+        bucket = tl.load(slab)
+        mask = lane < tl.load(slab + 1).to(tl.int32)
+        value = _slab_sum(lane_partials, tl.load(slab + 2), tl.load(slab + 3), lane, mask, LANES, WIDTH, SLOTS)
+        now = value.to(tl.float32)
+        delta = now.to(tl.float64) - tl.load(previous + bucket + lane, mask=mask, other=0.0).to(tl.float64)
+        delta = tl.where(mask, delta * _scalar(scale_pointer, scale_high, scale_low), 0.0)
+        gained = tl.load(total + bucket + lane, mask=mask, other=0.0).to(tl.float64) + delta
+        tl.store(previous + bucket + lane, now, mask=mask)
+        tl.store(total + bucket + lane, gained.to(tl.float32), mask=mask)
+        cell = sums + 2 + tl.load(slab + 4) + block
+        tl.store(cell, tl.load(cell) + tl.sum(delta * delta))
 
 
 @triton.jit

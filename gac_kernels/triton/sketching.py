@@ -1,4 +1,7 @@
-"""``sketch`` on GPUs: a call looks its plan up, compares addresses with the last ones, and starts two kernels."""
+"""``sketch`` and ``absorb_sketch_`` on GPUs.
+
+A call looks its plan up, compares addresses with the last ones, and starts two kernels.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from torch import Tensor
 
 from gac_kernels import layout as layouts
 from gac_kernels.calls import SketchCall, sketch_call, takes
+from gac_kernels.layout import CELL_LANES
+from gac_kernels.totals import AbsorbSketchCall, absorb_sketch_call
 from gac_kernels.triton import config, kernels, launch
 from gac_kernels.triton.grouping import (
     Plan,
@@ -37,15 +42,28 @@ def sketch(call: SketchCall) -> Tensor:
     :func:`moments`. A bucket overflows where a partial sum of at most 256 of its elements (before ``scale``) exceeds
     float32's range.
     """
+    plan, tensors, seconds = _planned(call, call.into is None)
+    return plan.finish(call, *plan.start(call, tensors, seconds))
+
+
+@takes(absorb_sketch_call)
+def absorb_sketch_(call: AbsorbSketchCall) -> Tensor:
+    """See :func:`gac_kernels.absorb_sketch_`. Two launches, the second in float64, as :func:`absorb_` is."""
+    plan, tensors, seconds = _planned(call.sketched, None)
+    return plan.absorb(call, *plan.start(call.sketched, tensors, seconds))
+
+
+def _planned(call: SketchCall, fresh: bool | None) -> tuple[SketchPlan, Readable, Readable | None]:
+    """The plan of a call, and what it reads. ``fresh``: whether its sums are a new tensor; None: it absorbs."""
     out = call.out
     device = indexed(out.device)
     launch.check_device(device)
     tensors = readable(call.listed)
     seconds = None if call.second_list is None else readable(call.second_list)
     dtypes = tensors[1], None if seconds is None else seconds[1], out.dtype
-    options = call.into is None, call.accumulate, call.per_tensor, call.tail
+    options = fresh, call.accumulate, call.per_tensor, call.tail
     key = (call.places, call.numels, dtypes, options, device, current_stream(device), layouts.SKETCH_CHUNK_ROWS)
-    return plans.get(key, lambda: SketchPlan(call, *dtypes[:2], device)).run(call, tensors, seconds)
+    return plans.get(key, lambda: SketchPlan(call, *dtypes[:2], device)), tensors, seconds
 
 
 class SketchPlan(Plan):
@@ -89,9 +107,9 @@ class SketchPlan(Plan):
         self.ranges, self.moment_rows = row_ranges(self.chunks, self.order, self.blocks, call.per_tensor, device)
         self.finish_programs = self.moment_rows + len(self.chunks.slabs) * -(-self.lanes // setup.finish_width)
 
-    def run(self, call: SketchCall, tensors: Readable, seconds: Readable | None) -> Tensor:
-        """Makes the call."""
-        device, count, into = self.device, self.chunks.count, call.into
+    def start(self, call: SketchCall, tensors: Readable, seconds: Readable | None) -> tuple[Tensor, Tensor]:
+        """The first stage: sums of lanes and moments of each chunk."""
+        device, count = self.device, self.chunks.count
         self.keep(self.table, self.slabs, self.ranges)
         acc = torch.float64 if self.wide else torch.float32
         lane_partials = torch.empty(count, self.lanes, dtype=acc, device=device)
@@ -115,6 +133,11 @@ class SketchPlan(Plan):
                     slot=slot,
                     **constants,
                 )
+        return lane_partials, partials
+
+    def finish(self, call: SketchCall, lane_partials: Tensor, partials: Tensor) -> Tensor:
+        """The second stage."""
+        device, into = self.device, call.into
         result = torch.empty(self.moment_rows, 2, dtype=torch.float64, device=device) if into is None else into
         launch.launch(
             kernels.sketch_finish_kernel,
@@ -125,7 +148,7 @@ class SketchPlan(Plan):
             call.out,
             *scalar_arguments(call.scale),
             partials,
-            count * self.blocks,
+            partials.shape[1],
             self.ranges,
             result,
             self.moment_rows,
@@ -135,6 +158,32 @@ class SketchPlan(Plan):
         if into is not None:
             return into
         return result if call.per_tensor else result[0]
+
+    def absorb(self, call: AbsorbSketchCall, lane_partials: Tensor, partials: Tensor) -> Tensor:
+        """The second stage of ``absorb_sketch_``."""
+        layout, into = call.sketched.layout, call.into
+        sums = torch.zeros(2 + layout.cells, dtype=torch.float64, device=self.device) if into is None else into
+        others = call.previous, call.total, call.scale, into
+        launch.launch(
+            kernels.sketch_absorb_kernel,
+            (1 + len(self.chunks.slabs) * layout.cells_of_slab,),
+            self.device,
+            lane_partials,
+            self.slabs,
+            call.previous,
+            call.total,
+            *scalar_arguments(call.scale),
+            partials,
+            partials.shape[1],
+            self.ranges,
+            sums,
+            slot=self.slots_of(tuple(map(kind, others)))[-1],
+            LANES=self.lanes,
+            WIDTH=CELL_LANES,
+            SLOTS=_FINISH_SLOTS,
+            BLOCK=_REDUCE_BLOCK,
+        )
+        return sums
 
 
 plans: Plans[SketchPlan] = Plans()

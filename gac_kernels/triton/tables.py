@@ -143,7 +143,8 @@ class SketchChunks(Chunks):
     """Chunks of a sketch, each within one slab.
 
     Attributes:
-        slabs: ``[slabs, 4]`` int64: first bucket, buckets, and the range of slots, of each slab to be written.
+        slabs: ``[slabs, 5]`` int64: first bucket, buckets, the range of slots, and first cell (0 beyond the layout), of
+            each slab to be written.
     """
 
     slabs: Tensor
@@ -186,11 +187,12 @@ def flat_chunks(numels: tuple[int, ...], group_sizes: tuple[int, ...], chunk: in
 
 
 def _slabs_of(layout: SketchLayout, region: int, first: int, last: int) -> Tensor:
-    """``[last - first, 2]``: first bucket and number of buckets of some slabs of a region."""
+    """``[last - first, 3]``: first bucket, number of buckets and first cell of some slabs of a region."""
     slab = torch.arange(first, last)
     begin = slab * layout.lanes
     count = (layout.region_size(layout.numels[region]) - begin).clamp(max=layout.lanes)
-    return torch.stack([begin + layout.bucket_offsets[region], count], dim=1)
+    cell = slab * layout.cells_of_slab + layout.cell_offsets[region]
+    return torch.stack([begin + layout.bucket_offsets[region], count, cell], dim=1)
 
 
 @lru_cache(maxsize=256)
@@ -257,12 +259,14 @@ def sketch_chunks(
             _slabs_of(layout, r, 0, -(-layout.region_size(layout.numels[r]) // lanes)) for r in sorted(set(regions))
         ]
         first = torch.arange(0, tail, lanes)
-        parts.append(torch.stack([first + layout.size, (tail - first).clamp(max=lanes)], dim=1))
-    targets = torch.cat(parts) if parts else torch.zeros(0, 2, dtype=torch.int64)
+        parts.append(
+            torch.stack([first + layout.size, (tail - first).clamp(max=lanes), torch.zeros_like(first)], dim=1)
+        )
+    targets = torch.cat(parts) if parts else torch.zeros(0, 3, dtype=torch.int64)
     in_order = bucket[order]
     first_slot = torch.searchsorted(in_order, targets[:, 0].contiguous())
     last_slot = torch.searchsorted(in_order, targets[:, 0].contiguous(), right=True)
-    slabs = torch.stack([targets[:, 0], targets[:, 1], first_slot, last_slot], dim=1)
+    slabs = torch.stack([targets[:, 0], targets[:, 1], first_slot, last_slot, targets[:, 2]], dim=1)
 
     chunk_counts = torch.bincount(tensor, minlength=len(numels))
     return SketchChunks(table, _ranges(chunk_counts), len(table), _group_ends(chunk_counts, group_sizes), slabs=slabs)
