@@ -3,22 +3,22 @@
 Four ways to take a contribution ``x`` in, chosen by :class:`gac.observe.observer.Observer`:
 
 ``running``
-    ``p.grad`` holds the running sum ``R`` of what was accumulated. ``S R`` is written over ``current`` and the
-    contribution's sketch is the difference from ``previous``. Nothing of the gradient's size is kept.
+    ``p.grad`` holds the running sum ``R`` of what was accumulated. It is read at the contribution's end, whose sketch
+    is the difference of ``S R`` and ``previous``. Nothing of the gradient's size is kept.
 ``incoming``
     the gradient is seen before accumulation and sketched over ``current``, region by region; regions of parameters
-    that got no gradient are cleared at the contribution's end.
+    that got no gradient are cleared at the contribution's end, and ``absorb_`` adds it to the branch's total.
 ``incoming``, lossless layout
     every element has its own bucket: ``x`` itself goes into the branch's total, and its norm is the one from the same
     read, so nothing is approximated.
 ``running``, lossless layout
     the same with the difference of ``R`` and what it was before, once for each parameter, at the contribution's end.
 
-Launches of a contribution on a GPU: two for each call of ``read`` (one more for each further dtype among the gradients)
-and, in the first two ways, one at the end; two in all in the last. The second way makes one more where regions have to
-be cleared, and two more for a call with parameters that were read before. Every contribution has a row of sums of its
-own, which the same kernels add up and which become numbers once a step. In a step that is also taken apart by module,
-every call is cut into one for each module.
+Launches of a contribution on a GPU: two (one more for each further dtype among the gradients) where running sums are
+read, else two for each call of ``read``, and without a lossless layout one at the end. The second way makes one more
+where regions have to be cleared, and two more for a call with parameters that were read before. Every contribution has
+a row of sums of its own, which the same kernels add up and which become numbers once a step. In a step that is also
+taken apart by module, every call is cut into one for each module.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from gac.statistics import Branch
-from gac_kernels import SketchLayout, absorb_, accumulate_, pair_moments, sketch
+from gac_kernels import SketchLayout, absorb_, absorb_sketch_, accumulate_, pair_moments, sketch
 from gac_kernels.arguments import accumulator_dtype
 from gac_kernels.layout import LANES
 
@@ -80,21 +80,21 @@ class Ledger:
         self.lossless = self.layout.lossless
         self.direct = self.lossless and not running
         m = self.layout.size
-        self.vectors = 2 + running + (not self.lossless)
+        self.vectors = 2 if self.direct else 3
         """Vectors of the layout's size that are kept."""
         self._vectors = torch.zeros(self.vectors * m, dtype=torch.float32, device=device)
         parts = self._vectors.split(m) if m else [self._vectors] * self.vectors
         self.totals: dict[Branch, Tensor] = {Branch.SFT: parts[0], Branch.RL: parts[1]}
         self.previous = parts[2] if running else None
-        self.current = None if self.lossless else parts[2 + running]
+        self.current = None if self.lossless or running else parts[2]
         self.modules = list(modules) if modules is not None else [0] * len(numels)
         self.module_count = module_count
         self.copies = copies
         self.by_module = False
         """Whether the contributions of this step are taken apart by module; set it between steps."""
         # A row for each contribution: squares and non-finite elements as read (of differences, where the layout is
-        # lossless), then the squares that absorb_ finds.
-        cells = 0 if self.lossless else -(-m // LANES)
+        # lossless), then the squares of what the total has gained.
+        cells = 0 if self.lossless else self.layout.cells if running else -(-m // LANES)
         self._cells = slice(2, 2 + cells)
         self._set_rows(torch.zeros(8, 2 + cells + cells % 2, dtype=accumulator_dtype(device), device=device))
         self._module_rows: list[Tensor] = []  # [modules, 2] for each contribution of a step taken apart
@@ -107,7 +107,8 @@ class Ledger:
 
     def _set_rows(self, rows: Tensor) -> None:
         self._rows = rows
-        self._views = [(row[:2], row[self._cells]) for row in rows]  # made once: a view costs as much as a small sum
+        # made once: a view costs as much as a small sum
+        self._views = [(row[:2], row[self._cells], row[: self._cells.stop]) for row in rows]
 
     @property
     def nbytes(self) -> int:
@@ -163,14 +164,10 @@ class Ledger:
         """Takes running sums as the ones before the next contribution; parameters that are not named have none."""
         assert self.previous is not None  # only running sums are asked for
         weights: dict[str, Any] = {} if second_moments is None else {"second_moments": second_moments, "eps": eps}
-        if self.current is None:
-            self.previous.zero_()
-            accumulate_(sums, self.previous, layout=self.layout, regions=indices, **weights)
-            return
-        self.current.zero_()
+        self.previous.zero_()
         if indices:
-            sketch(sums, self.current, layout=self.layout, regions=indices, **weights)
-        self.previous.copy_(self.current)
+            read = accumulate_ if self.lossless else sketch
+            read(sums, self.previous, layout=self.layout, regions=indices, **weights)
 
     def read(
         self,
@@ -184,17 +181,49 @@ class Ledger:
         """Takes in some parameters' gradients (or running sums) of the open contribution, each once.
 
         ``second_moments``, one for each gradient, make it a measurement in the optimizer's space: each element is
-        divided by ``sqrt(v) + eps`` on the way. Lossless running sums are read at the contribution's end: a parameter
-        whose gradient comes in parts then makes one difference.
+        divided by ``sqrt(v) + eps`` on the way. Running sums are read at the contribution's end: a parameter whose
+        gradient comes in parts then makes one difference.
         """
         if self.direct:
             self._accumulate(branch, indices, gradients, scale, second_moments, eps)
-        elif self.lossless:
+        elif self.running:
             moments = [None] * len(indices) if second_moments is None else second_moments
             self._sums.update(zip(indices, zip(gradients, moments, strict=True), strict=True))
             self._eps = eps
         else:
             self._read(indices, gradients, second_moments, eps, self._views[len(self._scales)][0])
+
+    def _gather(self, branch: Branch, scale: Tensor) -> None:
+        """Reads the running sums of the contribution."""
+        if not self._sums:
+            return
+        gradients, moments = zip(*self._sums.values(), strict=True)
+        weighted = None if moments[0] is None else list(moments)
+        how = self._accumulate if self.lossless else self._absorb
+        how(branch, list(self._sums), list(gradients), scale, weighted, self._eps)
+        self._sums.clear()
+
+    def _absorb(
+        self, branch: Branch, indices: Any, gradients: Any, scale: Tensor, second_moments: Any, eps: float
+    ) -> None:
+        """Adds the sketch of what running sums have gained to a branch's total, by module where that is asked."""
+        vectors, common = (self.previous, self.totals[branch], scale), {"layout": self.layout, "eps": eps}
+        if not self.by_module:
+            into = self._views[len(self._scales)][2]
+            absorb_sketch_(gradients, *vectors, regions=indices, second_moments=second_moments, into=into, **common)
+            return
+        for module, at in self._by_module(indices):
+            weights = None if second_moments is None else [second_moments[j] for j in at]
+            regions, some = [indices[j] for j in at], [gradients[j] for j in at]
+            sums = absorb_sketch_(some, *vectors, regions=regions, second_moments=weights, **common)
+            self._module_rows[-1][module] += torch.stack([sums[2:].sum(), sums[1]])
+
+    def _by_module(self, indices: Sequence[int]) -> list[tuple[int, list[int]]]:
+        """The modules of some parameters, each with the positions of its own among them."""
+        found: dict[int, list[int]] = {}
+        for j, k in enumerate(indices):
+            found.setdefault(self.modules[k], []).append(j)
+        return list(found.items())
 
     def _accumulate(
         self, branch: Branch, indices: Any, gradients: Any, scale: Tensor, second_moments: Any, eps: float
@@ -205,15 +234,14 @@ class Ledger:
             common["into"] = self._views[len(self._scales)][0]
             accumulate_(gradients, self.totals[branch], regions=indices, second_moments=second_moments, **common)
             return
-        for module in dict.fromkeys(self.modules[k] for k in indices):
-            at = [j for j, k in enumerate(indices) if self.modules[k] == module]
+        for module, at in self._by_module(indices):
             common["into"] = self._module_rows[-1][module]
             common["second_moments"] = None if second_moments is None else [second_moments[j] for j in at]
             regions = [indices[j] for j in at]
             accumulate_([gradients[j] for j in at], self.totals[branch], regions=regions, **common)
 
     def _read(self, indices: Any, gradients: Any, second_moments: Any, eps: float, into: Any) -> None:
-        again = () if self.running else self._filled.intersection(indices)
+        again = self._filled.intersection(indices)
         if again:  # parameters whose gradient comes in parts
             for repeated in (True, False):
                 at = [j for j, k in enumerate(indices) if (k in again) is repeated]
@@ -223,8 +251,7 @@ class Ledger:
                     self._sketch(some, theirs, into, moments, eps, accumulate=repeated)
         else:
             self._sketch(indices, gradients, into, second_moments, eps)
-        if not self.running:
-            self._filled.update(indices)
+        self._filled.update(indices)
 
     def _sketch(
         self,
@@ -241,27 +268,23 @@ class Ledger:
 
     def end(self, branch: Branch, scale: Tensor) -> None:
         """After the last gradient of a contribution."""
-        if self.lossless:
-            if self._sums:
-                gradients, moments = zip(*self._sums.values(), strict=True)
-                weighted = None if moments[0] is None else list(moments)
-                self._accumulate(branch, list(self._sums), list(gradients), scale, weighted, self._eps)
-                self._sums.clear()
-            self._scales.append(scale)
-            return
-        moments, squares = self._views[len(self._scales)]
+        if self.running:
+            self._gather(branch, scale)
+        moments, squares, _ = self._views[len(self._scales)]
         self._scales.append(scale)
+        if self.running or self.lossless:
+            return
         left = sorted(self._stale - self._filled)
         if left:
             self._sketch(left, [self._nothing] * len(left), moments)  # writes zeros
         self._stale.clear()
         total = self.totals[branch]
         if not self.by_module:
-            absorb_(self.current, self.previous, total, scale, into=squares)
+            absorb_(self.current, None, total, scale, into=squares)
             return
+        assert self.current is not None
         for module, part in self._segments:
-            previous = None if self.previous is None else self.previous[part]
-            self._module_rows[-1][module, 0] += absorb_(self.current[part], previous, total[part], scale).sum()
+            self._module_rows[-1][module, 0] += absorb_(self.current[part], None, total[part], scale).sum()
 
     # -- sums -----------------------------------------------------------------------------------------------------
 
@@ -294,7 +317,7 @@ class Ledger:
     def nonfinite(self) -> Tensor:
         """Non-finite elements read in this step, 0-dim."""
         found = self._rows[:, 1].sum()
-        if self.lossless:
+        if self.lossless or self.running:
             for rows in self._module_rows:
                 found = found + rows[:, 1].sum()
         return found

@@ -101,7 +101,7 @@ def make_plan(setup: Setup) -> Plan:
     read = gradient_bytes + (4 * local.total if setup.metric == "optimizer" else 0)
     calls = buckets(local.numels, setup.itemsize, sharded=sharded, running=running)
     moved = read + kernel_bytes(local, calls, ledger, device)
-    launches = SKETCH_LAUNCHES * len(calls) + (0 if ledger.lossless else ABSORB_LAUNCHES)
+    launches = SKETCH_LAUNCHES * len(calls) + (0 if ledger.lossless or running else ABSORB_LAUNCHES)
     # the end of a step: inner products of the totals, zeros over everything, and the message with its way back
     reduced = setup.ranks > 1 and not sharded
     finish = 4 * size * (2 + ledger.vectors + (8 if reduced else 0))

@@ -33,11 +33,13 @@ REPLICA_NUMBERS, SHARD_NUMBERS = 10, 7
 """Numbers in the message of replicas, beside both branches' sketches, and of shards, beside two a contribution."""
 
 SKETCH_LAUNCHES, ABSORB_LAUNCHES = 2, 1
-"""Kernels of one call of ``sketch`` or ``accumulate_`` (for gradients of one dtype) and of ``absorb_``."""
+"""Kernels of one call on gradients of one dtype, whichever operation reads them, and of ``absorb_``."""
 
 
 def buckets(numels: Sequence[int], itemsize: int, *, sharded: bool, running: bool) -> list[list[int]]:
     """Parameters (by index) of each kernel call of a backward pass, which reaches the last parameter first."""
+    if running:  # a ledger reads them when the pass is over
+        return [list(reversed(range(len(numels))))] if numels else []
     full = bucket_bytes(sharded=sharded, running=running)
     found: list[list[int]] = [[]]
     pending = 0
@@ -78,5 +80,6 @@ def kernel_bytes(local: Parameters, calls: list[list[int]], ledger: Ledger, devi
     between = 0
     if not device.synchronous:  # the CPU library adds up in cache
         between = sum(workspace_bytes([local.numels[k] for k in bucket], ledger.layout) for bucket in calls)
-    absorbed = 5 if ledger.running else 3
-    return between + 4 * size + absorbed * 4 * size
+    if ledger.running:  # the total and what was there before, read and written
+        return between + 4 * 4 * size
+    return between + 4 * size + 3 * 4 * size  # written; then read, and added to the total

@@ -30,6 +30,7 @@ NAMES = {
     "gac_kernels": (
         "SketchLayout",
         "absorb_",
+        "absorb_sketch_",
         "accumulate_",
         "mix_",
         "moments",
@@ -37,7 +38,16 @@ NAMES = {
         "sketch",
         "token_moments",
     ),
-    "gac_kernels.reference": ("absorb_", "accumulate_", "mix_", "moments", "pair_moments", "sketch", "token_moments"),
+    "gac_kernels.reference": (
+        "absorb_",
+        "absorb_sketch_",
+        "accumulate_",
+        "mix_",
+        "moments",
+        "pair_moments",
+        "sketch",
+        "token_moments",
+    ),
 }
 METHODS = (
     "backward",

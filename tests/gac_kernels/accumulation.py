@@ -19,6 +19,7 @@ from torch import Tensor
 from gac_kernels import reference
 from gac_kernels.layout import SketchLayout
 from tests.gac_kernels.cases import (
+    DTYPES,
     SMALLEST,
     SketchCase,
     misaligned,
@@ -234,3 +235,89 @@ def check_accumulate_errors(backend, device: str) -> None:
     assert not total.any()
     assert backend.accumulate_([], total[:0]).tolist() == [0.0, 0.0]
     assert backend.accumulate_([x[:0]], total[:0], per_tensor=True).tolist() == [[0.0, 0.0]]
+
+
+def absorbed_lists(device: str) -> dict[str, tuple[list[Tensor], SketchLayout, list[int] | None, list[Tensor] | None]]:
+    """Lists that fill their regions: dtypes, strides, short and long slabs, lanes that no cell divides, weights."""
+    numels = (3000, 70, 1025, 1, 40_000)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        tensors = [values(n, dtype=dtype, device=device, seed=n) for n in numels]
+        found[str(dtype)] = tensors, SketchLayout(numels, 3, seed=1), None, None
+    mixed = [values(n, dtype=d, device=device, seed=n) for n, d in zip(numels, (*DTYPES, torch.float32), strict=True)]
+    layout = SketchLayout((5, *reversed(numels), 900), 2, seed=2, lanes=96)
+    found["mixed dtypes, some regions, narrow lanes"] = mixed[:4], layout, [5, 4, 3, 2], None
+    found["one long slab"] = [values(400_000, device=device)], SketchLayout((400_000,), 391), None, None
+    found["weighted"] = mixed, SketchLayout(numels, 2), None, second_moments(mixed)
+    strided = [values(40, 50, device=device).t(), values(2000, device=device)[::2], values(9, device=device)]
+    found["strided, lossless"] = strided, SketchLayout((2000, 1000, 9), 1), None, None
+    found["nothing"] = [], SketchLayout((2000,), 2), [], None
+    found["empty tensors"] = [values(0, device=device), values(40, device=device)], SketchLayout((0, 40), 2), None, None
+    return found
+
+
+def check_absorb_sketch(backend, device: str, names: list[str] | None = None) -> None:
+    """Equal to the backend's own ``sketch``, absorbed in float64; what is not named stays, whatever it is."""
+    for name, (tensors, layout, regions, seconds) in absorbed_lists(device).items():
+        if names is not None and name not in names:
+            continue
+        options = {"layout": layout, "regions": regions, "second_moments": seconds}
+        named = torch.zeros(layout.size, dtype=torch.bool, device=device)
+        cells = torch.zeros(2 + layout.cells, dtype=torch.float64, device=device)
+        for region in range(len(tensors)) if regions is None else regions:
+            begin = layout.bucket_offsets[region]
+            named[begin : begin + layout.region_size(layout.numels[region])] = True
+        start = values(layout.size, seed=1, device=device).masked_fill(~named, math.nan)
+        before = values(layout.size, seed=2, device=device).masked_fill(~named, math.nan)
+        for scale in (0.37, torch.tensor(-1.5, device=device)):
+            now, previous, total = before.clone(), before.clone(), start.clone()
+            moments = backend.sketch(tensors, now, **options)
+            got = backend.absorb_sketch_(tensors, previous, total, scale, **options)
+            assert torch.equal(previous[named], now[named]), name
+            assert torch.isnan(previous[~named]).all()
+            assert torch.isnan(total[~named]).all()
+            delta = float(scale) * (now.double() - before.double())
+            exact = start.double() + delta
+            bound = (1 + 1e-6) * U32 * exact.abs() + 2.0**-46 * delta.abs() + SMALLEST[torch.float32]
+            assert ((total.double() - exact).abs() <= bound)[named].all(), name
+            expected = cells.clone()
+            expected[:2] = moments
+            for region in range(len(tensors)) if regions is None else regions:
+                for k in range(layout.region_size(layout.numels[region])):
+                    cell = layout.cell_offsets[region] + k // layout.lanes * layout.cells_of_slab
+                    if k % layout.lanes % 128 == 0:
+                        first, size = layout.bucket_offsets[region], layout.region_size(layout.numels[region])
+                        begin = first + k
+                        end = min(begin + min(128, layout.lanes - k % layout.lanes), first + size)
+                        expected[2 + cell + k % layout.lanes // 128] = delta[begin:end].square().sum()
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=0, msg=name)
+            into = torch.rand_like(got)
+            sums = into + got
+            assert backend.absorb_sketch_(tensors, before.clone(), start.clone(), scale, into=into, **options) is into
+            torch.testing.assert_close(into, sums, rtol=1e-13, atol=0)
+
+
+def check_absorb_sketch_errors(backend, device: str) -> None:
+    """What is refused, by name, before anything is written; and non-finite elements are counted."""
+    layout = SketchLayout((3000, 7), 2)
+    x, y = values(3000, device=device), values(7, device=device)
+    vectors = torch.zeros(2, layout.size, device=device)
+    for error, message, arguments, options in (
+        (TypeError, "previous must be a float32 tensor", ([x, y], vectors[0].double(), vectors[1], 1.0), {}),
+        (TypeError, "total must be a float32 tensor", ([x, y], vectors[0], vectors[1].double(), 1.0), {}),
+        (ValueError, "total has 5 elements, previous", ([x, y], vectors[0], vectors[1, :5], 1.0), {}),
+        (ValueError, "the layout needs", ([x, y], vectors[0, :9], vectors[1, :9], 1.0), {}),
+        (ValueError, r"tensors\[1\] has 6 elements, its region 7", ([x, y[:6]], *vectors, 1.0), {}),
+        (ValueError, "covers elements", ([y, x], *vectors, 1.0), {}),
+        (ValueError, "regions must differ", ([y, y], *vectors, 1.0), {"regions": [1, 1]}),
+        (ValueError, "has 2 regions", ([y], *vectors, 1.0), {"regions": [2]}),
+        (TypeError, "scale must be a number", ([x, y], *vectors, "one"), {}),
+        (TypeError, "into must be a torch.float64", ([x, y], *vectors, 1.0), {"into": torch.zeros(2, device=device)}),
+        (ValueError, "second_moments has 1 tensors", ([x, y], *vectors, 1.0), {"second_moments": [x]}),
+    ):
+        with pytest.raises(error, match=message):
+            backend.absorb_sketch_(*arguments, layout=layout, **options)
+    assert not vectors.any()
+    got = backend.absorb_sketch_([poisoned(x, [5, 2999], math.inf), y], *vectors, 1.0, layout=layout)
+    assert got[1] == 2
+    assert not torch.isfinite(got[2:].sum())

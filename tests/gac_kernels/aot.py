@@ -96,6 +96,8 @@ def recorded_launches() -> dict[str, tuple]:
             operations.accumulate_([a], total, previous=total.clone(), second_moments=[a.to(second)])
     m = torch.zeros(3000)
     label = ""
+    both, x = torch.zeros(2, layout.size), torch.zeros(5000)
+    operations.absorb_sketch_([x], *both, mu, layout=layout)
     operations.absorb_(m, m.clone(), m.clone(), mu)
     label = "/no_previous"
     operations.absorb_(m, None, m.clone(), 0.5, into=torch.zeros(3, dtype=torch.float64))

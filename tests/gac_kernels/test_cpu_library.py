@@ -28,6 +28,8 @@ from gac_kernels.strides import overlaps_itself
 from tests.gac_kernels.accumulation import (
     Errors,
     accumulate_cases,
+    check_absorb_sketch,
+    check_absorb_sketch_errors,
     check_accumulate,
     check_accumulate_errors,
     check_accumulated_nonfinite,
@@ -476,6 +478,11 @@ def test_accumulate_beside_the_usual(isa):
     assert all(t._version > before for t, before in zip((total, previous, into), versions, strict=True))
 
 
+def test_absorb_sketch(isa):
+    check_absorb_sketch(cpu, "cpu")
+    check_absorb_sketch_errors(cpu, "cpu")
+
+
 # ---------------------------------------------------------------------------------------- tokens and running sketch
 
 
@@ -572,6 +579,8 @@ def _everything(large):
         cpu.mix_(together, rows, mu, moments=True)
         assert same(whole, together)
         results += [whole, *[m.contiguous() for m in mixed]]
+        before, total = torch.zeros(2, layout.size)
+        results += [cpu.absorb_sketch_(tensors, before, total, 0.3, layout=layout), before, total]
     for previous in (None, torch.zeros(sum(numels))):
         total = torch.zeros(sum(numels))
         results += [cpu.accumulate_(tensors, total, previous=previous, scale=0.3, per_tensor=True), total]

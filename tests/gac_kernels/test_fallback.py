@@ -11,6 +11,8 @@ from gac_kernels.strides import overlaps_itself
 from tests.gac_kernels.accumulation import (
     Errors,
     accumulate_cases,
+    check_absorb_sketch,
+    check_absorb_sketch_errors,
     check_accumulate,
     check_accumulate_errors,
     check_accumulated_nonfinite,
@@ -157,6 +159,11 @@ def test_accumulate_beside_the_usual():
     check_accumulated_nonfinite(fallback, "cpu")
     check_contributions_of_a_running_sum(fallback, "cpu")
     check_accumulate_errors(fallback, "cpu")
+
+
+def test_absorb_sketch():
+    check_absorb_sketch(fallback, "cpu")
+    check_absorb_sketch_errors(fallback, "cpu")
 
 
 def test_a_machine_without_a_compiled_library_gets_it(monkeypatch):

@@ -44,6 +44,7 @@ def operator_calls():
     parameters = [torch.nn.Parameter(t) for t in inputs()[0]]
     seconds, none = [t.square() for t in (b[2], b[0], b[1])], (None, 1e-8)
     numbers = [list(LAYOUT.numels), 2, 1024, [2, 0, 1], [0, 0, 0], 7]
+    absorbed, sums = (numbers[0], 2, 1024, None, 7), torch.ones(2 + LAYOUT.cells, dtype=torch.float64)
     flat, lossless = (None, 0, 0, None, None, 0), [numbers[0], 1, *numbers[2:]]
     c, p, t = (values(1500, seed=s) for s in (1, 2, 3))
     two, rows, cells = (torch.ones(shape, dtype=torch.float64) for shape in (2, (3, 2), 2))
@@ -83,6 +84,11 @@ def operator_calls():
             ([a[2], a[0], a[1]], t[:126], p[:126], two, *lossless, MU, 1.0, False, *none),
         ),
         "accumulate_into_first": (OPERATORS.accumulate_into_, (a, t[:126], None, rows, *flat, None, 2.0, True, *none)),
+        "absorb_sketch_": (OPERATORS.absorb_sketch_, (a, p[:126], t[:126], *absorbed, MU, 1.0, *none)),
+        "absorb_sketch_into_": (
+            OPERATORS.absorb_sketch_into_,
+            ([a[2], a[0]], p[:126], t[:126], sums, *absorbed[:3], [2, 0], 7, None, 0.5, [seconds[0], seconds[1]], 0.1),
+        ),
         "absorb_": (OPERATORS.absorb_, (c, p, t, MU, 1.0)),
         "absorb_first": (OPERATORS.absorb_, (c, None, t, None, 0.5)),
         "absorb_into_": (OPERATORS.absorb_into_, (c, p, t, cells, MU, 1.0)),
@@ -118,6 +124,10 @@ def everything(a, b, mu, out, flat, c, p, t, two, rows, cells):
         gac_kernels.accumulate_(a, t[:126], scale=mu),
         gac_kernels.accumulate_(a, t[:126], layout=SketchLayout((100, 21, 5), 1), previous=p[:126], per_tensor=True),
         gac_kernels.accumulate_(a, t[:126], scale=0.5, second_moments=[x * x for x in b], into=two),
+        gac_kernels.absorb_sketch_(a, p[:126], t[:126], mu, layout=LAYOUT),
+        gac_kernels.absorb_sketch_(
+            a[1:2], p[:126], t[:126], 0.5, layout=LAYOUT, regions=[1], second_moments=[b[1] * b[1]]
+        ),
         gac_kernels.absorb_(c, None, t, mu),
         gac_kernels.absorb_(c, p, t, 0.5),
         gac_kernels.absorb_(c, p, t, mu, into=cells),
@@ -291,12 +301,13 @@ def test_other_devices_are_served_by_the_reference():
     assert backends.select("mps")[:2] == (reference, "reference")
 
 
-@pytest.mark.parametrize("name", ["sketch", "accumulate_", "absorb_", "token_moments"])
+@pytest.mark.parametrize("name", ["sketch", "accumulate_", "absorb_", "absorb_sketch_", "token_moments"])
 def test_a_checked_call_has_the_signature_of_its_operation(name):
     make = {
         "sketch": calls.sketch_call,
         "accumulate_": totals.accumulate_call,
         "absorb_": totals.absorb_call,
+        "absorb_sketch_": totals.absorb_sketch_call,
         "token_moments": calls.token_call,
     }[name]
     public = inspect.signature(getattr(gac_kernels, name)).parameters

@@ -9,6 +9,8 @@ from gac_kernels import SketchLayout, reference
 from gac_kernels.arguments import check_scalar
 from gac_kernels.strides import overlaps_itself
 from tests.gac_kernels.accumulation import (
+    check_absorb_sketch,
+    check_absorb_sketch_errors,
     check_accumulate_errors,
     check_accumulated_nonfinite,
     check_contributions_of_a_running_sum,
@@ -123,6 +125,11 @@ def test_accumulate_by_hand():
     check_accumulated_nonfinite(reference, "cpu")
     check_contributions_of_a_running_sum(reference, "cpu")
     check_accumulate_errors(reference, "cpu")
+
+
+def test_absorb_sketch_is_sketch_and_absorb():
+    check_absorb_sketch(reference, "cpu", ["torch.float64", "weighted", "nothing", "empty tensors"])
+    check_absorb_sketch_errors(reference, "cpu")
 
 
 def test_overlap_is_found():

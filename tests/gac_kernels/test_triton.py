@@ -33,6 +33,8 @@ from gac_kernels.triton import config, kernels, launch, readable, tables
 from tests.gac_kernels.accumulation import (
     Errors,
     accumulate_cases,
+    check_absorb_sketch,
+    check_absorb_sketch_errors,
     check_accumulate,
     check_accumulate_errors,
     check_accumulated_nonfinite,
@@ -477,6 +479,14 @@ def test_accumulate_beside_the_usual(launches):
     launches.clear()
     check_accumulate_errors(operations, DEVICE)
     assert launches == []
+
+
+def test_absorb_sketch(launches):
+    few = ["torch.bfloat16", "mixed dtypes, some regions, narrow lanes", "weighted", "nothing", "empty tensors"]
+    check_absorb_sketch(operations, DEVICE, few if INTERPRETED else None)
+    launches.clear()
+    check_absorb_sketch_errors(operations, DEVICE)
+    assert launches == ["sketch_kernel", "sketch_absorb_kernel"]
 
 
 def test_offsets_beyond_32_bits():

@@ -109,10 +109,11 @@ def test_norms_of_a_lossless_ledger(running):
     assert not sums(ledger).any()
 
 
-def test_running_sums_in_parts_make_one_difference():
+@pytest.mark.parametrize("lossless", [True, False])
+def test_running_sums_in_parts_make_one_difference(lossless, monkeypatch):
     """A parameter's running sum is read twice in a contribution (nested passes): what counts is the last."""
-    ledger = Ledger(NUMELS, torch.device("cpu"), lossless=True, running=True)
-    whole = Ledger(NUMELS, torch.device("cpu"), lossless=True, running=True)
+    monkeypatch.setattr("gac.observe.ledger.SMALLEST_SKETCH", 2048)
+    ledger, whole = (Ledger(NUMELS, torch.device("cpu"), lossless=lossless, running=True) for _ in range(2))
     x, y = gradients(1), gradients(2)
     for k, more in enumerate((x, y)):
         halfway = [0.5 * k * t for t in x]
@@ -128,7 +129,8 @@ def test_running_sums_in_parts_make_one_difference():
     assert ledger.powers()[2] == 0
 
 
-def test_known_running_sums_are_not_part_of_a_contribution():
+def test_known_running_sums_are_not_part_of_a_contribution(monkeypatch):
+    monkeypatch.setattr("gac.observe.ledger.SMALLEST_SKETCH", 2048)
     for lossless in (True, False):
         ledger = Ledger(NUMELS, torch.device("cpu"), lossless=lossless, running=True)
         x, y = gradients(1), gradients(2)
@@ -152,8 +154,8 @@ def test_a_contribution_is_nothing_but_the_operations(kind, monkeypatch):
     monkeypatch.setattr("gac.observe.ledger.SMALLEST_SKETCH", 2048)
     lossless, running = kind in ("direct", "lossless"), kind in ("lossless", "running")
     ledger = Ledger(NUMELS, torch.device("cpu"), lossless=lossless, running=running)
-    add, read, end = (f"gac_kernels::{name}_into_" for name in ("accumulate", "sketch", "absorb"))
-    expected = {"direct": [add, add], "lossless": [add]}.get(kind, [read, read, end])
+    add, read, end, both = (f"gac_kernels::{n}_into_" for n in ("accumulate", "sketch", "absorb", "absorb_sketch"))
+    expected = {"direct": [add] * 2, "lossless": [add], "running": [both], "incoming": [read, read, end]}[kind]
     x = gradients(1)
     for branch in (*Branch, Branch.SFT):
         names: list[str] = []
@@ -210,8 +212,8 @@ def test_launches_of_a_backward_pass():
     assert done.returncode == 0, done.stderr
     counts = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     assert len(counts) == 12
-    assert [count for count, _ in counts[3:6]] == [2] * 3  # lossless running sums are read at the end
-    assert all(4 < count <= most for count, most in counts[:3] + counts[6:]), counts
+    assert [count for count, _ in counts[3:9]] == [2] * 6  # running sums are read at the end
+    assert all(4 < count <= most for count, most in counts[:3] + counts[9:]), counts
 
 
 @pytest.mark.parametrize("kind", ["direct", "lossless", "incoming", "running"])

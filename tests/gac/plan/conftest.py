@@ -8,7 +8,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import gac.observe.ledger
 
-READING = ("sketch", "accumulate_")
+READING = ("sketch", "accumulate_", "absorb_sketch_")
 """The operations that read gradients."""
 
 
@@ -18,7 +18,7 @@ def recorded(monkeypatch):
     calls = []
 
     def reading(operation):
-        def read(tensors, out, **options):
+        def read(tensors, out, *others, **options):
             both = [*tensors, *(options.get("second_moments") or ())]
             calls.append((operation, sum(t.numel() * t.element_size() for t in both)))
 
