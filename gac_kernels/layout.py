@@ -20,11 +20,18 @@ from functools import cached_property
 LANES = 1024
 """Elements of one row. A region never has fewer buckets than ``min(numel, LANES)``."""
 
-SKETCH_CHUNK_ROWS = (64, 256)
+SKETCH_CHUNK_ROWS = (16, 256)
 """Fewest and most rows that one program of ``sketch`` adds up, unless the slab is shorter."""
 
-SKETCH_CHUNKS = 4096
-"""Programs that a sketch is cut into before its chunks grow beyond the fewest rows."""
+SKETCH_WAVE = 1056
+"""Programs of ``sketch`` that an H100 runs at once: 8 on each of 132 SMs. Others run other numbers; that chunks depend
+on sizes alone is worth more than their last wave."""
+
+_USUAL_ROWS = 64
+"""Of a chunk, where a list has enough of them for a wave; longer lists grow their chunks ..."""
+
+_USUAL_PROGRAMS = 4096
+"""... beyond so many programs."""
 
 SIGN_BITS = 32
 """Signs that one hash serves."""
@@ -176,10 +183,21 @@ class SketchLayout:
         return hash((self.numels, self.rows_per_slab, self.seed, self.lanes))
 
 
-def sketch_chunk_rows(rows: int, lanes: int) -> int:
-    """Rows of one chunk for a list of ``rows`` rows: a power of two that depends on nothing but the sizes."""
+def sketch_chunk_rows(rows: int, lanes: int, rows_per_slab: int | None = None) -> int:
+    """Rows of one chunk for a list of ``rows`` rows: a number that depends on nothing but the sizes.
+
+    Lists that fill no wave of programs with chunks of the usual size have smaller ones. Others have chunks of such a
+    size that the programs make up whole waves, but for 6% that parts of slabs at the tensors' ends take; where slabs
+    are longer, chunks divide them evenly. A last wave with few programs leaves the memory idle: each of them reads no
+    faster for being alone.
+    """
     fewest, most = SKETCH_CHUNK_ROWS
-    chunk = fewest
-    while chunk * 2 <= most and rows // (chunk * 2) >= SKETCH_CHUNKS:
-        chunk *= 2
+    usual = _USUAL_ROWS
+    while usual * 2 <= most and rows // (usual * 2) >= _USUAL_PROGRAMS:
+        usual *= 2
+    wave = SKETCH_WAVE * 15 // 16
+    waves = max(1, round(rows / (usual * wave)))
+    chunk = max(fewest, min(_ceil_div(rows, waves * wave), most))
+    if rows_per_slab is not None and rows_per_slab > chunk:
+        chunk = min(most, _ceil_div(rows_per_slab, max(1, round(rows_per_slab / chunk))))
     return max(1, min(chunk, (1 << 28) // lanes))

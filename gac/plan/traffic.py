@@ -55,8 +55,8 @@ def buckets(numels: Sequence[int], itemsize: int, *, sharded: bool, running: boo
 def workspace_bytes(numels: Sequence[int], layout: SketchLayout) -> int:
     """Bytes that the two stages of one sketch call on a GPU write and read between them."""
     rows = [-(-n // LANES) for n in numels]
-    chunk = sketch_chunk_rows(sum(rows), LANES)
     slab = layout.rows_per_slab
+    chunk = sketch_chunk_rows(sum(rows), LANES, slab)
     chunks = sum(r // slab * -(-slab // chunk) + -(-(r % slab) // chunk) for r in rows)
     return 2 * 4 * LANES * chunks
 

@@ -52,7 +52,7 @@ class AccumulatePlan(Plan):
     def __init__(self, call: AccumulateCall, dtypes: object, second_dtypes: object, device: torch.device) -> None:
         super().__init__(len(call.stretches.numels), dtypes, second_dtypes, device)
         numels, starts = (tuple(reordered(x, self.order)) for x in (call.stretches.numels, call.stretches.offsets))
-        self.chunks = flat_chunks(numels, self.sizes, config.CHUNK)
+        self.chunks = flat_chunks(numels, self.sizes, config.chunk_of(sum(numels)))
         setup = config.for_device(device)
         self.constants = [
             {

@@ -15,7 +15,20 @@ from dataclasses import dataclass
 import torch
 
 CHUNK = 65_536
-"""Elements that one program of ``moments``, ``pair_moments`` and ``mix_`` reads (of each list)."""
+"""Most elements of each list that one program of ``moments``, ``pair_moments``, ``mix_`` and ``accumulate_`` reads."""
+
+_LEAST_CHUNK = 4096
+_PROGRAMS = 512
+"""That a list is cut into before its chunks grow: four for each SM of an H100, of which two keep its memory busy."""
+
+
+def chunk_of(elements: int) -> int:
+    """Elements of one chunk of a list of ``elements``: a power of two that depends on nothing but the sizes."""
+    chunk = _LEAST_CHUNK
+    while chunk < CHUNK and elements // chunk > _PROGRAMS:
+        chunk *= 2
+    return min(chunk, CHUNK)
+
 
 COLUMN_BLOCK = 1024
 """Lanes of one ``sketch`` program; wider rows are split."""

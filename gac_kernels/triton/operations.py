@@ -70,7 +70,8 @@ def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
         tensors = [any_order(t) for t in tensors]
     order, groups = by_dtype(list(map(_dtype, tensors)))
     tensors = reordered(tensors, order)
-    plan = flat_chunks(tuple(map(Tensor.numel, tensors)), tuple(n for _, n in groups), config.CHUNK)
+    numels = tuple(map(Tensor.numel, tensors))
+    plan = flat_chunks(numels, tuple(n for _, n in groups), config.chunk_of(sum(numels)))
     partials = torch.empty(2, plan.count, dtype=torch.float64, device=device)
     table, where = chunk_table(plan, device), addresses(tensors, device)
     for (dtype, _), (first, count) in zip(groups, ends(plan), strict=True):
@@ -98,7 +99,8 @@ def _pair(a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool
     launch.check_device(device)
     order, groups = by_dtype(list(zip(map(_dtype, a), map(_dtype, b), strict=True)))
     a, b = reordered(a, order), reordered(b, order)
-    plan = flat_chunks(tuple(map(Tensor.numel, a)), tuple(n for _, n in groups), config.CHUNK)
+    numels = tuple(map(Tensor.numel, a))
+    plan = flat_chunks(numels, tuple(n for _, n in groups), config.chunk_of(sum(numels)))
     partials = torch.empty(3, plan.count if want else 0, dtype=torch.float64, device=device)
     table = chunk_table(plan, device)
     a_addresses, b_addresses = addresses(a, device), addresses(b, device)

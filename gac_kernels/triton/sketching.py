@@ -75,7 +75,7 @@ class SketchPlan(Plan):
         numels, regions, starts = (
             tuple(reordered(x, self.order)) for x in (call.numels, call.places.regions, call.places.starts)
         )
-        rows = layouts.sketch_chunk_rows(row_count(numels, layout.lanes), layout.lanes)
+        rows = layouts.sketch_chunk_rows(row_count(numels, layout.lanes), layout.lanes, layout.rows_per_slab)
         self.chunks = sketch_chunks(numels, self.sizes, layout, regions, starts, rows, call.accumulate, call.tail)
         self.lanes = layout.lanes
         words = min(-(-self.lanes // 32), config.COLUMN_BLOCK // 32)

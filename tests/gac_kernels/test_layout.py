@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gac_kernels import SketchLayout, reference
-from gac_kernels.layout import LANES, sign_word
+from gac_kernels.layout import LANES, SKETCH_WAVE, sign_word, sketch_chunk_rows
 from tests.gac_kernels.cases import values
 
 
@@ -116,3 +116,24 @@ def test_equal_layouts_are_equal_keys():
 def test_errors_say_what_is_wrong(arguments, message):
     with pytest.raises(ValueError, match=message):
         SketchLayout(*arguments)
+
+
+def test_the_last_wave_of_programs_is_full_to_two_thirds():
+    """A wave is what an H100 runs at once; lists are single tensors of slabs as a ledger would make them."""
+    for elements in (1 << 24, 1 << 26, 134_000_000, 1 << 28, 1 << 29, 1_236_000_000, 2_000_000_000):
+        rows, slab = -(-elements // LANES), max(1, elements // max(65_536, elements // 4096))
+        chunk = sketch_chunk_rows(rows, LANES, slab)
+        assert 16 <= chunk <= 256
+        slabs, rest = divmod(rows, slab)
+        waves = (slabs * -(-slab // chunk) + -(-rest // chunk)) / SKETCH_WAVE
+        assert waves % 1 > 0.65, (elements, waves)
+
+
+def test_short_lists_have_short_chunks():
+    assert sketch_chunk_rows(4096, LANES, 64) == 16  # 4 M elements: 256 programs instead of 64
+    assert sketch_chunk_rows(1, LANES) == 16
+    assert [sketch_chunk_rows(rows, LANES) for rows in (10**7, 10**9)] == [256, 256]
+    assert sketch_chunk_rows(10**9, 1 << 27) == 2  # offsets within a chunk fit 32 bits
+    for rows in (1000, 131_389, 1_206_850):
+        for slab in (1, 3, 300, 5000):
+            assert 1 <= sketch_chunk_rows(rows, LANES, slab) <= 256  # float32 sums of at most so many terms

@@ -119,7 +119,8 @@ def test_workspace_is_that_of_the_chunk_tables(numels):
     rows = sum(-(-n // LANES) for n in numels)
     count = len(numels)
     chunks = tables.sketch_chunks(
-        tuple(numels), (count,), layout, tuple(range(count)), (0,) * count, sketch_chunk_rows(rows, LANES),
+        tuple(numels), (count,), layout, tuple(range(count)), (0,) * count,
+        sketch_chunk_rows(rows, LANES, layout.rows_per_slab),
         False, 0,
     )  # fmt: skip
     assert plan.workspace_bytes(numels, layout) == 2 * 4 * LANES * chunks.count
