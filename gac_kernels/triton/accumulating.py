@@ -21,7 +21,7 @@ from gac_kernels.triton.grouping import (
     row_ranges,
 )
 from gac_kernels.triton.launch import WIDTH, interpreted, kind, scalar_arguments, split
-from gac_kernels.triton.readable import ELEMENTS
+from gac_kernels.triton.readable import READABLE
 from gac_kernels.triton.tables import current_stream, device_tables, flat_chunks
 
 _REDUCE_BLOCK = 2048
@@ -56,8 +56,8 @@ class AccumulatePlan(Plan):
         setup = config.for_device(device)
         self.constants = [
             {
-                "ELEMENT": ELEMENTS[pair[0]],
-                "SECOND": ELEMENTS[pair[1]] if self.weighted else None,
+                "ELEMENT": READABLE[pair[0]],
+                "SECOND": READABLE[pair[1]] if self.weighted else None,
                 "ACC": accumulator(*pair),
                 "WIDTH": WIDTH,
                 "UNROLL": 1 if self.weighted and call.previous is not None else setup.pair_unroll,

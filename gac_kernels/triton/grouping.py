@@ -155,12 +155,12 @@ class Plans(Generic[Kept]):
 
     def get(self, key: tuple, make: Callable[[], Kept]) -> Kept:
         """The plan of ``key``, made by ``make`` where it is not there yet."""
-        plan = self._plans.get(key)
+        plan = self._plans.pop(key, None)
         if plan is None:
             plan = make()
             if len(self._plans) >= self.MOST:
-                del self._plans[next(iter(self._plans))]  # the oldest
-            self._plans[key] = plan
+                del self._plans[next(iter(self._plans))]  # least recently used
+        self._plans[key] = plan
         return plan
 
     def clear(self) -> None:

@@ -43,9 +43,24 @@ def _is_aligned(pointer):
 
 @triton.jit
 def _widen(x, BITWISE_BF16: tl.constexpr):
-    """float32, or float64 unchanged."""
+    """float32, or float64 unchanged.
+
+    8-bit floats come as integers, e4m3fn as uint8 and e5m2 as int8, since not every device converts them: shifted into
+    place the exponent is too small by the difference of the biases, which a product repairs, subnormals included.
+    """
     if x.dtype == tl.float64:
         wide = x
+    elif x.dtype == tl.uint8:
+        rest = x.to(tl.uint32) & 0x7F
+        size = (rest << 20).to(tl.float32, bitcast=True) * 2.0**120
+        size = tl.where(rest == 0x7F, float("nan"), size)
+        wide = (size.to(tl.uint32, bitcast=True) | (x.to(tl.uint32) & 0x80) << 24).to(tl.float32, bitcast=True)
+    elif x.dtype == tl.int8:
+        rest = x.to(tl.uint8, bitcast=True).to(tl.uint32) & 0x7F
+        size = (rest << 21).to(tl.float32, bitcast=True) * 2.0**112
+        bits = tl.where(rest < 0x7C, size.to(tl.uint32, bitcast=True), (rest << 21) | 0x7F800000)
+        sign = (x.to(tl.uint8, bitcast=True).to(tl.uint32) & 0x80) << 24
+        wide = (bits | sign).to(tl.float32, bitcast=True)
     elif BITWISE_BF16 and x.dtype == tl.bfloat16:
         wide = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:

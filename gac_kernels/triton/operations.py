@@ -25,7 +25,7 @@ from gac_kernels.triton.grouping import (
     row_ranges,
 )
 from gac_kernels.triton.launch import WIDTH, Slot, interpreted, kind, scalar_arguments
-from gac_kernels.triton.readable import ELEMENTS, all_plain, any_order, readable_pairs, supported
+from gac_kernels.triton.readable import ELEMENTS, READABLE, all_plain, any_order, readable_pairs, supported
 from gac_kernels.triton.tables import Chunks, addresses, flat_chunks
 
 _dtype = operator.attrgetter("dtype")
@@ -84,7 +84,7 @@ def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
             first,
             partials,
             plan.count,
-            ELEMENT=ELEMENTS[dtype],
+            ELEMENT=READABLE[dtype],
             ACC=accumulator(dtype),
             WIDTH=WIDTH,
             UNROLL=config.for_device(device).unroll,
@@ -194,7 +194,8 @@ def absorb_(call: AbsorbCall) -> Tensor:
     device = indexed(current.device)
     launch.check_device(device)
     out = torch.empty(cells, dtype=torch.float64, device=device) if into is None else into
-    like = (device, into is None, *map(kind, (current, previous, total, scale, into)))
+    long = current.numel() >= 2**31  # a number of 64 bits is an argument of another type
+    like = (device, into is None, long, *map(kind, (current, previous, total, scale, into)))
     launch.launch(
         kernels.absorb_kernel,
         (cells,),

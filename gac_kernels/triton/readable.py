@@ -18,6 +18,9 @@ ELEMENTS = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+READABLE = ELEMENTS | {torch.float8_e4m3fn: tl.uint8, torch.float8_e5m2: tl.int8}
+"""What kernels that write no element of a tensor's own type read, as which type; see ``kernels._widen``."""
+
 _dtype = operator.attrgetter("dtype")
 
 
@@ -36,7 +39,7 @@ def supported(tensor: Tensor) -> Tensor:
 
 def is_known(dtypes: frozenset[torch.dtype]) -> bool:
     """True when kernels can read all of these."""
-    return ELEMENTS.keys() >= dtypes
+    return READABLE.keys() >= dtypes
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -51,16 +54,14 @@ def all_plain(tensors: Sequence[Tensor]) -> bool:
 
 def in_order(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Contiguous memory with the same elements in the same order, copied only if it has to be."""
-    if all_plain(tensors):
-        return tensors
-    return [t if is_plain(t) else supported(t).contiguous() for t in tensors]
+    return [(t.detach() if t.dtype in READABLE else supported(t)).contiguous() for t in tensors]
 
 
 def any_order(tensor: Tensor) -> Tensor:
     """Contiguous memory with the same elements, in whatever order costs nothing."""
-    if is_plain(tensor):
+    if tensor.is_contiguous() and tensor.dtype in READABLE:
         return tensor
-    tensor = supported(tensor)
+    tensor = tensor.detach() if tensor.dtype in READABLE else supported(tensor)
     dense = flat_views(tensor)
     return tensor.contiguous() if dense is None else dense[0]
 

@@ -27,7 +27,7 @@ from gac_kernels.triton.grouping import (
     row_ranges,
 )
 from gac_kernels.triton.launch import interpreted, kind, scalar_arguments, split
-from gac_kernels.triton.readable import ELEMENTS
+from gac_kernels.triton.readable import READABLE
 from gac_kernels.triton.tables import current_stream, device_tables, sketch_chunks
 
 _FINISH_SLOTS = 8
@@ -84,8 +84,8 @@ class SketchPlan(Plan):
         unroll = max(1, setup.pair_unroll // (2 if self.wide else 1)) if self.weighted else setup.unroll
         self.constants = [
             {
-                "ELEMENT": ELEMENTS[pair[0]],
-                "SECOND": ELEMENTS[pair[1]] if self.weighted else None,
+                "ELEMENT": READABLE[pair[0]],
+                "SECOND": READABLE[pair[1]] if self.weighted else None,
                 "ACC": accumulator(*pair),
                 "LANES": self.lanes,
                 "WORDS": words,

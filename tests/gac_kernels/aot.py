@@ -94,6 +94,11 @@ def recorded_launches() -> dict[str, tuple]:
             operations.accumulate_([a], total, second_moments=[a.to(second)])
             label = f"{name}/{_TYPES[second]}/running"
             operations.accumulate_([a], total, previous=total.clone(), second_moments=[a.to(second)])
+    for dtype, name in ((torch.float8_e4m3fn, "/e4m3"), (torch.float8_e5m2, "/e5m2")):
+        label, x = name, torch.zeros(5000, dtype=dtype)
+        operations.moments([x])
+        operations.sketch([x], torch.zeros(2048), layout=layout, scale=mu)
+        operations.accumulate_([x], total, scale=mu)
     m = torch.zeros(3000)
     label = ""
     both, x = torch.zeros(2, layout.size), torch.zeros(5000)
@@ -149,6 +154,7 @@ def compile_all(capability: int, heaviest: bool) -> dict[str, dict]:
             **_usage(compiled.asm["cubin"]),
             "wide_loads": _wide_accesses(ptx, "ld"),
             "wide_stores": _wide_accesses(ptx, "st"),
+            "narrow_loads": len(re.findall(r"ld\.global[\w.:]*\.v2\.[bfus]32", ptx)),
             "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
         }
     return report

@@ -57,6 +57,19 @@ def test_no_spills_and_bounded_registers(reports, capability):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+def test_eight_bit_floats_are_read_as_they_are(reports, capability):
+    """128 threads, 8 elements each: 64 bits at a time, or beside a float32 total 128 bits of two rows."""
+    total = PAIR_UNROLL * SIZES["fp32"] // 2
+    kernels = {"moments_kernel": (UNROLL, 0), "sketch_kernel": (UNROLL, 0), "accumulate_kernel": (0, 1 + total)}
+    expected = {f"{kernel}/{dtype}": loads for kernel, loads in kernels.items() for dtype in ("e4m3", "e5m2")}
+    found = {name: usage for name, usage in reports[capability].items() if name in expected}
+    assert {"sketch_kernel/e4m3", "sketch_kernel/e5m2"} <= found.keys() <= expected.keys()
+    assert found.keys() == expected.keys() or capability != 90
+    for name, usage in found.items():
+        assert (usage["narrow_loads"], usage["wide_loads"]) == expected[name], (name, usage)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_no_atomics(reports, capability):
     assert [name for name, usage in reports[capability].items() if usage["atomics"]] == []
 

@@ -161,6 +161,20 @@ def test_accumulate_beside_the_usual():
     check_accumulate_errors(fallback, "cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_eight_bit_floats_are_widened_block_by_block(dtype):
+    x = values(BLOCK + 100).to(dtype)
+    wide, layout, outs = x.float(), SketchLayout((BLOCK + 100,), 3), torch.zeros(2, BLOCK + 100)
+    assert torch.equal(fallback.moments(x), fallback.moments(wide))
+    sums = [fallback.accumulate_(t, out, scale=0.5) for t, out in zip((x, wide), outs, strict=True)]
+    assert torch.equal(*sums)
+    assert torch.equal(*outs)
+    outs = torch.zeros(2, layout.size)
+    sums = [fallback.sketch(t, out, layout=layout) for t, out in zip((x, wide), outs, strict=True)]
+    assert torch.equal(*sums)
+    assert torch.equal(*outs)
+
+
 def test_absorb_sketch():
     check_absorb_sketch(fallback, "cpu")
     check_absorb_sketch_errors(fallback, "cpu")

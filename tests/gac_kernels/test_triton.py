@@ -29,7 +29,7 @@ from gac_kernels import cpu, reference
 from gac_kernels import triton as operations
 from gac_kernels.layout import SketchLayout
 from gac_kernels.strides import overlaps_itself
-from gac_kernels.triton import config, kernels, launch, readable, tables
+from gac_kernels.triton import accumulating, config, grouping, kernels, launch, readable, sketching, tables
 from tests.gac_kernels.accumulation import (
     Errors,
     accumulate_cases,
@@ -606,6 +606,47 @@ def test_the_table_cache_is_bounded():
     assert len(cache) == 0
 
 
+def test_plans_are_bounded_and_the_used_ones_stay(monkeypatch):
+    plans = grouping.Plans()
+    monkeypatch.setattr(plans, "MOST", 2)
+    made = []
+    make = lambda k: lambda: made.append(k) or k
+    assert [plans.get((k,), make(k)) for k in (1, 2, 1, 3, 1, 2)] == [1, 2, 1, 3, 1, 2]
+    assert made == [1, 2, 3, 2]
+    plans.clear()
+    assert plans.get((1,), make(9)) == 9
+
+
+def test_calls_that_differ_in_what_a_plan_depends_on_have_their_own():
+    """One list after the other with other dtypes, options and sums, and again: each as if it were alone."""
+    tensors = [values(n, device=DEVICE, seed=n) for n in (300, 40)]
+    layout, lossless = SketchLayout((300, 40), 2), SketchLayout((300, 40), 1)
+    seconds, previous = [t.square() for t in tensors], values(340, device=DEVICE)
+    calls = [
+        lambda x, into: operations.sketch(x, torch.zeros(layout.size, device=DEVICE), layout=layout, into=into),
+        lambda x, into: operations.sketch(
+            x, torch.zeros(layout.size, device=DEVICE, dtype=torch.float64), layout=layout, per_tensor=True
+        ),
+        lambda x, into: operations.sketch(
+            x, torch.zeros(layout.size, device=DEVICE), layout=layout, accumulate=True, second_moments=seconds
+        ),
+        lambda x, into: operations.accumulate_(x, torch.zeros(340, device=DEVICE), layout=lossless, into=into),
+        lambda x, into: operations.accumulate_(x, torch.zeros(340, device=DEVICE), previous=previous.clone()),
+        lambda x, into: operations.accumulate_(x, torch.zeros(340, device=DEVICE), second_moments=seconds),
+    ]
+    lists = [tensors, [t.bfloat16() for t in tensors], [tensors[0], tensors[1].double()]]
+    found = []
+    for _ in range(2):
+        for call, listed in itertools.product(calls, lists):
+            found.append(call(listed, torch.zeros(2, dtype=torch.float64, device=DEVICE)))
+    again = found[len(found) // 2 :]
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=False))
+    sketching.plans.clear()
+    accumulating.plans.clear()
+    alone = [call(listed, torch.zeros(2, dtype=torch.float64, device=DEVICE)) for call in calls for listed in lists]
+    assert all(torch.equal(a, b) for a, b in zip(alone, again, strict=True))
+
+
 def test_graph_capture_takes_tables_of_other_streams_and_refuses_new_ones(monkeypatch):
     cache = tables.DeviceTables(capacity=1)
     device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
@@ -624,9 +665,50 @@ def test_a_float_is_split_without_loss():
     assert math.isnan(launch.split(math.nan)[0])
 
 
-def test_eight_bit_floats_are_widened():
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
+def test_every_eight_bit_float_is_read_rightly(dtype):
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype).to(DEVICE)
+    total = torch.zeros(256, device=DEVICE)
+    moments = operations.accumulate_(codes, total)
+    want = codes.float()
+    torch.testing.assert_close(total, want, rtol=0, atol=0, equal_nan=True)
+    assert moments[1] == (~torch.isfinite(want)).sum()
+    finite = codes.view(torch.uint8)[torch.isfinite(want)].view(dtype)
+    assert_moments(operations.moments(finite, per_tensor=True), [finite.float()], STRAND)
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
+def test_eight_bit_floats_need_no_copy(dtype, launches, monkeypatch):
+    """Beside other dtypes, misaligned, with holes and as second moments: what is read is what a widened copy holds."""
+    sizes = (9001, 5, 2048, 40_000)
+    tensors = [values(n + 1, seed=n).to(dtype).to(DEVICE)[n % 2 :][:n] for n in sizes]
+    tensors.append(values(50, 70, seed=3).to(DEVICE).to(dtype)[:, 3:60])
+    tensors.append(values(300, device=DEVICE, seed=4))
+    wide = [t.float() for t in tensors]
+    layout = SketchLayout(tuple(t.numel() for t in tensors), 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(readable, "supported", lambda tensor: pytest.fail("a widened copy"))
+        outs = torch.zeros(2, layout.size, device=DEVICE)
+        moments = operations.sketch(tensors, outs[0], layout=layout, per_tensor=True)
+        total = torch.zeros(sum(t.numel() for t in tensors), device=DEVICE)
+        sums = operations.accumulate_(tensors, total, scale=0.5, per_tensor=True)
+    assert_moments(moments, wide, ROWS)
+    operations.sketch(wide, outs[1], layout=layout)
+    bound = 4 * 3 * U32 * max(float(t.abs().max()) for t in wide)  # three rows in each bucket
+    assert ((outs[0] - outs[1]).abs() <= bound).all()
+    assert torch.equal(total, 0.5 * torch.cat([t.reshape(-1) for t in wide]))
+    assert_moments(sums, wide, STRAND)
+    seconds = [t.float().abs().to(dtype) for t in tensors]
+    got = operations.accumulate_(wide, total, second_moments=seconds)
+    expected = operations.accumulate_(wide, total, second_moments=[v.float() for v in seconds])
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
+def test_eight_bit_floats_are_mixed_in_copies():
     x = values(300, device=DEVICE).to(torch.float8_e4m3fn)
-    assert_moments(operations.moments(x, per_tensor=True), [x.float()], STRAND)
     check_target = x.clone()
     operations.mix_(check_target, x, 0.25)
     assert torch.equal(check_target.float(), x.float())
