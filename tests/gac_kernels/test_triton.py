@@ -461,7 +461,7 @@ ACCUMULATED = Errors(weight=WEIGHT, sums=LATER * U64)
     "case",
     some(
         accumulate_cases(),
-        "empty_list misaligned_bfloat16 strided_float16 beyond_a_chunk_bfloat16 zero_size mixed_dtypes parameters "
+        "empty_list misaligned_bfloat16 strided_float16 zero_size mixed_dtypes parameters "
         "around_1e+25_float32 subnormal after_1_bfloat16 after_4_float32 after_4_float64 pieces pieces_weighted "
         "bfloat16_by_float32 float16_by_float64 float64_by_float64 aligned_by_shifted_bfloat16 other_shapes "
         "second_moments_around_0 second_moments_around_1e-44 subnormal_by_subnormal_without_eps",
@@ -482,7 +482,7 @@ def test_accumulate_beside_the_usual(launches):
 
 
 def test_absorb_sketch(launches):
-    few = ["torch.bfloat16", "mixed dtypes, some regions, narrow lanes", "weighted", "nothing", "empty tensors"]
+    few = ["mixed dtypes, some regions, narrow lanes", "weighted", "nothing", "empty tensors"]
     check_absorb_sketch(operations, DEVICE, few if INTERPRETED else None)
     launches.clear()
     check_absorb_sketch_errors(operations, DEVICE)
@@ -683,7 +683,7 @@ def test_every_eight_bit_float_is_read_rightly(dtype):
 @pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
 def test_eight_bit_floats_need_no_copy(dtype, launches, monkeypatch):
     """Beside other dtypes, misaligned, with holes and as second moments: what is read is what a widened copy holds."""
-    sizes = (9001, 5, 2048, 40_000)
+    sizes = (9001, 5, 2048, 4000)
     tensors = [values(n + 1, seed=n).to(dtype).to(DEVICE)[n % 2 :][:n] for n in sizes]
     tensors.append(values(50, 70, seed=3).to(DEVICE).to(dtype)[:, 3:60])
     tensors.append(values(300, device=DEVICE, seed=4))
