@@ -362,6 +362,11 @@ class Measurement:
         """Device and size of each sketch whose moving mean is part of the state."""
         return [(x.device, x.layout.size) for x in self.observer.ledgers] if self.topology.ranks == 1 else []
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether moving means are of gradients as they are, and not of sketches."""
+        return self.estimator == "exact"
+
     def take_state(self, state: dict) -> None:
         """Continues where :meth:`state_dict` left off: its parts, read as :class:`gac.saved.MixerState` says."""
         self._skipped = state["skipped"]

@@ -374,7 +374,8 @@ class Mixer:
         _ = self._observer
         self._branches.require_none("mixer.load_state_dict()", "leave the branch first")
         self._settle(passed_by=True)
-        state = read_state(state_dict, MixerState(self.controller, self.device, self._measurement.sketches))
+        own = self._measurement
+        state = read_state(state_dict, MixerState(self.controller, self.device, own.sketches, exact=own.is_exact))
         self.controller.load_state_dict(state["controller"])
         self._measurement.take_state(state)
         self._branches.weights = present_weights(self.controller, self.device)

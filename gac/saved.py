@@ -26,10 +26,17 @@ class MixerState:
         device: where it is kept.
         sketches: device and size of each of the mixer's moving means. Saved ones that are not as many, of another
             number of ranks or devices, are checked and left out: they start anew.
+        exact: whether the means are of gradients as they are; in states of version 1 these had random signs, and start
+            anew.
     """
 
     def __init__(
-        self, controller: Controller, device: torch.device, sketches: Sequence[tuple[torch.device, int]] = ()
+        self,
+        controller: Controller,
+        device: torch.device,
+        sketches: Sequence[tuple[torch.device, int]] = (),
+        *,
+        exact: bool = False,
     ) -> None:
         dtype = accumulator_dtype(device)
         entries: dict[str, Entry] = {
@@ -39,8 +46,9 @@ class MixerState:
             "means": _Means([MovingMeans.entries(*sketch) for sketch in sketches]),
             "uncertainty": Table(StandardErrors(device, dtype).entries()),
         }
+        earlier = [MovingMeans.entries(*sketch, aged=False) for sketch in sketches]
         self._first = Table(
-            entries | {"means": _Means([MovingMeans.entries(*sketch, aged=False) for sketch in sketches], aged=False)},
+            entries | {"means": _Means(earlier, aged=False, anew=exact)},
             together=[frozenset({"version"})],
         )
         self._table = Table(entries | {"cadence": Table(cadence.entries())})
@@ -60,15 +68,16 @@ class MixerState:
 class _Means:
     """Moving means of each sketch, or of whatever there was."""
 
-    def __init__(self, own: Sequence[Table], *, aged: bool = True) -> None:
-        self._own = own
+    def __init__(self, own: Sequence[Table], *, aged: bool = True, anew: bool = False) -> None:
+        self._own, self._anew = own, anew
         self._any = ListOf(MovingMeans.entries(torch.device("cpu"), None, aged=aged))
 
     def read(self, value: Any, at: str) -> list[dict[str, Any]]:
         found = self._any.read(value, at)
         if len(found) != len(self._own):
             return [{} for _ in self._own]
-        return [own.read(item, f"{at}[{k}]") for k, (own, item) in enumerate(zip(self._own, value, strict=True))]
+        checked = [own.read(item, f"{at}[{k}]") for k, (own, item) in enumerate(zip(self._own, value, strict=True))]
+        return [{} for _ in self._own] if self._anew else checked
 
 
 def read_state(value: Any, entry: Entry) -> Any:

@@ -298,6 +298,18 @@ def test_an_older_state_has_no_version():
     assert same(other.state_dict() | {"cadence": None}, mixer.state_dict() | {"cadence": None})
 
 
+def test_exact_moving_means_of_an_older_state_start_anew():
+    """They had random signs, which gradients as they are have not."""
+    mixer = trained("exact, by time")
+    state = mixer.state_dict()
+    state["version"] = 1
+    del state["cadence"], state["means"][0]["rl.square"], state["means"][0]["rl.step"]
+    _, other = patched("exact, by time")
+    other.load_state_dict(state)
+    assert other.state_dict()["means"] == [{}]
+    assert same(other.state_dict() | {"means": 0, "cadence": 0}, mixer.state_dict() | {"means": 0, "cadence": 0})
+
+
 @pytest.mark.parametrize("versioned", [True, False])
 def test_moving_means_of_an_older_state_are_of_every_step(versioned):
     """Without their age they stand for measurements in every step, and go on to the same numbers."""
