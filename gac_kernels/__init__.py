@@ -18,6 +18,7 @@ from gac_kernels.ops import (
     sketch,
     token_moments,
 )
+from gac_kernels.outer_products import kronecker_sketch
 
 __all__ = [
     "SketchLayout",
@@ -25,6 +26,7 @@ __all__ = [
     "absorb_sketch_",
     "accumulate_",
     "backend_status",
+    "kronecker_sketch",
     "library",
     "mix_",
     "moments",

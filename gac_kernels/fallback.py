@@ -19,12 +19,25 @@ from torch import Tensor
 from gac_kernels import reference
 from gac_kernels.arguments import check_pair, check_scalar, tensor_list
 from gac_kernels.calls import SketchCall, sketch_call, takes
+from gac_kernels.kronecker import by_matrix_products, kronecker_call
 from gac_kernels.layout import SIGN_BITS, SketchLayout
 from gac_kernels.reference import absorb_, token_moments
 from gac_kernels.strides import flat_views
 from gac_kernels.totals import AbsorbSketchCall, AccumulateCall, absorb_sketch_call, accumulate_call
 
-__all__ = ["absorb_", "absorb_sketch_", "accumulate_", "mix_", "moments", "pair_moments", "sketch", "token_moments"]
+__all__ = [
+    "absorb_",
+    "absorb_sketch_",
+    "accumulate_",
+    "kronecker_sketch",
+    "mix_",
+    "moments",
+    "pair_moments",
+    "sketch",
+    "token_moments",
+]
+
+kronecker_sketch = takes(kronecker_call)(by_matrix_products)
 
 _BLOCK = 1 << 16
 """Elements of a block: two of them in float32 fit the second cache. Of 32 M pairs on two cores, medians of one run:

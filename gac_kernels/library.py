@@ -15,6 +15,7 @@ from torch import Tensor
 from gac_kernels.arguments import accumulator_dtype
 from gac_kernels.backends import implementation, runner
 from gac_kernels.calls import sketch_call, token_call
+from gac_kernels.kronecker import kronecker_call
 from gac_kernels.layout import LANES, SketchLayout
 from gac_kernels.totals import absorb_call, absorb_sketch_call, accumulate_call
 
@@ -237,3 +238,25 @@ def _run_absorb_sketch(tensors: Any, previous: Tensor, total: Tensor, into: Any,
     options = {"layout": layout, "regions": regions, "into": into, "second_moments": second_moments, "eps": eps}
     call = absorb_sketch_call(tensors, previous, total, factor if scale is None else scale, **options)
     return runner("absorb_sketch_", previous.device.type)(call)
+
+
+@_operator(
+    "kronecker_sketch_(Tensor left, Tensor right, Tensor(a!) out, Tensor bounds, Tensor keys, int? size, int? longest, "
+    "bool ones, float scale) -> ()",
+    lambda *arguments: None,
+)
+def _kronecker_sketch_(
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    bounds: Tensor,
+    keys: Tensor,
+    size: Any,
+    longest: Any,
+    ones: Any,
+    scale: Any,
+) -> None:
+    call = kronecker_call(
+        left, right, out, bounds=bounds, keys=keys, size=size, longest=longest, ones=ones, scale=scale
+    )
+    runner("kronecker_sketch", out.device.type)(call)

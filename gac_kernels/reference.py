@@ -7,6 +7,7 @@ written to be read, not to be fast, and it makes float64 copies of its input.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from gac_kernels.arguments import accumulator_dtype, check_pair, check_scalar, tensor_list
 from gac_kernels.calls import SketchCall, TokenCall, sketch_call, takes, token_call
+from gac_kernels.kronecker import KroneckerCall, kronecker_call, projected
 from gac_kernels.layout import CELL_LANES, LANES, SIGN_BITS, SketchLayout, sign_key
 from gac_kernels.totals import (
     AbsorbCall,
@@ -31,6 +33,7 @@ __all__ = [
     "absorb_",
     "absorb_sketch_",
     "accumulate_",
+    "kronecker_sketch",
     "mix_",
     "moments",
     "pair_moments",
@@ -217,3 +220,14 @@ def absorbed(call: AbsorbSketchCall, run: Callable[[SketchCall], Tensor]) -> Ten
             sums[first : first + len(parts)] = parts
             first += layout.cells_of_slab
     return _added(sums, call.into)
+
+
+@takes(kronecker_call)
+def kronecker_sketch(call: KroneckerCall) -> Tensor:
+    """``out[i] += scale * sum_t (A^T l_t) (B^T r_t)^T``; see :mod:`gac_kernels.kronecker`."""
+    a, b = projected(call, accumulator_dtype(call.out.device))
+    bounds = call.bounds.tolist()
+    for row, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        found = torch.einsum("np, nq -> pq", a[begin:end], b[begin:end])
+        call.out.detach()[row] += (call.scale * found).to(call.out.dtype)
+    return call.out

@@ -11,12 +11,14 @@ from gac_kernels.cpu.builtins import DESCRIBE, NAMES, builtins_for
 from gac_kernels.cpu.library import Library, failure, load
 from gac_kernels.cpu.operations import absorb_, absorb_sketch_, accumulate_, mix_, moments, pair_moments, sketch
 from gac_kernels.cpu.tokens import token_moments
+from gac_kernels.fallback import kronecker_sketch  # matrix products: BLAS is what serves them best
 
 __all__ = [
     "absorb_",
     "absorb_sketch_",
     "accumulate_",
     "available",
+    "kronecker_sketch",
     "mix_",
     "moments",
     "pair_moments",

@@ -4,6 +4,7 @@ Importing this package imports Triton; :mod:`gac_kernels` does so at the first c
 """
 
 from gac_kernels.triton.accumulating import accumulate_
+from gac_kernels.triton.kronecker import kronecker_sketch
 from gac_kernels.triton.operations import absorb_, mix_, moments, pair_moments, token_moments
 from gac_kernels.triton.sketching import absorb_sketch_, sketch
 
@@ -11,6 +12,7 @@ __all__ = [
     "absorb_",
     "absorb_sketch_",
     "accumulate_",
+    "kronecker_sketch",
     "mix_",
     "moments",
     "pair_moments",

@@ -55,6 +55,8 @@ def recorded_launches() -> dict[str, tuple]:
                 signature[name], constexprs[name] = "constexpr", None
             else:
                 signature[name] = "fp32" if isinstance(value, float) else "i32"
+                if name.endswith(("_stride", "_width")) and value % 16 == 0:  # as Triton specialises a launch
+                    attributes[(position,)] = [["tt.divisibility", 16]]
         signature |= dict.fromkeys(constants, "constexpr")
         specialization = (kernel.__name__, str(signature), str(constexprs))
         if specialization not in seen:
@@ -109,6 +111,17 @@ def recorded_launches() -> dict[str, tuple]:
     label = ""
     mask = torch.ones(3, 9, dtype=torch.bool)
     operations.token_moments(torch.zeros(3, 9), torch.zeros(3), mask, torch.zeros(3, dtype=torch.bool))
+    bounds, keys = torch.tensor([0, 40, 100]), torch.arange(4)
+    for dtype in DTYPES[:3]:
+        x = torch.zeros(100, 256, dtype=dtype)
+        for name, left, sizes, options in (
+            ("", x, (32, 32), {}),
+            ("/64", x, (64, 64), {}),
+            ("/places", torch.zeros(100, dtype=torch.int64), (32, 32), {"size": 500, "ones": True}),
+        ):
+            label = f"/{_TYPES[dtype]}{name}"
+            out = torch.zeros(2, *sizes)
+            operations.kronecker_sketch(left, x, out, bounds=bounds, keys=keys, longest=60, **options)
     return launches
 
 
@@ -128,7 +141,7 @@ def _wide_accesses(ptx: str, kind: str) -> int:
     return len(re.findall(rf"{kind}\.global[\w.:]*\.(?:v4\.[bfus]32|v2\.[bfus]64)", ptx))
 
 
-_HEAVIEST = ("sketch_kernel/", "/running", "mix+moments", "token_kernel")
+_HEAVIEST = ("sketch_kernel/", "/running", "mix+moments", "token_kernel", "kronecker_kernel/")
 _LIGHTER = ("fp16", "bf16/bf16", "fp64/fp64")
 
 
@@ -155,6 +168,8 @@ def compile_all(capability: int, heaviest: bool) -> dict[str, dict]:
             "wide_loads": _wide_accesses(ptx, "ld"),
             "wide_stores": _wide_accesses(ptx, "st"),
             "narrow_loads": len(re.findall(r"ld\.global[\w.:]*\.v2\.[bfus]32", ptx)),
+            "wide_copies": len(re.findall(r"cp\.async\.c[ag][\w.:]* \[[^]]*\], \[[^]]*\], 0x10", ptx)),
+            "dynamic_shared": compiled.metadata.shared,
             "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
         }
     return report

@@ -1,7 +1,7 @@
 """Where the Triton suite runs, on a GPU or in a process of its own under Triton's interpreter; and on how many threads.
 
-``test_triton.py`` needs one or the other for the whole process, so without a GPU a plain run leaves it out and
-``test_interpreter.py`` starts it in a subprocess with TRITON_INTERPRET=1.
+``test_triton*.py`` need one or the other for the whole process, so without a GPU a plain run leaves them out and
+``test_interpreter.py`` starts them in a subprocess with TRITON_INTERPRET=1.
 """
 
 import os
@@ -11,7 +11,7 @@ import torch
 
 collect_ignore = []
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
-    collect_ignore.append("test_triton.py")
+    collect_ignore += ["test_triton.py", "test_triton_kronecker.py"]
 
 
 @pytest.fixture(scope="package", autouse=True)

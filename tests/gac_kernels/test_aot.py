@@ -21,8 +21,11 @@ UNROLL, PAIR_UNROLL = 4, 2
 MOST_REGISTERS = 136
 """For inputs of 16 and 32 bits: three programs of 128 threads share the 65,536 registers of an SM."""
 
+MOST_REGISTERS_PRODUCTS = 168
+"""Of matrix products on inputs of 16 bits: three programs fill the registers of an SM."""
+
 MOST_REGISTERS_FP64 = 224
-"""Where float64 is involved; 255 is what a thread can have."""
+"""Where float64 is involved, or float32 is split for tensor cores; 255 is what a thread can have."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,8 @@ def reports():
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_no_spills_and_bounded_registers(reports, capability):
     for name, usage in reports[capability].items():
-        most = MOST_REGISTERS_FP64 if "fp64" in name or "token" in name else MOST_REGISTERS
+        heavy = "fp64" in name or "token" in name or name.startswith("kronecker_kernel/fp32")
+        most = MOST_REGISTERS_FP64 if heavy else MOST_REGISTERS_PRODUCTS if "kronecker" in name else MOST_REGISTERS
         assert usage["local"] == 0, name
         assert usage["stack"] == 0, name
         assert usage["registers"] <= most, (name, usage)
@@ -107,3 +111,25 @@ def test_all_loads_of_the_fast_path_are_128_bits_wide(reports, capability, dtype
         wide_loads, wide_stores = expected[name]
         assert usage["wide_loads"] == wide_loads, name
         assert wide_stores is None or usage["wide_stores"] == wide_stores, name
+
+
+TILE_BYTES = {"fp32": 32 * 128, "16 bits": 64 * 128}
+"""Tokens times a line of the cache: ``gac_kernels.triton.kronecker``."""
+
+STAGES = 3
+"""Tiles that are asked for at a time, at least."""
+
+MOST_SHARED = 66 * 2**10
+"""Three programs of the Kronecker sketch share the 228 KB of an SM."""
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_kronecker_sketch_streams_its_sides(reports, capability):
+    """Tiles arrive by asynchronous copies of 16 bytes: on their way while the tile before is multiplied."""
+    compiled = {name: usage for name, usage in reports[capability].items() if name.startswith("kronecker_kernel/")}
+    assert len(compiled) == (9 if capability == 90 else 6)
+    for name, usage in compiled.items():
+        sides = 1 if "places" in name else 2
+        copies = TILE_BYTES["fp32" if "fp32" in name else "16 bits"] // (128 * 16)  # of each of 128 threads
+        assert usage["wide_copies"] >= STAGES * copies * sides, (name, usage)
+        assert usage["dynamic_shared"] <= MOST_SHARED, (name, usage)

@@ -1,4 +1,4 @@
-"""Runs ``test_triton.py`` under Triton's interpreter, in a process of its own (see ``conftest.py``)."""
+"""Runs ``test_triton*.py`` under Triton's interpreter, in a process of its own (see ``conftest.py``)."""
 
 import os
 import re
@@ -15,7 +15,8 @@ HERE = Path(__file__).parent
 def test_triton_suite_in_the_interpreter(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "GAC_"))}
     environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "test_triton.py")]
+    suites = [str(HERE / name) for name in ("test_triton.py", "test_triton_kronecker.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *suites]
     done = subprocess.run(command, env=environment, cwd=HERE.parent.parent, capture_output=True, text=True, timeout=280)
     print(done.stdout[-6000:], done.stderr[-2000:])
     assert done.returncode == 0
