@@ -14,6 +14,8 @@ from gac.measurement import Measurement
 from gac.observe.contribution import Seen, Tokens
 from gac.observe.engine import EngineChecks
 from gac.observe.pending import resolve_buffers
+from gac.sequences.observer import SequenceObserver
+from gac.sequences.rows import Rows
 from gac.statistics.branch import Branch
 from gac.weights import Weights, is_factor
 
@@ -96,22 +98,36 @@ class Branches:
         """Raises RuntimeError where ``call`` is made inside a branch."""
         if self.observer.branch is not None:
             raise RuntimeError(f"{call} inside `with mixer.{self.observer.branch.value}():`: {then}")
+        if isinstance(self.observer, SequenceObserver) and self.observer.in_batch:
+            raise RuntimeError(f"{call} inside `with mixer.batch(...):`: {then}")
 
     def enter(self, branch: Branch, tokens: Tokens) -> None:
         """A branch begins."""
         observer = self.observer
-        if observer.branch is not None:
+        if observer.branch is not None or isinstance(observer, SequenceObserver):
             then = "leave the first branch before entering another; several backward passes may share one"
             self.require_none(f"`with mixer.{branch.value}():`", then)
         if tokens is not None:  # passes inside may be told their own
             observer.seen.check_tokens(branch, tokens)
         self._engine.enter(branch, measuring=observer.measuring)
+        observer.enter(branch, self._undoing(branch), tokens)
+
+    def _undoing(self, branch: Branch) -> Tensor:
+        """What takes gradients of the branch's weighted loss to its contributions."""
         scale = self.weights.undone[branch]
-        if observer.measuring:
+        if self.observer.measuring:
             scale = self._measurement.scaled(scale)
             if self._scaler is not None:
                 scale = scale / self._scaler.scale(torch.ones_like(scale))
-        observer.enter(branch, scale, tokens)
+        return scale
+
+    @contextmanager
+    def batch(self, observer: SequenceObserver, rows: Rows) -> Iterator[None]:
+        """Sequences of both branches, whose backward passes run inside."""
+        self.require_none("`with mixer.batch(...)`", "leave it first")
+        self._engine.enter(Branch.SFT, measuring=observer.measuring)
+        with observer.rows(rows, torch.stack([self._undoing(branch) for branch in Branch])):
+            yield
 
     def pass_by(self, weights: Weights) -> None:
         """A step ends that nothing was measured in; ``weights`` are those of the next."""
@@ -166,13 +182,18 @@ class Branches:
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
                 raise TypeError(f"{name} must be a scalar tensor, got {got}")
-        self.require_none("mixer.mixed_loss", "it weights both losses by itself, call it outside")
+        if isinstance(self.observer, SequenceObserver):
+            self.observer.expect_mixed()
+        else:
+            self.require_none("mixer.mixed_loss", "it weights both losses by itself, call it outside")
         self.observer.seen.outside = self.observer.seen.fired = True
         return self.weights.of[Branch.SFT] * sft_loss + self.weights.of[Branch.RL] * rl_loss
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Backward passes inside are no part of the step."""
+        if isinstance(self.observer, SequenceObserver):
+            self.require_none("mixer.aside()", "leave it first")
         seen = self.observer.seen
         expected, seen.outside = seen.outside, True
         try:

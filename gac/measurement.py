@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from gac.observe.reduction import Reduction, gather_rows, reduce_step
 from gac.observe.temporal import MovingMeans, noise_from_time, take_in
 from gac.observe.topology import Topology, local_numel
 from gac.options import Options
+from gac.sequences.observer import SequenceObserver
+from gac.sequences.reduction import SequenceReduction
 from gac.silence import ABSENT, Silence
 from gac.statistics.branch import Branch
 from gac.statistics.by_module import ModuleStatistics, take_apart
@@ -78,20 +81,23 @@ class Measurement:
         self._options = options
         exact = self.estimator == "exact"
         watched = self.estimator != "coefficient"
-        self.observer = Observer(
-            parameters if watched else [],
-            lossless=exact,
-            running=_running(exact, topology, options),
-            seed=0,
-            copies=topology.copies if watched else None,
-            hooks=options.hooks,
-        )
+        if self.estimator == "sequence":
+            self.observer: Observer = SequenceObserver(model, parameters, options.sequences, topology)
+        else:
+            self.observer = Observer(
+                parameters if watched else [],
+                lossless=exact,
+                running=_running(exact, topology, options),
+                seed=0,
+                copies=topology.copies if watched else None,
+                hooks=options.hooks,
+            )
         self._means = [MovingMeans(ledger.device) for ledger in self.observer.ledgers]
         self._device_time = DeviceTime(self.observer.ledgers if cadence.counts_costs else ())
         self._errors = StandardErrors(self.device, self._dtype)
         self._absent = Silence(ABSENT)
         self._rows: list[Tensor] = []  # of the coefficient estimator
-        self._reduction: Reduction | None = None  # on its way
+        self._reduction: Reduction | SequenceReduction | None = None  # on its way
         self._costs: deque[Sequence[Tensor | float] | Tensor] = deque()  # of measured steps, not yet read
         self.confirmed = topology.ranks == 1
         """Whether a first measured step has shown that hooks work on every rank."""
@@ -126,6 +132,8 @@ class Measurement:
         self.due = self.cadence.is_due(step)
         every = self._options.report_interval
         by_module = every is not None and (self.cadence.measurements + 1) % every == 0
+        if isinstance(self.observer, SequenceObserver):
+            self.observer.step = step
         self.observer.measure(ready and self.due, by_module=ready and self.due and by_module)
 
     def scaled(self, scale: Tensor) -> Tensor:
@@ -160,14 +168,12 @@ class Measurement:
                 for branch in observer.seen.entered:
                     self._absent.take(branch, silent=observer.seen.counts[branch] == 0)
             silent = bool(observer.seen.entered) and not observer.alive
-            self._reduction = reduce_step(
-                observer,
-                self.device,
-                self.topology,
-                time_noise=self._noise_from_time(),
-                silent=silent,
-                costs=self._costs_so_far(),
-            )
+            told: dict[str, Any] = {"silent": silent, "costs": self._costs_so_far()}
+            if isinstance(observer, SequenceObserver):
+                self._reduction = SequenceReduction(observer, self.device, self.topology, **told)
+            else:
+                told["time_noise"] = self._noise_from_time()
+                self._reduction = reduce_step(observer, self.device, self.topology, **told)
             observer.let_go()
 
     def finish(self, present: Tensor, step: int) -> Statistics | None:
@@ -302,6 +308,8 @@ class Measurement:
 
     def _uses_time(self, branch: Branch | None = None) -> bool:
         """Whether a lone contribution (of a branch, or of either) is compared with earlier steps."""
+        if self.estimator == "sequence":  # a lone sequence is no lone contribution of a branch
+            return False
         counts = self.observer.seen.counts
         alone = 1 in counts.values() if branch is None else counts[branch] == 1
         return alone and (self.topology.ranks == 1 or self.topology.sharded)

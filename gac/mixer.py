@@ -26,6 +26,7 @@ from gac.observe.topology import topology_of
 from gac.observe.watched import claim, release, trainable
 from gac.options import Options
 from gac.saved import VERSION, MixerState, read_state
+from gac.sequences.mixin import SequenceMethods
 from gac.statistics.branch import Branch
 from gac.statistics.by_module import ModuleStatistics
 from gac.statistics.step import Statistics
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from gac.report import Report
 
 
-class Mixer:
+class Mixer(SequenceMethods):
     """Measures the gradients of both branches and holds the weight of each. Made by :func:`gac.patch`.
 
     A step of a training loop::
@@ -178,7 +179,7 @@ class Mixer:
         """``mu * sft_loss + (1 - mu) * rl_loss``, for one backward pass over a mixed batch, outside the branches.
 
         One pass cannot tell the branches' gradients apart: feed :meth:`observe_tokens`, and the coefficient estimator
-        is used in this step.
+        is used in this step. With ``estimator="sequence"`` it can, inside :meth:`batch`.
 
         Args:
             sft_loss, rl_loss: scalars; one that lacks data may be a zero without a graph.
@@ -337,7 +338,7 @@ class Mixer:
     @property
     def nbytes(self) -> int:
         """Device memory that measuring takes."""
-        return 0 if self._patched is None else sum(ledger.nbytes for ledger in self._patched.ledgers)
+        return 0 if self._patched is None else self._nbytes_of(self._patched)
 
     def metrics(self, *, wait: bool = False) -> dict[str, float | str]:
         """Numbers of the newest step that has reached the host (``wait``: of the last one); empty before the first.

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from gac.laws.base import Law, number
+from gac.sequences.options import SequenceOptions
 from gac.statistics.coefficient import CoefficientOptions
 
-ESTIMATORS = ("auto", "sketch", "exact", "coefficient")
+ESTIMATORS = ("auto", "sketch", "exact", "coefficient", "sequence")
 """How statistics are obtained."""
+
+OF_TRAINERS = ("auto", "sketch", "exact", "coefficient")
+"""Those that trainers serve which run branches one after the other: they do not say which rollouts share a prompt, and
+sequences taken as independent would make the noise of the RL branch read low."""
 
 METRICS = ("gradient", "optimizer")
 """The spaces in which gradients are measured: as they are, or divided by Adam's ``sqrt(v) + eps``."""
@@ -44,6 +49,7 @@ class Options:
     hooks: bool
     carries_out_rules: bool
     name: str | None = None
+    sequences: SequenceOptions = field(default_factory=SequenceOptions)
 
     def __post_init__(self) -> None:
         _require_name("estimator", self.estimator, ESTIMATORS)
@@ -65,6 +71,10 @@ class Options:
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(self.optimizer).__name__}")
         if self.in_optimizer_space and self.estimator == "coefficient":
             raise ValueError('estimator="coefficient" reads no gradients: metric="optimizer" does not apply to it')
+        if self.estimator == "sequence" and self.in_optimizer_space:
+            raise ValueError('metric="optimizer" reads gradients of parameters, estimator="sequence" those of layers')
+        if self.estimator == "sequence" and not self.hooks:
+            raise ValueError('estimator="sequence" has hooks on layers: hooks=False does not apply to it')
         if self.scaler is not None and not hasattr(self.scaler, "scale"):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(self.scaler).__name__}")
 

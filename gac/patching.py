@@ -11,6 +11,7 @@ from torch import nn
 
 from gac.mixer import Mixer
 from gac.options import Options
+from gac.sequences.options import SequenceOptions
 from gac.statistics.coefficient import CoefficientOptions
 
 
@@ -30,6 +31,8 @@ def patch(
     hooks: bool = True,
     carries_out_rules: bool = False,
     name: str | None = None,
+    sketch_size: int = 32,
+    sequences: Mapping[str, Any] | None = None,
     **law_options: Any,
 ) -> Mixer:
     """Watches the gradients of ``model`` and sets the weight ``mu`` of its SFT branch from them.
@@ -44,8 +47,9 @@ def patch(
         law: how mu follows from the statistics; a name of :func:`gac.laws.available`.
         estimator: ``"sketch"`` (random projection, no buffer of the gradient's size), ``"exact"`` (two fp32 buffers of
             the trainable parameters' size), ``"coefficient"`` (the paper's proxies from token coefficients, see
-            :meth:`Mixer.observe_tokens`; no hooks) or ``"auto"``: exact where the buffers are small, else the sketch,
-            and the coefficients in steps whose losses were mixed before their backward pass
+            :meth:`Mixer.observe_tokens`; no hooks), ``"sequence"`` (a sketch of every sequence's gradient, taken at the
+            layers; for mixed batches too, see :meth:`Mixer.batch`) or ``"auto"``: exact where the buffers are small,
+            else the sketch, and the coefficients in steps whose losses were mixed before their backward pass
             (:meth:`Mixer.mixed_loss`).
         overhead: share of a step's time that measuring may take, 0.01 unless said otherwise: the first ten steps are
             measured, then every one where that is within the share, every k-th where it is not. Which these are
@@ -72,6 +76,9 @@ def patch(
         carries_out_rules: for trainers that carry out, per prompt or token, what the laws of docs/rules.md ask for;
             nobody else can use these laws.
         name: put before the names of the mixer's metrics (``critic/mu``), to tell several mixers of a process apart.
+        sketch_size: rows and columns of a layer's sketch with ``estimator="sequence"``: 8, 16, 32 or 64.
+        sequences: further options of that estimator: ``seed``, ``layer_share``; see
+            :class:`gac.sequences.options.SequenceOptions`.
         **law_options: options of the law.
 
     Returns:
@@ -96,6 +103,7 @@ def patch(
         hooks=hooks,
         carries_out_rules=carries_out_rules,
         name=name,
+        sequences=SequenceOptions(sketch_size=sketch_size, **(sequences or {})),
     )
     return Mixer(model, options)
 

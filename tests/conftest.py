@@ -28,6 +28,9 @@ SLOW = (
     "gac/laws/test_standard_error.py",
     "gac/observe/test_optimizer_space.py",
     "gac/plan",
+    "gac/sequences/test_engines.py",
+    "gac/sequences/test_errors.py",
+    "gac/sequences/test_ranks.py",
     "gac/statistics/test_coefficient.py",
     "gac/statistics/test_correlated.py",
     "gac/statistics/test_of_models.py",
@@ -44,6 +47,7 @@ SLOW = (
     "gac/test_saved.py",
     "gac_kernels/test_cpu_library.py",
     "gac_kernels/test_fallback.py",
+    "gac_kernels/test_kronecker.py",
     "gac_kernels/test_ops.py",
 )
 """Folders and modules that take long for what they say about a small change; `make test` runs them too."""

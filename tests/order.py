@@ -12,7 +12,7 @@ FLOORS = (
     ("gac.statistics",),
     ("gac.plots", "gac.schedules", "gac.version"),  # these import nothing of the package
     ("gac.laws", "gac.observe", "gac.accumulation", "gac.cadence", "gac.silence"),
-    ("gac.fused",),
+    ("gac.fused", "gac.sequences"),
     ("gac.metrics", "gac.options", "gac.saved", "gac.weights"),
     ("gac.measurement",),
     ("gac.branches", "gac.ending", "gac.following"),
@@ -33,6 +33,7 @@ FLOORS = (
         "benchmarks.fallback",
         "benchmarks.kill_and_resume",
         "benchmarks.overhead",
+        "benchmarks.sequences",
         "benchmarks.study",
         "benchmarks.test_kernels",
         "benchmarks.test_step",

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 import torch
 
 from gac.observe.choice import choose_estimator, reads_running_sums
-from gac.options import ESTIMATORS as ALL_ESTIMATORS
-from gac.options import METRICS
+from gac.options import METRICS, OF_TRAINERS
 from gac.plan.device import Device
 from gac.plan.error import Noise
 from gac.plan.parameters import Parameters
 
 SHARDINGS = ("ddp", "fsdp")
-ESTIMATORS = tuple(name for name in ALL_ESTIMATORS if name != "coefficient")
+ESTIMATORS = tuple(name for name in OF_TRAINERS if name != "coefficient")
 """Estimators that read gradients."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

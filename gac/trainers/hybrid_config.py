@@ -6,7 +6,7 @@ from typing import Any, cast
 from trl import GRPOConfig
 
 from gac.laws.controller import Controller
-from gac.options import ESTIMATORS, METRICS
+from gac.options import METRICS, OF_TRAINERS
 
 SFT_LOSSES = ("nll", "phi")
 
@@ -77,8 +77,8 @@ class HybridGRPOConfig(GRPOConfig):
         super().__post_init__()
         if self.sft_loss not in SFT_LOSSES:
             raise ValueError(f"unknown sft_loss {self.sft_loss!r}; known: {', '.join(SFT_LOSSES)}")
-        if self.estimator not in ESTIMATORS:
-            raise ValueError(f"unknown estimator {self.estimator!r}; known: {', '.join(ESTIMATORS)}")
+        if self.estimator not in OF_TRAINERS:
+            raise ValueError(f"unknown estimator {self.estimator!r}; known: {', '.join(OF_TRAINERS)}")
         if self.gac_metric not in METRICS:
             raise ValueError(f"unknown gac_metric {self.gac_metric!r}; known: {', '.join(METRICS)}")
         for name in ("sft_batch_size", "gac_interval", "gac_report_interval"):

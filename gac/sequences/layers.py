@@ -1,0 +1,229 @@
+"""Which layers of a model are seen, and where the sketch of each parameter's gradient lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from torch import nn
+
+from gac.observe.deepspeed import whole_numel
+from gac.observe.module_names import group_parameters
+from gac.sequences.normalization import Normalize, normalization_of
+
+
+class Kind(Enum):
+    """What a layer does, as far as its gradient is concerned."""
+
+    LINEAR = "linear"
+    EMBEDDING = "embedding"
+    NORM = "norm"
+
+
+@dataclass(eq=False)
+class Slot:
+    """The sketch of one parameter's gradient: a stretch of each sequence's row of numbers.
+
+    Attributes:
+        name: of the parameter.
+        shape: ``(P, Q)`` of a matrix, with the weight's outputs (or an embedding's places) on the left; ``(m,)`` of a
+            vector.
+        dims: what is sketched: ``(p, q)`` (``q`` with the bias), or ``(d,)``.
+        module: index of its module's label.
+        number: of its signs.
+        offset: of its first number in a row.
+        column: name of the bias that is the last column.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dims: tuple[int, ...]
+    module: int
+    number: int = 0
+    offset: int = 0
+    column: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Numbers that it takes."""
+        return self.shape[0] * (self.shape[1] if len(self.shape) > 1 else 1)
+
+
+@dataclass(eq=False)
+class Layer:
+    """A module that is seen.
+
+    Attributes:
+        name: of it. module: itself. kind: of it.
+        weight: where its weight's gradient goes. ones: whether that has the column of its bias.
+        bias: where its bias's gradient goes by itself.
+        normalize: of a norm.
+        padding: place of an embedding that gets no gradient.
+    """
+
+    name: str
+    module: nn.Module
+    kind: Kind
+    weight: Slot | None = None
+    ones: bool = False
+    bias: Slot | None = None
+    normalize: Normalize | None = None
+    padding: int | None = None
+
+    @property
+    def slots(self) -> list[Slot]:
+        """Those that it adds to."""
+        return [slot for slot in (self.weight, self.bias) if slot is not None]
+
+
+@dataclass
+class Layers:
+    """What is seen of a model, and what is not.
+
+    Attributes:
+        seen: its layers.
+        slots: one for each parameter (a bias may share its weight's), those of one module side by side.
+        labels: of modules. segments: the stretch of each in a row.
+        unseen: names of trainable parameters that no layer sees.
+        share: of the trainable elements that are seen.
+        elements: of each trainable parameter.
+    """
+
+    seen: list[Layer]
+    slots: list[Slot]
+    labels: list[str]
+    segments: list[tuple[int, int]] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
+    share: float = 1.0
+    elements: dict[str, int] = field(default_factory=dict)
+
+    def leave_out(self, slots: Sequence[Slot]) -> None:
+        """These turned out not to be seen."""
+        self.unseen += [name for slot in slots for name in (slot.name, slot.column) if name is not None]
+        self.share = 1.0 - sum(self.elements[name] for name in self.unseen) / max(1, sum(self.elements.values()))
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row."""
+        return sum(slot.size for slot in self.slots)
+
+
+def find_layers(model: nn.Module, parameters: Sequence[tuple[str, nn.Parameter]], sketch_size: int) -> Layers:
+    """The layers of ``model`` whose gradients follow from their input and the gradient of their output.
+
+    Linear layers (``nn.Linear`` and GPT-2's ``Conv1D``), embeddings, and norms that scale elementwise, each with its
+    bias. A parameter that several of them share has one slot, so that its uses add up; one that anything else has too
+    is not seen.
+
+    Args:
+        parameters: the trainable ones, each once. sketch_size: rows and columns of a matrix's sketch.
+    """
+    labels, modules = group_parameters([name for name, _ in parameters])
+    place = {id(p): (name, label) for (name, p), label in zip(parameters, modules, strict=True)}
+    uses, unseen, users = _uses(model, place)
+    dims: dict[int, tuple[int, ...]] = {}
+    columns: set[int] = set()
+    for use in uses:
+        use.layer.ones = use.bias is not None and len(use.dims) == 2 and use.may_share(users)
+        if use.layer.ones:
+            columns.add(id(use.bias))
+        for p, own in use.own():
+            if dims.setdefault(id(p), own) != own:
+                unseen.add(id(p))  # once in this and once in that orientation
+    slots: dict[int, Slot] = {}
+    for key, own in dims.items():
+        if key not in unseen:
+            name, label = place[key]
+            limit = sketch_size if len(own) == 2 else sketch_size**2
+            slots[key] = Slot(name, tuple(min(limit, d) for d in own), own, label)
+    for use in uses:
+        use.layer.weight = slots.get(id(use.weight))
+        use.layer.bias = None if use.layer.ones else slots.get(id(use.bias))
+        if use.layer.ones and use.layer.weight is not None:
+            use.layer.weight.column = place[id(use.bias)][0]
+    found = Layers([use.layer for use in uses if use.layer.slots], _in_order(slots.values()), labels)
+    found.segments = [_segment(found.slots, label) for label in range(len(labels))]
+    found.unseen = [name for name, p in parameters if id(p) not in slots and id(p) not in columns]
+    found.elements = {name: whole_numel(p) for name, p in parameters}
+    found.leave_out([])
+    return found
+
+
+def _in_order(slots: Iterable[Slot]) -> list[Slot]:
+    """Those of one module side by side, numbered and given their places."""
+    ordered, offset = sorted(slots, key=lambda slot: slot.module), 0
+    for number, slot in enumerate(ordered):
+        slot.number, slot.offset = number, offset
+        offset += slot.size
+    return ordered
+
+
+def _segment(slots: Sequence[Slot], label: int) -> tuple[int, int]:
+    own = [slot for slot in slots if slot.module == label]
+    begin = own[0].offset if own else 0
+    return begin, begin + sum(slot.size for slot in own)
+
+
+@dataclass(eq=False)
+class _Use:
+    """A layer and its trainable parameters; ``dims`` of the weight, or of the vectors of a norm."""
+
+    layer: Layer
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    dims: tuple[int, ...]
+
+    def may_share(self, users: Mapping[int, int]) -> bool:
+        """Whether the bias may be a column of the weight: nobody else has either."""
+        return self.weight is not None and users[id(self.weight)] == users[id(self.bias)] == 1
+
+    def own(self) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
+        """Parameters that need a slot, with what is sketched of them."""
+        found = []
+        if self.weight is not None:
+            dims = self.dims if not self.layer.ones else (self.dims[0], self.dims[1] + 1)
+            found.append((self.weight, dims))
+        if self.bias is not None and not self.layer.ones:
+            found.append((self.bias, self.dims[:1]))
+        return found
+
+
+def _uses(model: nn.Module, place: Mapping[int, object]) -> tuple[list[_Use], set[int], dict[int, int]]:
+    """Layers with trainable parameters; parameters that others have; and how many modules have each."""
+    uses: list[_Use] = []
+    unseen: set[int] = set()
+    users = dict.fromkeys(place, 0)
+    for name, module in model.named_modules():
+        own = {key: p for key, p in module._parameters.items() if p is not None and id(p) in place}
+        for p in own.values():
+            users[id(p)] += 1
+        use = _use(name, module, own) if own else None
+        if use is not None:
+            uses.append(use)
+        else:
+            unseen.update(map(id, own.values()))
+    return uses, unseen, users
+
+
+def _use(name: str, module: Any, own: dict[str, nn.Parameter]) -> _Use | None:
+    if set(own) - {"weight", "bias"}:
+        return None
+    weight, bias = own.get("weight"), own.get("bias")
+    forward = type(module).forward
+    if isinstance(module, nn.Embedding):
+        if forward is not nn.Embedding.forward or module.scale_grad_by_freq:
+            return None
+        dims = (module.num_embeddings, module.embedding_dim)
+        return _Use(Layer(name, module, Kind.EMBEDDING, padding=module.padding_idx), weight, bias, dims)
+    if isinstance(module, nn.Linear):
+        if forward is not nn.Linear.forward:
+            return None
+        return _Use(Layer(name, module, Kind.LINEAR), weight, bias, (module.out_features, module.in_features))
+    if type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int) and hasattr(module, "nx"):
+        return _Use(Layer(name, module, Kind.LINEAR), weight, bias, (module.nf, module.nx))
+    normalize = normalization_of(module)
+    if normalize is None:
+        return None
+    return _Use(Layer(name, module, Kind.NORM, normalize=normalize), weight, bias, tuple(module.weight.shape))

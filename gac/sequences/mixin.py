@@ -1,0 +1,125 @@
+"""What a mixer offers where it measures the gradients of sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from gac.observe.observer import Observer
+from gac.sequences.alignment import Alignment
+from gac.sequences.layers import Layers
+from gac.sequences.observer import SequenceObserver
+from gac.sequences.rows import rows_of
+from gac.sequences.sources import SourceTable, table_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class SequenceMethods:
+    """Methods of :class:`gac.Mixer` for ``estimator="sequence"``."""
+
+    def _sequences(self, call: str) -> SequenceObserver:
+        observer = self._observer  # type: ignore[attr-defined]
+        if not isinstance(observer, SequenceObserver):
+            raise RuntimeError(
+                f'{call} needs gac.patch(model, estimator="sequence"); this mixer has estimator={self.estimator!r}'  # type: ignore[attr-defined]
+            )
+        return observer
+
+    @staticmethod
+    def _nbytes_of(observer: Observer) -> int:
+        own = observer.nbytes if isinstance(observer, SequenceObserver) else 0
+        return own + sum(ledger.nbytes for ledger in observer.ledgers)
+
+    @contextmanager
+    def batch(
+        self,
+        *,
+        is_expert: Tensor | Sequence[bool],
+        groups: Tensor | Sequence[int] | None = None,
+        sources: Sequence[Any] | Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        tokens: Tensor | Sequence[float] | None = None,
+        index: Tensor | Sequence[int] | None = None,
+    ) -> Iterator[Self]:
+        """Context of a batch whose sequences are told apart, for ``estimator="sequence"``::
+
+            with mixer.batch(is_expert=is_expert):
+                sft_loss, rl_loss = losses(model, batch)
+                mixer.mixed_loss(sft_loss=sft_loss, rl_loss=rl_loss).backward()
+
+        Forward and backward passes run inside; rows of dimension 0 of what the model is called with are the sequences.
+        Each branch's loss is a weighted sum over its rows, and a row's gradient is its contribution: the contributions
+        of a branch add up to the gradient of its loss. A step may have several batches (gradient accumulation).
+
+        Args:
+            is_expert: ``[B]`` bool, True for demonstrations.
+            groups: ``[B]`` whole numbers. Rows of a branch with one number, such as the rollouts of a prompt, are one
+                contribution; a negative number stands alone. A group lies within one batch. None: every row by itself.
+            sources: a label for each row (a data set, a teacher), for :meth:`sources`.
+            lengths: ``[B]``, tokens of each sequence, where they are packed end to end into one row.
+            cu_seqlens: ``[B + 1]``, the same as offsets.
+            tokens: ``[B]``, what each row counts for where losses are sums over tokens, divided by those of the step:
+                as the ``tokens`` of :meth:`backward`. All batches of a step have it, or none.
+            index: ``[B]``, the number of each row's data, for :meth:`alignment`.
+
+        Raises:
+            RuntimeError: another estimator; inside a branch or another batch; ``loss.backward()`` without
+                :meth:`mixed_loss`. TypeError, ValueError: an argument is wrong, or the model was called with another
+                number of rows.
+        """
+        observer = self._sequences("mixer.batch")
+        branches = self._ready()  # type: ignore[attr-defined]
+        rows = rows_of(
+            is_expert,
+            observer.device,
+            groups=groups,
+            tokens=tokens,
+            sources=sources,
+            index=index,
+            lengths=lengths,
+            cu_seqlens=cu_seqlens,
+        )
+        with branches.batch(observer, rows):
+            yield self  # type: ignore[misc]
+
+    def sources(self) -> SourceTable:
+        """What each source of data gives to the gradient: noise, signal, cosine with the RL gradient and with others.
+
+        Of all steps whose batches were told ``sources``, the last 4,096 at most; on several ranks, of this rank's rows.
+        Averages over steps of unbiased inner products, with jackknife errors. ``print`` it. Waits for the device.
+
+        Raises:
+            RuntimeError: another estimator; no batch was told ``sources`` yet.
+        """
+        observer = self._sequences("mixer.sources()")
+        self._settle()  # type: ignore[attr-defined]
+        if not observer.sources:
+            raise RuntimeError("mixer.sources() has nothing to tell yet: pass sources= to mixer.batch")
+        return table_of(observer.sources)
+
+    def alignment(self, index: Sequence[int] | None = None) -> Alignment:
+        """How demonstrations point, compared with the RL gradient: of those of ``index``, or of all that were seen.
+
+        Demonstrations are known by the ``index`` that :meth:`batch` was told; on several ranks, those of this rank. A
+        single one is judged poorly (docs/sequences.md): compare the means of many. Waits for the device.
+
+        Raises:
+            RuntimeError: another estimator.
+        """
+        observer = self._sequences("mixer.alignment()")
+        self._settle()  # type: ignore[attr-defined]
+        return observer.alignments.of(index)
+
+    @property
+    def coverage(self) -> Layers:
+        """Which layers ``estimator="sequence"`` sees: ``share`` of the trainable elements, and names of the ``unseen``.
+
+        Raises RuntimeError with another estimator.
+        """
+        return self._sequences("mixer.coverage").layers

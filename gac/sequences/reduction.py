@@ -1,0 +1,94 @@
+"""The sums of a step's sequences over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gac.observe.reduction.message import Message
+from gac.observe.reduction.weights import scalar
+from gac.observe.topology import Topology
+from gac.sequences.observer import SequenceObserver
+from gac.statistics.sums import StepSums, SumsOnHost
+from gac_kernels import pair_moments
+
+Costs = Sequence[Tensor | float] | Tensor | None
+
+
+class SequenceReduction:
+    """Adds up what the sequences of all ranks left behind; made when the step ends, which posts the collective.
+
+    Every rank has sequences of its own, whatever it holds of the model, and data parallelism averages gradients over
+    the ``W`` ranks: a contribution counts as ``x / W``. Branch sums of sketches and a few numbers are all that travels.
+
+    Args:
+        observer: of the step. device: where the sums go. topology: of the ranks.
+        silent: whether no hook has ever run on this rank.
+        costs: as of :class:`gac.observe.reduction.Reduction`.
+
+    Attributes:
+        costs: likewise.
+    """
+
+    def __init__(
+        self,
+        observer: SequenceObserver,
+        device: torch.device,
+        topology: Topology,
+        *,
+        silent: bool,
+        costs: Costs = None,
+    ) -> None:
+        self.costs = costs
+        sums, scale = observer.sums, 1.0 / topology.ranks
+        self._observer, self._demonstrations = observer, sums.demonstrations
+        record = sums.sources.record(sums.totals, sums.power_of_rows, sums.n)
+        if record is not None:
+            observer.sources.append(record)
+        self._device, self._segments = device, observer.layers.segments
+        self._dtype = sums.power.dtype
+        message = {
+            "power": sums.power * scale**2,
+            "tokens": sums.tokens,
+            "n": sums.n,
+            "nonfinite": sums.nonfinite + float(observer.seen.broken),
+            "silent": torch.full((), float(silent), dtype=self._dtype, device=device),
+            "totals": sums.totals * scale,
+        }
+        if sums.module_power is not None:
+            message["module_power"] = sums.module_power * scale**2
+        if costs is not None and topology.groups:
+            message["costs"] = torch.stack([scalar(cost, device, self._dtype) for cost in costs])
+        self._message = Message(message, device, topology.groups)
+
+    def finish(self) -> StepSums:
+        """The sums; the device (on a CPU: the host) waits for the collective."""
+        found = {name: piece.to(self._device) for name, piece in self._message.unpack().items()}
+        self.costs = found.pop("costs", self.costs)
+        totals = found["totals"].view(2, -1)
+        for index, rows in self._demonstrations:
+            self._observer.alignments.take(index, rows, totals[1])
+        numbers = {name: found[name].reshape(-1).to(self._dtype) for name in ("power", "tokens", "n")}
+        module_power = module_norms = None
+        if "module_power" in found:
+            module_power = found["module_power"].to(self._dtype).view(-1, 2)
+            left, right = ([branch[a:b] for a, b in self._segments] for branch in totals)
+            module_norms = pair_moments(left, right, per_tensor=True).to(self._dtype)
+        return StepSums(
+            **numbers,
+            nonfinite=self._number(found["nonfinite"]),
+            silent=self._number(found["silent"]),
+            norms=pair_moments(totals[0], totals[1]).to(self._dtype),
+            time_noise=torch.zeros(2, dtype=self._dtype, device=self._device),
+            module_power=module_power,
+            module_norms=module_norms,
+        )
+
+    def finish_on_host(self) -> SumsOnHost:
+        """:meth:`finish` in numbers."""
+        return self.finish().on_host()
+
+    def _number(self, piece: Tensor) -> Tensor:
+        return piece.reshape(()).to(self._dtype)

@@ -1,0 +1,61 @@
+"""Two gloo ranks with rows of their own find what float64 gradients of all rows say, and the same mu."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from tests.gac.distributed.processes import on_ranks
+from tests.gac.sequences import ranks
+from tests.gac.sequences.truth import assert_close, row_gradients
+from tests.gac.truth import statistics
+
+WORLD = 2
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    names = [*ranks.ENGINES, *ranks.REFUSED]
+    folder = tmp_path_factory.mktemp("ranks")
+    return on_ranks(WORLD, folder, ranks.run, names, preload=ranks.__name__, seconds=200)
+
+
+@pytest.fixture(scope="module")
+def wanted():
+    """Losses are halved for two batches, and gradients averaged over two ranks."""
+    model = ranks.model_of()
+    sft, rl = [], []
+    for rank in range(WORLD):
+        for batch in ranks.batches_of(rank):
+            for gradient, is_expert in zip(row_gradients(model, batch), batch.is_expert, strict=True):
+                (sft if is_expert else rl).append(gradient / 2 / WORLD)
+    return statistics(sft, rl)
+
+
+@pytest.mark.parametrize("engine", ranks.ENGINES)
+def test_ranks_agree_with_the_truth(found, wanted, engine):
+    first, second = (rank[engine] for rank in found)
+    assert first["share"] == 1
+    assert first["mu"] == second["mu"]
+    for name, value in first["statistics"].items():
+        other = second["statistics"][name]
+        assert value == other or (value != value and other != other), name
+    assert_close(SimpleNamespace(**first["statistics"]), wanted, rel=0.02 if "bfloat16" in engine else 2e-4)
+
+
+def test_tensor_parallel_layers_are_refused(found):
+    for rank in found:
+        assert "tensor parallelism" in rank["tensor parallel"]["error"]
+        assert 'estimator="sketch"' in rank["tensor parallel"]["error"]
+
+
+def test_deepspeed_is_refused():
+    model = ranks.model_of()
+    for parameter in model.parameters():
+        parameter.ds_id = 1  # as ZeRO-3 marks it
+        parameter.ds_numel = parameter.numel()
+    import gac
+
+    with pytest.raises(ValueError, match="DeepSpeed"):
+        gac.patch(model, estimator="sequence")

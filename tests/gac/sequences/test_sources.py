@@ -1,0 +1,144 @@
+"""Sources and single demonstrations: numbers against definitions, errors against repetition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import gac
+from gac.sequences.alignment import Alignments
+from gac.sequences.sources import StepOfSources, table_of
+from gac.statistics.branch import Branch
+from tests.gac.models import tiny_model
+from tests.gac.sequences.truth import Batch, losses, mixed, row_gradients
+
+LABELS = ["good", "policy", "bad", "good", "policy", "bad", "good", "policy", "bad", "policy"]
+
+
+def labelled() -> Batch:
+    batch = mixed(10)
+    is_expert = torch.tensor([label != "policy" for label in LABELS])
+    return Batch(batch.ids, is_expert, torch.linspace(-1.0, 1.0, 10) + 0.05)
+
+
+def test_one_step_against_definitions():
+    model, batch = tiny_model(width=16), labelled()
+    gradients = torch.stack(row_gradients(model, batch))
+    mixer = gac.patch(model, estimator="sequence", sketch_size=64, law="fixed", mu=0.3)
+    with mixer.batch(is_expert=batch.is_expert, sources=LABELS, index=range(100, 110)):
+        mixer.mixed_loss(**losses(model, batch)).backward()
+    mixer.step()
+    table = mixer.sources()
+    of = lambda label: gradients[[k for k, other in enumerate(LABELS) if other == label]]
+    unbiased = lambda x: float(x.mean(0).square().sum() - x.var(0).sum() / len(x))
+    for label in ("good", "bad"):
+        own, rl = of(label), of("policy")
+        row = table[label]
+        assert (row.branch, row.steps, row.n) == (Branch.SFT, 1, 3)
+        assert row.noise == pytest.approx(float(own.var(0).sum()), rel=1e-3)
+        assert row.signal == pytest.approx(unbiased(own), rel=1e-2, abs=1e-3 * row.noise)
+        square = unbiased(own) * unbiased(rl)
+        if unbiased(own) > 0 and unbiased(rl) > 0:
+            assert row.cosine == pytest.approx(float(own.mean(0) @ rl.mean(0)) / math.sqrt(square), rel=1e-2)
+        else:
+            assert math.isnan(row.cosine)
+        assert math.isnan(row.cosine_se)
+    assert "cosine with RL" in str(table)
+    assert math.isnan(table["policy"].cosine), "there are no other rollouts"
+    found = mixer.alignment()
+    assert found.index == tuple(100 + k for k, label in enumerate(LABELS) if label != "policy")
+    total = of("policy").sum(0)
+    for k, cosine, error, steps in zip(found.index, found.cosine, found.standard_error, found.steps, strict=True):
+        own = gradients[k - 100]
+        assert float(cosine) == pytest.approx(float(own @ total / own.norm() / total.norm()), abs=1e-4)
+        assert math.isnan(float(error))
+        assert int(steps) == 1
+    assert mixer.alignment([100, 7]).steps.tolist() == [1, 0]
+
+
+class Mean(nn.Module):
+    """Its rows' gradients are its rows: a linear function of each."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.layer = nn.Linear(width, 1, bias=False)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def simulated(steps: int, seed: int, *, width: int = 40, rows: int = 4):
+    """Sources with the cosines .5 and 0 with the policy, in noise of 1.5 times their size; the sketch loses nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    e = torch.eye(width)
+    means = {"near": 0.5 * e[0] + math.sqrt(0.75) * e[1], "far": e[2], "policy": e[0]}
+    model = Mean(width)
+    mixer = gac.patch(model, estimator="sequence", sketch_size=64, law="fixed", mu=0.5, report_interval=None)
+    for _ in range(steps):
+        data, labels = [], []
+        for label, mean in means.items():
+            data.append(mean + torch.randn(rows, width, generator=generator) * 1.5 / math.sqrt(width))
+            labels += [label] * rows
+        x, is_expert = torch.cat(data), torch.tensor([label != "policy" for label in labels])
+        with mixer.batch(is_expert=is_expert, sources=labels, index=range(len(labels))):
+            y = model(x)[:, 0]
+            mixer.mixed_loss(sft_loss=y[is_expert].mean(), rl_loss=y[~is_expert].mean()).backward()
+        mixer.step()
+        model.zero_grad()
+    return mixer
+
+
+def test_errors_hold_the_truth():
+    """Over 40 runs of 25 steps: cosines are right on average, and their errors are those of repetition."""
+    found = {"near": [], "far": [], "between": []}
+    for seed in range(40):
+        table = simulated(25, seed).sources()
+        for label in ("near", "far"):
+            found[label].append((table[label].cosine, table[label].cosine_se))
+        found["between"].append((float(table.cosines[0, 1]), float(table.cosine_errors[0, 1])))
+    for label, truth in (("near", 0.5), ("far", 0.0), ("between", 0.0)):
+        values = torch.tensor(found[label], dtype=torch.float64)
+        z = (values[:, 0] - truth) / values[:, 1]
+        inside = int((z.abs() < 1).sum())
+        print(f"{label}: {float(values[:, 0].mean()):.3f} +- {float(values[:, 0].std()):.3f}, error told "
+              f"{float(values[:, 1].mean()):.3f}, truth within it {inside} of 40")  # fmt: skip
+        assert abs(float(z.mean())) < 4 / math.sqrt(40)
+        assert 0.6 < float(values[:, 1].mean() / values[:, 0].std()) < 1.6, "4 standard errors of a deviation of 40"
+        assert 15 <= inside <= 39, "27.3 of 40 expected, 4 standard deviations of a binomial below"
+
+
+def test_single_demonstrations_have_errors_over_steps():
+    mixer = simulated(30, 0)
+    found = mixer.alignment()
+    assert found.steps.tolist() == [30] * 8
+    assert (found.cosine[:4] > 3 * found.standard_error[:4]).all()
+    assert (found.cosine[4:].abs() < 4 * found.standard_error[4:]).all()
+
+
+def test_unknown_and_missing():
+    model = Mean(8)
+    mixer = gac.patch(model, estimator="sequence", law="fixed", mu=0.5)
+    with pytest.raises(RuntimeError, match="sources= to"):
+        mixer.sources()
+    assert mixer.alignment().index == ()
+    with pytest.raises(RuntimeError, match='estimator="sequence"'):
+        gac.patch(Mean(8)).sources()
+    step = StepOfSources((("a", Branch.SFT),), torch.eye(3, dtype=torch.float64), torch.ones(2, 3, dtype=torch.float64))
+    table = table_of([step])
+    assert table["a"].steps == 0
+    assert math.isnan(table["a"].noise)
+    with pytest.raises(KeyError, match="no source 'b'; known: 'a'"):
+        table["b"]
+
+
+def test_alignments_drop_what_is_not_finite():
+    kept = Alignments()
+    for value in (1.0, float("nan"), 3.0):
+        kept.take([5], torch.full((1, 2), value), torch.tensor([1.0, 0.0]))
+    found = kept.of(None)
+    assert found.steps.tolist() == [2]
+    assert float(found.cosine[0]) == pytest.approx(math.sqrt(0.5))
+    assert float(found.standard_error[0]) == pytest.approx(0.0, abs=1e-7)
