@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -168,12 +167,9 @@ class Measurement:
                 for branch in observer.seen.entered:
                     self._absent.take(branch, silent=observer.seen.counts[branch] == 0)
             silent = bool(observer.seen.entered) and not observer.alive
-            told: dict[str, Any] = {"silent": silent, "costs": self._costs_so_far()}
-            if isinstance(observer, SequenceObserver):
-                self._reduction = SequenceReduction(observer, self.device, self.topology, **told)
-            else:
-                told["time_noise"] = self._noise_from_time()
-                self._reduction = reduce_step(observer, self.device, self.topology, **told)
+            reduce = SequenceReduction if isinstance(observer, SequenceObserver) else reduce_step
+            told = {"time_noise": self._noise_from_time(), "silent": silent, "costs": self._costs_so_far()}
+            self._reduction = reduce(observer, self.device, self.topology, **told)
             observer.let_go()
 
     def finish(self, present: Tensor, step: int) -> Statistics | None:

@@ -178,8 +178,8 @@ class Mixer(SequenceMethods):
     def mixed_loss(self, *, sft_loss: Tensor, rl_loss: Tensor) -> Tensor:
         """``mu * sft_loss + (1 - mu) * rl_loss``, for one backward pass over a mixed batch, outside the branches.
 
-        One pass cannot tell the branches' gradients apart: feed :meth:`observe_tokens`, and the coefficient estimator
-        is used in this step. With ``estimator="sequence"`` it can, inside :meth:`batch`.
+        One pass cannot tell the branches' gradients apart, unless it runs inside :meth:`batch`: feed
+        :meth:`observe_tokens`, and the coefficient estimator is used in this step.
 
         Args:
             sft_loss, rl_loss: scalars; one that lacks data may be a zero without a graph.
@@ -334,11 +334,6 @@ class Mixer(SequenceMethods):
     def interval(self) -> int:
         """Steps from one measurement to the next, at present."""
         return self._measurement.cadence.interval
-
-    @property
-    def nbytes(self) -> int:
-        """Device memory that measuring takes."""
-        return 0 if self._patched is None else self._nbytes_of(self._patched)
 
     def metrics(self, *, wait: bool = False) -> dict[str, float | str]:
         """Numbers of the newest step that has reached the host (``wait``: of the last one); empty before the first.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class SequenceMethods:
-    """Methods of :class:`gac.Mixer` for ``estimator="sequence"``."""
+    """What :class:`gac.Mixer` has for ``estimator="sequence"``, and the memory of every estimator."""
 
     def _sequences(self, call: str) -> SequenceObserver:
         observer = self._observer  # type: ignore[attr-defined]
@@ -30,8 +30,12 @@ class SequenceMethods:
             )
         return observer
 
-    @staticmethod
-    def _nbytes_of(observer: Observer) -> int:
+    @property
+    def nbytes(self) -> int:
+        """Device memory that measuring takes; sketches of sequences take more while their batch runs."""
+        observer: Observer | None = self._patched  # type: ignore[attr-defined]
+        if observer is None:
+            return 0
         own = observer.nbytes if isinstance(observer, SequenceObserver) else 0
         return own + sum(ledger.nbytes for ledger in observer.ledgers)
 

@@ -25,7 +25,7 @@ class SequenceReduction:
 
     Args:
         observer: of the step. device: where the sums go. topology: of the ranks.
-        silent: whether no hook has ever run on this rank.
+        time_noise: ``[2]``, zeros. silent: whether no hook has ever run on this rank.
         costs: as of :class:`gac.observe.reduction.Reduction`.
 
     Attributes:
@@ -38,10 +38,11 @@ class SequenceReduction:
         device: torch.device,
         topology: Topology,
         *,
+        time_noise: Tensor,
         silent: bool,
         costs: Costs = None,
     ) -> None:
-        self.costs = costs
+        self.costs, self._time_noise = costs, time_noise
         sums, scale = observer.sums, 1.0 / topology.ranks
         self._observer, self._demonstrations = observer, sums.demonstrations
         record = sums.sources.record(sums.totals, sums.power_of_rows, sums.n)
@@ -81,7 +82,7 @@ class SequenceReduction:
             nonfinite=self._number(found["nonfinite"]),
             silent=self._number(found["silent"]),
             norms=pair_moments(totals[0], totals[1]).to(self._dtype),
-            time_noise=torch.zeros(2, dtype=self._dtype, device=self._device),
+            time_noise=self._time_noise,
             module_power=module_power,
             module_norms=module_norms,
         )
