@@ -193,6 +193,12 @@ class Ledger:
         else:
             self._read(indices, gradients, second_moments, eps, self._views[len(self._scales)][0])
 
+    def read_instead(self, region: int, gradient: Tensor) -> bool:
+        """Reads this tensor at the contribution's end where the region's running sum was to be read; always True."""
+        if region in self._sums:
+            self._sums[region] = gradient, self._sums[region][1]
+        return True
+
     def _gather(self, branch: Branch, scale: Tensor) -> None:
         """Reads the running sums of the contribution."""
         if not self._sums:

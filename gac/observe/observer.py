@@ -143,10 +143,7 @@ class Observer:
         if not self.measuring:
             self.seen.fired = True
             return
-        self._scales = [
-            scale if scale.device == ledger.device else scale.to(ledger.device, non_blocking=True)
-            for ledger in self.ledgers
-        ]
+        self._scales = [scale.to(ledger.device, non_blocking=True) for ledger in self.ledgers]
         self._passes.entered()
         self._look_again()
 
@@ -303,8 +300,10 @@ class Observer:
         if self._passes.goes_on(call):
             return  # in a re-entrant checkpoint
         self._passes.check_alone(plain=self._open)
+        self.seen.broken |= self._open and not self._pending.put_back(index, self.ledgers)
         self._close(note=False)  # this pass has written already
         self._passes.opened(call)
+        self._pending.opener = index
         if self.tells_weights and self.branch not in self.seen.weighted:
             raise UnweightedLoss(
                 f"a backward pass in the {self.branch.value} branch, whose weight nobody has read: the loss lacks it. "
@@ -324,7 +323,7 @@ class Observer:
     def _begin(self) -> None:
         self.seen.fired = self.alive = True
         if not self._open:
-            self._open = True
+            self._open, self._pending.kept = True, None
             for ledger in self.ledgers:
                 ledger.begin()
 
@@ -345,6 +344,7 @@ class Observer:
                 if self.running:
                     self._flush()
                     self._accumulated.note()
+                    self._pending.keep()
 
     # -- contributions --------------------------------------------------------------------------------------------
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gac.observe.optimizer_space import SecondMoments
 from gac.observe.topology import local_gradient, local_part
+
+if TYPE_CHECKING:
+    from gac.observe.ledger import Ledger
 
 BUCKET_BYTES = 128 * 2**20
 """Gradients that hooks keep are handed over once this much is pending: what is kept is memory."""
@@ -87,6 +90,8 @@ class Pending:
     ) -> None:
         self.gradients: dict[int, Tensor | None] = {}
         self.now = Pass()
+        self.opener: int | None = None  # the parameter that the pass under way reached first
+        self.kept: tuple[int, Tensor] | None = None
         self.limit = bucket_bytes(sharded=sharded, running=running)
         self._names, self._parameters = names, parameters
         self._nbytes, self._places, self._ledgers = nbytes, places, ledgers
@@ -102,6 +107,23 @@ class Pending:
         self.gradients[index] = gradient
         self.now.bytes += self._nbytes[index]
         return self.now.bytes >= self.limit
+
+    def keep(self) -> None:
+        """Keeps a copy of the running sum that the next pass is going to write first: that which this one began with.
+
+        A pass within a re-entrant checkpoint may be the last that is seen of its contribution, which the first hook of
+        the next pass ends; one gradient then has more in it already.
+        """
+        gradient = None if self.opener is None else self._parameters[self.opener].grad
+        self.kept = None if self.opener is None or gradient is None else (self.opener, gradient.detach().clone())
+
+    def put_back(self, index: int, ledgers: Sequence[Ledger]) -> bool:
+        """Has what was kept read in place of the gradient of ``index``; False where another one was kept."""
+        if self.kept is None:
+            return True
+        (kept, gradient), self.kept = self.kept, None
+        which, region = self._places[index]
+        return kept == index and ledgers[which].read_instead(region, local_part(gradient))
 
     def merge(self, index: int, gradient: Tensor | None, *, direct: bool) -> Tensor | None:
         """The gradient of a parameter that came twice in one backward pass (re-entrant checkpointing of a tied weight).

@@ -38,16 +38,20 @@ def committed() -> dict:
 def test_a_rank_does_and_sends_no_more_among_many(engine, ranks, rank):
     found, few = simulated(engine, ranks, rank), simulated(engine, *communication.RANKS[engine][0])
     print(f"{engine}, rank {rank} of {ranks}: {1e3 * found['seconds']:.1f} ms in GAC's code")
+    # a shard that is small enough is kept element by element, whose squares take four operations more
+    more = found["measured"]["operations"] - few["measured"]["operations"]
+    assert more in (0, 4)
     for kind in ("measured", "by_module"):
         ours, theirs = found[kind], few[kind]
         assert ours["bytes"] == theirs["bytes"]
         assert ours["collectives"] == theirs["collectives"] == (2 if "quarter" in engine else 1)
-        assert ours["operations"] <= theirs["operations"]
+        assert ours["operations"] <= theirs["operations"] + more
         assert ours["calls"] <= theirs["calls"]
     assert found["sketch_bytes"] <= few["sketch_bytes"]
-    if rank == 0:  # the last rank has parameters without a row, and fewer operations where modules are taken apart
+    if (
+        rank == 0 and not more
+    ):  # the last rank has parameters without a row, and fewer operations where modules are taken apart
         assert found["by_module"]["operations"] == few["by_module"]["operations"]
-    assert found["measured"]["operations"] == few["measured"]["operations"]
     if engine == "ddp":
         assert found["measured"] == few["measured"]
     else:

@@ -17,7 +17,14 @@ from gac.trainers.groups import GroupLayout, take_rows
 from gac.trainers.hybrid_grpo import complete_checkpoints
 from tests.gac.trainers.conftest import DEMONSTRATIONS, PROMPTS, last_digit_reward, tiny_model
 
-TIMING = {"step_time", "gac/seconds", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+TIMING = {
+    "step_time",
+    "gac/seconds",
+    "gac/overhead",
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+}
 
 
 class Gradients(TrainerCallback):

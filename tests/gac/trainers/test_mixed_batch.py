@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import gac
+from gac.saved import VERSION
 from gac.trainers.mixed_batch import METRICS, MixedBatch, coefficient_mixer, count_step
 from tests.gac.distributed.processes import on_ranks
 
@@ -253,8 +254,8 @@ NONSENSE = [
     (("controller", "law"), "fixed", "of law 'fixed', this controller has 'gac'"),
     (("skipped",), "text", '["skipped"] must be a tensor'),
     (("uncertainty",), {}, "lacks average"),
-    (("means",), [{"sft.mean": torch.zeros(3)}], '["means"][0] lacks sft.weight'),
-    (("version",), 2, "a newer gac wrote it"),
+    (("means",), [{"sft.mean": torch.zeros(3)}], '["means"][0] lacks sft.square, sft.step, sft.weight'),
+    (("version",), VERSION + 1, "a newer gac wrote it"),
 ]
 
 
