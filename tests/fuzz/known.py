@@ -70,4 +70,25 @@ KNOWN: tuple[Known, ...] = (
         ),
         Draw((Step((replace(SFT, how="weight"), replace(RL, how="weight", before="clear"))),), hooks=False),
     ),
+    Known(
+        "a plain pass after a step of guided ones",
+        "where one hook is left, a plain pass that writes elsewhere before it reaches that hook costs its step, once: "
+        "it cannot be told from somebody who changed gradients; the step is dropped and counted",
+        lambda draw: (
+            draw.estimator != "exact"
+            and draw.hooks
+            and any(p.how == "mixer" for p in passes_of(draw))
+            and any(p.how == "weight" for p in passes_of(draw))
+        ),
+        lambda draw: draw.with_passes(lambda one: replace(one, how="mixer" if one.how == "weight" else one.how)),
+        Draw(
+            (
+                Step((RL,), update=False),
+                Step((replace(RL, how="weight", checkpoint="reentrant"),), update=False),
+            ),
+            model="reused",
+            estimator="sketch",
+            report_interval=None,
+        ),
+    ),
 )
