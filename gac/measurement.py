@@ -12,6 +12,7 @@ from gac.cadence import WARM_UP, Account, Cadence, Costs
 from gac.fused.state import HostState, numbers_of
 from gac.fused.statistics import attach_errors, statistics_of
 from gac.fused.statistics import has_moved as fused_has_moved
+from gac.metrics import HostMirror
 from gac.observe.choice import choose_estimator, reads_running_sums
 from gac.observe.device_time import DeviceTime
 from gac.observe.observer import Observer
@@ -97,7 +98,7 @@ class Measurement:
         self._absent = Silence(ABSENT)
         self._rows: list[Tensor] = []  # of the coefficient estimator
         self._reduction: Reduction | SequenceReduction | None = None  # on its way
-        self._costs: deque[Sequence[Tensor | float] | Tensor] = deque()  # of measured steps, not yet read
+        self._on_their_way = HostMirror(self.device)  # costs of measured steps, to the host
         self.confirmed = topology.ranks == 1
         """Whether a first measured step has shown that hooks work on every rank."""
 
@@ -282,11 +283,14 @@ class Measurement:
         if costs is None:
             self.cadence.measured(None)
             return
-        self._costs.append(costs)
-        if len(self._costs) <= (self.device.type != "cpu"):
-            self.cadence.measured(None)
-            return
-        found = [float(cost) / self.topology.ranks for cost in self._costs.popleft()]
+        if self.device.type == "cpu":
+            found = [float(cost) for cost in costs]
+        else:  # a copy behind an event: a plain read would wait for all that the device has to do
+            known, there = ([], costs) if isinstance(costs, Tensor) else (costs[:-1], torch.as_tensor(costs[-1]))
+            self._on_their_way.publish(known, there.reshape(-1).to(self.device, self._dtype, non_blocking=True))
+            arrived = self._on_their_way.one_behind()
+            found = [0.0] * 5 if arrived is None else [*arrived[0], *arrived[1]]
+        found = [cost / self.topology.ranks for cost in found]
         self.cadence.measured(Costs(*found) if found[3] > 0 else None)
 
     # -- estimators -----------------------------------------------------------------------------------------------
@@ -346,7 +350,7 @@ class Measurement:
         self._skipped = earlier.skipped.to(self.device)
         self._errors.state = {name: value.to(self.device) for name, value in earlier._errors.state.items()}
         self.confirmed = self.confirmed or earlier.confirmed
-        self.account, self._costs = earlier.account, earlier._costs
+        self.account = earlier.account
 
     # -- state ----------------------------------------------------------------------------------------------------
 

@@ -113,10 +113,10 @@ class HostMirror:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._slots: list[tuple[int, Any, torch.cuda.Event | None] | None] = [None, None]
+        self._slots: list[tuple[Any, Any, torch.cuda.Event | None] | None] = [None, None]
         self._published = 0
 
-    def publish(self, tag: int, vector: Tensor | Sequence[float]) -> None:
+    def publish(self, tag: Any, vector: Tensor | Sequence[float]) -> None:
         """Starts the copy of ``vector`` (1-D), labelled ``tag``; numbers of the host are there already."""
         slot = self._published % 2
         self._published += 1
@@ -130,6 +130,16 @@ class HostMirror:
             host.copy_(vector, non_blocking=True)
             event.record()
         self._slots[slot] = (tag, host, event)
+
+    def one_behind(self) -> tuple[Any, list[float]] | None:
+        """Tag and numbers of the copy before the newest, which is waited for; None before the second."""
+        slot = self._slots[self._published % 2]
+        if slot is None:
+            return None
+        tag, host, event = slot
+        if event is not None:
+            event.synchronize()
+        return tag, host.tolist() if isinstance(host, Tensor) else list(host)
 
     def latest(self, *, wait: bool = False) -> tuple[int, list[float]] | None:
         """Tag and numbers of the newest finished copy; None before the first. ``wait`` waits for the newest."""
