@@ -67,9 +67,9 @@ def run(*, width: int, layers: int, rows: int, seconds: float, steps: int, then:
             mixer.step()
             optimizer.zero_grad()
             taken.append(time.perf_counter() - start)
-            account = mixer._measurement.account
+            account = mixer._measurement.spending.account
             inside.append(account.total)
-            measured.append(mixer._measurement.cadence.measurements)
+            measured.append(mixer._measurement.spending.cadence.measurements)
         late = mixer.metrics()["overhead"]
     gac_seconds = inside[-1] - inside[FIRST - 1]
     whole = sum(taken[FIRST:])

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from gac.measurement import Measurement
-from gac.observe.contribution import Seen, Tokens
+from gac.observe.contribution import Tokens
 from gac.observe.engine import EngineChecks
+from gac.observe.marker import mark
 from gac.observe.pending import resolve_buffers
 from gac.sequences.observer import SequenceObserver
 from gac.sequences.rows import Rows
@@ -32,6 +33,8 @@ class Within(ContextDecorator):
         gives: what ``as`` names.
     """
 
+    __slots__ = ("_branch", "_gives", "_observer", "_ready", "_tokens")
+
     def __init__(self, ready: Callable[[], Branches], branch: Branch, tokens: Tokens, gives: Any) -> None:
         self._ready, self._branch, self._tokens, self._gives = ready, branch, tokens, gives
 
@@ -40,14 +43,14 @@ class Within(ContextDecorator):
         self._observer = observer = branches.observer
         start = perf_counter()
         branches.enter(self._branch, self._tokens)
-        observer.seconds += perf_counter() - start
+        observer.now.seconds += perf_counter() - start
         return self._gives
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         observer, start = self._observer, perf_counter()
-        before = observer.seconds
+        before = observer.now.seconds
         observer.leave(failed=kind is not None)
-        observer.seconds = before + perf_counter() - start  # what it has counted by itself is in this
+        observer.now.seconds = before + perf_counter() - start  # what it has counted by itself is in this
 
 
 class Branches:
@@ -76,6 +79,7 @@ class Branches:
         self._measurement = measurement
         self.observer = measurement.observer
         self.observer.tells_weights = True
+        self._in_sequences = isinstance(self.observer, SequenceObserver)
         self._engine = engine
         self._scaler = scaler
 
@@ -104,21 +108,24 @@ class Branches:
     def enter(self, branch: Branch, tokens: Tokens) -> None:
         """A branch begins."""
         observer = self.observer
-        if observer.branch is not None or isinstance(observer, SequenceObserver):
+        if observer.branch is not None or self._in_sequences:
             then = "leave the first branch before entering another; several backward passes may share one"
             self.require_none(f"`with mixer.{branch.value}():`", then)
         if tokens is not None:  # passes inside may be told their own
             observer.seen.check_tokens(branch, tokens)
-        self._engine.enter(branch, measuring=observer.measuring)
-        observer.enter(branch, self._undoing(branch), tokens)
+        if observer.measuring:
+            self._engine.enter(branch, measuring=True)
+            observer.enter(branch, self._undoing(branch), tokens)
+        else:
+            if self._engine.reduces_late:
+                self._engine.enter(branch, measuring=False)
+            observer.enter(branch, self.weights.undone[branch], tokens)
 
     def _undoing(self, branch: Branch) -> Tensor:
         """What takes gradients of the branch's weighted loss to its contributions."""
-        scale = self.weights.undone[branch]
-        if self.observer.measuring:
-            scale = self._measurement.scaled(scale)
-            if self._scaler is not None:
-                scale = scale / self._scaler.scale(torch.ones_like(scale))
+        scale = self._measurement.scaled(self.weights.undone[branch])
+        if self._scaler is not None and self.observer.measuring:
+            scale = scale / self._scaler.scale(torch.ones_like(scale))
         return scale
 
     @contextmanager
@@ -131,7 +138,8 @@ class Branches:
 
     def pass_by(self, weights: Weights) -> None:
         """A step ends that nothing was measured in; ``weights`` are those of the next."""
-        self.weights, self.observer.seen = weights, Seen()
+        self.weights = weights
+        self.observer.seen.begin_again()
         self._engine.end_step()
 
     def backward(self, loss: Tensor, tokens: Tokens) -> None:
@@ -147,6 +155,18 @@ class Branches:
         with self.observer.contribution(tokens):
             (self.weights.of[self.observer.branch] * loss).backward()
 
+    def weigh(self, loss: Tensor, tokens: Tokens) -> Tensor:
+        """The loss with its weight, whose backward pass tells itself when it begins and ends."""
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"loss must be a scalar tensor, got {got}")
+        if self.observer.branch is None:
+            raise RuntimeError("weigh outside a branch: call it inside `with mixer.sft():` or `with mixer.rl():`")
+        self._check_unweighted(loss, self.observer.branch)
+        self.observer.seen.check_tokens(self.observer.branch, self.observer.told if tokens is None else tokens)
+        weighted = self.weight * loss
+        return mark(self.observer, weighted, tokens) if self.observer.measuring and loss.requires_grad else weighted
+
     def _check_unweighted(self, loss: Tensor, entered: Branch) -> None:
         """Raises ValueError for a loss that has a weight already; in the first steps alone, it walks the graph."""
         if self._checks == 0:
@@ -155,8 +175,8 @@ class Branches:
         for branch, weight in self.weights.of.items():
             if is_factor(weight, loss):
                 raise ValueError(
-                    f"loss has the weight of the {branch.value} branch already, and mixer.backward multiplies by that "
-                    f"of the {entered.value} branch: pass the loss itself"
+                    f"loss has the weight of the {branch.value} branch already, and mixer.backward and mixer.weigh "
+                    f"multiply by that of the {entered.value} branch: pass the loss itself"
                 )
 
     def take(self, buffers: object, parameters: list[nn.Parameter], tokens: Tokens) -> None:

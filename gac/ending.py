@@ -36,7 +36,6 @@ class Ending:
         self.measurement, self._metrics = measurement, metrics
         self._controller = controller
         self._found: Statistics | Mapping[str, float] | None = None
-        self._since = perf_counter()  # the end of the last step
         self._left = 0  # steps to come that are not measured
         self._quiet = 0  # steps that have passed without being ended
         self._state: HostState | None = None  # the law's, where it can pass steps by itself ...
@@ -53,7 +52,7 @@ class Ending:
     def metrics(self, *, wait: bool) -> dict[str, float | str]:
         """Those of :class:`gac.metrics.StepMetrics`."""
         if self._quiet:  # host time of the steps that were passed by, in equal parts
-            seconds = self.measurement.observer.seconds / self._quiet
+            seconds = self.measurement.observer.now.seconds / self._quiet
             self._publish(UNMEASURED, self._numbers_of_law(), self._controller.steps - 1, seconds)
         return self._metrics.latest(wait=wait)
 
@@ -63,8 +62,8 @@ class Ending:
         """Prepares the step to come, whose number the controller knows."""
         begin = perf_counter()
         self.measurement.plan(self._controller.steps)
-        self._left = self.measurement.cadence.until_due(self._controller.steps)
-        self.measurement.observer.seconds = perf_counter() - begin
+        self._left = self.measurement.spending.cadence.until_due(self._controller.steps)
+        self.measurement.observer.now.seconds = perf_counter() - begin
 
     def pass_by(self, weights: Weights, since: float) -> Weights | None:
         """The weights of the next step after one that measured nothing and told the law nothing; None: :meth:`end` it.
@@ -87,8 +86,10 @@ class Ending:
             if moved != self._mu:
                 with torch.inference_mode(False):  # backward passes to come save them
                     self._mu, weights = moved, HostWeights(moved)
-        observer = self.measurement.observer
-        observer.seconds += perf_counter() - since
+        measurement, now = self.measurement, perf_counter()
+        inside = measurement.observer.now
+        inside.seconds += now - since
+        measurement.spending.clock.tick(now, inside.seconds)
         return weights
 
     def ended(self, gac: float) -> None:
@@ -97,19 +98,17 @@ class Ending:
         Args:
             gac: seconds in GAC.
         """
-        now, steps = perf_counter(), self._quiet + 1
-        rest = max(now - self._since - gac, 0.0)
-        self._since, self._quiet = now, 0
-        self.measurement.step_ended(gac, rest, steps)
+        spending = self.measurement.spending
+        spending.clock.tick(perf_counter(), gac)
+        spending.ended(gac, measured=self.measurement.is_measured)
+        self._quiet = 0
 
     def catch_up(self) -> None:
         """Ends what was passed by, for a state that can be kept."""
         if self._quiet:
-            observer, now = self.measurement.observer, perf_counter()
-            rest = max(now - self._since - observer.seconds, 0.0)
-            self.measurement.account.ended(observer.seconds, rest, measured=False, steps=self._quiet)
-            self.measurement.cadence.passed(self._quiet)
-            observer.seconds, self._since, self._quiet = 0.0, now, 0
+            observer = self.measurement.observer
+            self.measurement.spending.ended(observer.now.seconds, measured=False)
+            observer.now.seconds, self._quiet = 0.0, 0
 
     def end(self, weights: Weights, told: Mapping[str, Any], since: float) -> Weights:
         """The weights of the next step.
@@ -132,7 +131,7 @@ class Ending:
             state = fused_law.update(law, numbers_of(law.state), statistics, step)
             self._controller.steps = step.number + 1
             self._keep(law, state, alone=all(value is None for value in told.values()))
-            seconds = measurement.observer.seconds + perf_counter() - since
+            seconds = measurement.observer.now.seconds + perf_counter() - since
             self._publish(UNMEASURED if statistics is None else statistics, state, step.number, seconds)
             return HostWeights(state["mu"])
         found = measurement.finish(weights.present, number)
@@ -145,9 +144,9 @@ class Ending:
             law=law.state,
             skipped=measurement.skipped,
             statistics=found,
-            seconds=measurement.observer.seconds + perf_counter() - since,
+            seconds=measurement.observer.now.seconds + perf_counter() - since,
             estimator=measurement.used,
-            overhead=measurement.account.share,
+            overhead=measurement.spending.account.share,
         )
         return after
 
@@ -169,7 +168,7 @@ class Ending:
         row = [HostWeights.rounded(state["mu"]), state["raw"], state["mu_se"], state["prior"]]
         row += [measurement.skipped_on_host, *statistics.values(), cosine_of(statistics)]
         self._metrics.publish_numbers(
-            number, row, seconds=seconds, estimator=measurement.used, overhead=measurement.account.share
+            number, row, seconds=seconds, estimator=measurement.used, overhead=measurement.spending.account.share
         )
 
 

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gac.cadence import WARM_UP, Account, Cadence, Costs
+from gac.cadence import Cadence
 from gac.fused.state import HostState, numbers_of
 from gac.fused.statistics import attach_errors, statistics_of
 from gac.fused.statistics import has_moved as fused_has_moved
-from gac.metrics import HostMirror
 from gac.observe.choice import choose_estimator, reads_running_sums
-from gac.observe.device_time import DeviceTime
 from gac.observe.observer import Observer
 from gac.observe.optimizer_space import SecondMoments
 from gac.observe.reduction import Reduction, gather_rows, reduce_step
@@ -24,6 +22,7 @@ from gac.options import Options
 from gac.sequences.observer import SequenceObserver
 from gac.sequences.reduction import SequenceReduction
 from gac.silence import ABSENT, Silence
+from gac.spending import Spending
 from gac.statistics.branch import Branch
 from gac.statistics.by_module import ModuleStatistics, take_apart
 from gac.statistics.coefficient import sequence_rows, statistics_from_rows
@@ -56,7 +55,7 @@ class Measurement:
         cadence: which steps are measured.
 
     Attributes:
-        account: what this rank's steps cost.
+        spending: what steps cost, and which ones are measured.
     """
 
     def __init__(
@@ -68,7 +67,6 @@ class Measurement:
         options: Options,
         cadence: Cadence,
     ) -> None:
-        self.cadence, self.account = cadence, Account()
         self.estimator = _estimator(options, model, parameters, topology)
         self.used = self.estimator
         """What the last step was measured with, for the metrics."""
@@ -93,12 +91,11 @@ class Measurement:
                 hooks=options.hooks,
             )
         self._means = [MovingMeans(ledger.device) for ledger in self.observer.ledgers]
-        self._device_time = DeviceTime(self.observer.ledgers if cadence.counts_costs else ())
+        self.spending = Spending(cadence, self.observer.ledgers, self.device, topology.ranks)
         self._errors = StandardErrors(self.device, self._dtype)
         self._absent = Silence(ABSENT)
         self._rows: list[Tensor] = []  # of the coefficient estimator
         self._reduction: Reduction | SequenceReduction | None = None  # on its way
-        self._on_their_way = HostMirror(self.device)  # costs of measured steps, to the host
         self.confirmed = topology.ranks == 1
         """Whether a first measured step has shown that hooks work on every rank."""
 
@@ -129,9 +126,9 @@ class Measurement:
             ready = moments is not None and moments.ready
             if moments is not None and ready:  # of the moments that this step's gradients are divided by
                 self._root = moments.correction(self.device, self._dtype).sqrt().float()
-        self.due = self.cadence.is_due(step)
+        self.due = self.spending.cadence.is_due(step)
         every = self._options.report_interval
-        by_module = every is not None and (self.cadence.measurements + 1) % every == 0
+        by_module = every is not None and (self.spending.cadence.measurements + 1) % every == 0
         if isinstance(self.observer, SequenceObserver):
             self.observer.step = step
         self.observer.measure(ready and self.due, by_module=ready and self.due and by_module)
@@ -169,7 +166,7 @@ class Measurement:
                     self._absent.take(branch, silent=observer.seen.counts[branch] == 0)
             silent = bool(observer.seen.entered) and not observer.alive
             reduce = SequenceReduction if isinstance(observer, SequenceObserver) else reduce_step
-            told = {"time_noise": self._noise_from_time(), "silent": silent, "costs": self._costs_so_far()}
+            told = {"time_noise": self._noise_from_time(), "silent": silent, "costs": self.spending.report()}
             self._reduction = reduce(observer, self.device, self.topology, **told)
             observer.let_go()
 
@@ -184,12 +181,12 @@ class Measurement:
         if self._reduction is not None:
             reduction, self._reduction = self._reduction, None
             sums = reduction.finish()
-            self._decide(reduction.costs)
+            self.spending.decide(reduction.costs)
             if not self.confirmed:
                 self._confirm(float(sums.silent), float(sums.n.sum()))
             statistics = self._from_sums(sums, present, step)
         elif self.is_measured:
-            self._decide(self._costs_so_far())
+            self.spending.decide(self.spending.report())
         self.used = self.estimator + ("+time" if self._uses_time() else "")
         if self.from_tokens:
             statistics, self.used = self.coefficient, "coefficient"
@@ -199,8 +196,8 @@ class Measurement:
         self._skipped = self.skipped + (~healthy).to(self._dtype)
         last = self._errors.state["last"]
         statistics = self._errors.attach(statistics)
-        if self.cadence.counts_costs:
-            self.account.moved = has_moved(last, statistics).to(self._dtype)
+        if self.spending.cadence.counts_costs:
+            self.spending.account.moved = has_moved(last, statistics).to(self._dtype)
         if self.observer.by_module and not self.from_tokens:  # tokens say nothing of modules
             self.modules.append(take_apart(sums, statistics, self.observer.module_labels, step + 1))
         return statistics
@@ -210,6 +207,11 @@ class Measurement:
         """Whether this step's statistics are the coefficient estimator's."""
         return self.estimator == "coefficient" or (self._options.estimator == "auto" and self.observer.seen.outside)
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether the step under way is measured."""
+        return self.observer.measuring or (self.estimator == "coefficient" and self.due)
+
     def finish_on_host(self, present: Sequence[bool], step: int) -> dict[str, float] | None:
         """:meth:`finish` in numbers, by the names of :class:`gac.Statistics`: for gradients on the CPU."""
         self.used = self.estimator + ("+time" if self._uses_time() else "")
@@ -218,7 +220,7 @@ class Measurement:
         reduction, self._reduction = self._reduction, None
         whole = reduction.finish() if self.observer.by_module else None
         sums = reduction.finish_on_host() if whole is None else whole.on_host()
-        self._decide(reduction.costs)
+        self.spending.decide(reduction.costs)
         if not self.confirmed:
             self._confirm(sums.silent, sum(sums.n))
         lone = [self._uses_time(branch) for branch in Branch]
@@ -233,7 +235,7 @@ class Measurement:
         before = numbers_of(self._errors.state)
         state, statistics = attach_errors(before, statistics)
         self._errors.state = HostState(state)
-        self.account.moved = float(fused_has_moved(before["last"], statistics))
+        self.spending.account.moved = float(fused_has_moved(before["last"], statistics))
         if whole is not None:
             self.modules.append(take_apart(whole, Statistics.of(statistics), self.observer.module_labels, step + 1))
         return statistics
@@ -248,50 +250,10 @@ class Measurement:
         if not self.modules:
             raise RuntimeError(
                 f"mixer.report() has nothing to tell yet: with report_interval={self._options.report_interval} and "
-                f"one measurement in {self.cadence.interval} steps at present, {steps} steps hold none that was taken "
-                "apart by module"
+                f"one measurement in {self.spending.cadence.interval} steps at present, {steps} steps hold none that "
+                "was taken apart by module"
             )
         return list(self.modules)
-
-    # -- costs ----------------------------------------------------------------------------------------------------
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether the step under way is measured."""
-        return self.observer.measuring or (self.estimator == "coefficient" and self.due)
-
-    def step_ended(self, gac: float, rest: float, steps: int) -> None:
-        """So many steps have ended, all but the last not measured: the host's seconds in GAC, and outside."""
-        self.account.ended(gac, rest, measured=self.is_measured, steps=steps)
-        self._device_time.ended(gac)
-        if late := self._device_time.beyond_host():
-            self.account.late(late)
-        if not self.is_measured:
-            self.cadence.passed(steps)
-        if self.cadence.counts_costs and self.cadence.measurements <= WARM_UP:
-            self.account.forget()
-
-    def _costs_so_far(self) -> list[Tensor | float] | None:
-        """The numbers of :class:`gac.cadence.Costs` of this rank's steps since the last measured one, that included."""
-        return [*self.account.report(), self.account.moved] if self.cadence.counts_costs else None
-
-    def _decide(self, costs: Sequence[Tensor | float] | Tensor | None) -> None:
-        """A step was measured: what the steps before have cost, over all ranks, decides which one is next.
-
-        On a GPU the costs that came with the measurement before are gone by, which are on the host by now.
-        """
-        if costs is None:
-            self.cadence.measured(None)
-            return
-        if self.device.type == "cpu":
-            found = [float(cost) for cost in costs]
-        else:  # a copy behind an event: a plain read would wait for all that the device has to do
-            known, there = ([], costs) if isinstance(costs, Tensor) else (costs[:-1], torch.as_tensor(costs[-1]))
-            self._on_their_way.publish(known, there.reshape(-1).to(self.device, self._dtype, non_blocking=True))
-            arrived = self._on_their_way.one_behind()
-            found = [0.0] * 5 if arrived is None else [*arrived[0], *arrived[1]]
-        found = [cost / self.topology.ranks for cost in found]
-        self.cadence.measured(Costs(*found) if found[3] > 0 else None)
 
     # -- estimators -----------------------------------------------------------------------------------------------
 
@@ -350,7 +312,7 @@ class Measurement:
         self._skipped = earlier.skipped.to(self.device)
         self._errors.state = {name: value.to(self.device) for name, value in earlier._errors.state.items()}
         self.confirmed = self.confirmed or earlier.confirmed
-        self.account = earlier.account
+        self.spending.account = earlier.spending.account
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -362,7 +324,7 @@ class Measurement:
             "skipped": self.skipped.to("cpu", copy=True),
             "means": [_on_cpu(m.state) for m in means],
             "uncertainty": _on_cpu(self._errors.state),
-            "cadence": self.cadence.state_dict(),
+            "cadence": self.spending.cadence.state_dict(),
         }
 
     @property
@@ -380,7 +342,7 @@ class Measurement:
         self._skipped = state["skipped"]
         self._errors.state = state["uncertainty"]
         if "cadence" in state:
-            self.cadence.load_state_dict(state["cadence"])
+            self.spending.cadence.load_state_dict(state["cadence"])
         for k, means in enumerate(self._means):
             means.state = state["means"][k] if state["means"] else {}
 

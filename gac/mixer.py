@@ -73,8 +73,7 @@ class Mixer(SequenceMethods):
         topology = topology_of(model, parameters, options.process_group)
         if topology.managed:
             deepspeed.check(model, optimizer=options.optimizer, in_optimizer_space=options.in_optimizer_space)
-        if cadence is None:
-            cadence = cadence_of(options, topology.ranks)
+        cadence = cadence or cadence_of(options, topology.ranks)
         self._measurement = Measurement(model, parameters, topology=topology, options=options, cadence=cadence)
         self.estimator = self._measurement.estimator
         self.device = self._measurement.device
@@ -96,8 +95,9 @@ class Mixer(SequenceMethods):
 
     def _ready(self) -> Branches:
         """The branches of a step whose weights are known. Raises RuntimeError after :meth:`unpatch`."""
-        _ = self._observer
-        self._settle()
+        if self._patched is None or self._told is not None:
+            _ = self._observer
+            self._settle()
         return self._branches
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
@@ -123,7 +123,7 @@ class Mixer(SequenceMethods):
         earlier, watched = self._measurement, self._parameters
         if earlier.observer.seen.fired:
             raise RuntimeError("mixer.repatch() in the middle of an optimizer step: call mixer.step() first")
-        self._watch_parameters(earlier.cadence)
+        self._watch_parameters(earlier.spending.cadence)
         earlier.observer.remove()
         release(set(watched) - set(self._parameters))
         self._measurement.go_on_from(earlier)
@@ -149,11 +149,7 @@ class Mixer(SequenceMethods):
         return self._branches.weight
 
     def sft(self, *, tokens: Tokens = None) -> AbstractContextManager[Mixer]:
-        """Context of the supervised branch: backward passes inside are its contributions.
-
-        Args:
-            tokens: what each of them counts for; see :meth:`backward`.
-        """
+        """Context of the supervised branch: backward passes inside are its contributions; ``tokens``: of each."""
         return Within(self._ready, Branch.SFT, tokens, self)
 
     def rl(self, *, tokens: Tokens = None) -> AbstractContextManager[Mixer]:
@@ -174,6 +170,15 @@ class Mixer(SequenceMethods):
             RuntimeError: outside a branch. TypeError, ValueError: ``loss`` or ``tokens`` is wrong.
         """
         self._ready().backward(loss, tokens)
+
+    def weigh(self, loss: Tensor, *, tokens: Tokens = None) -> Tensor:
+        """``weight * loss`` for a backward pass of the branch that somebody else runs: a trainer, accelerate.
+
+        It tells when its pass begins and ends, which spares hooks on every parameter where running sums are read. What
+        it returns may be divided or scaled. ``loss`` and ``tokens`` are those of :meth:`backward`, and so are errors; a
+        pass that runs when the branch has been left raises RuntimeError.
+        """
+        return self._ready().weigh(loss, tokens)
 
     def mixed_loss(self, *, sft_loss: Tensor, rl_loss: Tensor) -> Tensor:
         """``mu * sft_loss + (1 - mu) * rl_loss``, for one backward pass over a mixed batch, outside the branches.
@@ -232,8 +237,7 @@ class Mixer(SequenceMethods):
         Raises:
             RuntimeError: outside a branch, or hooks watch already. ValueError: a buffer does not fit its parameter.
         """
-        _ = self._observer
-        self._branches.take(buffers, self._parameters, tokens)
+        self._ready().take(buffers, self._parameters, tokens)
 
     # -- the step -------------------------------------------------------------------------------------------------
 
@@ -277,7 +281,7 @@ class Mixer(SequenceMethods):
         with torch.inference_mode(False), torch.no_grad():  # what is made here is saved for backward passes to come
             self._measurement.post()
         self._told = {"step": step, "prior": prior, "alpha": alpha, "kl": kl, "entropy": entropy}
-        observer.seconds += perf_counter() - start
+        observer.now.seconds += perf_counter() - start
         if self._measurement.topology.ranks == 1 or not self._measurement.confirmed:
             self._settle()
             return self._branches.weights.mu
@@ -296,7 +300,7 @@ class Mixer(SequenceMethods):
                 self._branches.weights = self._ending.end(self._branches.weights, told, start)
         finally:
             self._branches.end_step()
-            self._ending.ended(self._measurement.observer.seconds + perf_counter() - start)
+            self._ending.ended(self._measurement.observer.now.seconds + perf_counter() - start)
             self._ending.plan()
 
     # -- what was found -------------------------------------------------------------------------------------------
@@ -333,7 +337,7 @@ class Mixer(SequenceMethods):
     @property
     def interval(self) -> int:
         """Steps from one measurement to the next, at present."""
-        return self._measurement.cadence.interval
+        return self._measurement.spending.cadence.interval
 
     def metrics(self, *, wait: bool = False) -> dict[str, float | str]:
         """Numbers of the newest step that has reached the host (``wait``: of the last one); empty before the first.

@@ -7,6 +7,12 @@ from operator import is_
 
 from torch import Tensor, nn
 
+CHANGED = (
+    "gradients were changed between two backward passes of a step ({}), and contributions are what passes add to them: "
+    "change them once, after the step's last pass, use mixer.backward(loss), which looks again, or patch with "
+    'estimator="exact"'
+)
+
 
 class Accumulated:
     """Notices gradients that were replaced, cleared, clipped or scaled, without reading the device.

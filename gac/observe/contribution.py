@@ -16,6 +16,14 @@ Tokens = float | Tensor | None
 class UnweightedLoss(RuntimeError):
     """A backward pass of a branch whose weight nobody has read."""
 
+    @classmethod
+    def of(cls, branch: Branch) -> UnweightedLoss:
+        """The error that says so and what to do."""
+        return cls(
+            f"a backward pass in the {branch.value} branch, whose weight nobody has read: the loss lacks it. "
+            "Call mixer.backward(loss), mixer.weigh(loss).backward(), or (mixer.weight * loss).backward()"
+        )
+
 
 @dataclass(frozen=True)
 class Contribution:
@@ -44,6 +52,12 @@ class Seen:
     outside: bool = False
     broken: bool = False
     weighted: set[Branch] = field(default_factory=set)
+
+    def begin_again(self) -> None:
+        """Forgets a step that was not measured: a new record would say the same."""
+        self.fired = self.outside = self.broken = False
+        self.entered.clear()
+        self.weighted.clear()
 
     @property
     def counts(self) -> dict[Branch, int]:

@@ -26,6 +26,11 @@ class EngineChecks:
         self._structure = Structure(model, parameters, fixed=not (topology.managed or topology.sharded))
         self._last: Branch | None = None
 
+    @property
+    def reduces_late(self) -> bool:
+        """Whether steps that are not measured can go wrong too."""
+        return bool(self._fsdp2)
+
     def enter(self, branch: Branch, *, measuring: bool) -> None:
         """A branch begins, in a step that is measured or not.
 

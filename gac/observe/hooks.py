@@ -106,6 +106,13 @@ class Guided:
         """What a guided pass wrote, where no hook could tell."""
         return self._accumulated.written() if self.alone else []
 
+    def was_overtaken(self) -> bool:
+        """Whether something has written gradients that ran, or may have run, before the loss of a pass was met."""
+        if not self.alone or not self._accumulated.changed():
+            return False
+        self.lost()
+        return True
+
     def was_passed_by(self) -> bool:
         """Whether gradients were written that no guided pass wrote, perhaps by a pass that missed the sentinel.
 

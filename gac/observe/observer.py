@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gac.observe.accumulated import Accumulated
+from gac.observe.accumulated import CHANGED, Accumulated
 from gac.observe.contribution import Contribution, Seen, Tokens, UnweightedLoss
 from gac.observe.hooks import Guided, Hooks
-from gac.observe.ledger import Ledger
 from gac.observe.module_names import group_parameters, some
 from gac.observe.optimizer_space import SecondMoments
 from gac.observe.passes import Passes
 from gac.observe.pending import Pending
+from gac.observe.places import place
 from gac.observe.topology import is_dtensor, local_numel
 from gac.statistics.branch import Branch
 
@@ -41,6 +41,8 @@ class Observer:
         second_moments: measure in the space of the optimizer that has these; None: in that of the gradients.
         measuring, by_module: whether this step is measured, and also module by module.
         tells_weights: whether ``seen.weighted`` is kept: plain passes of other branches are then refused.
+        tokens, told: what contributions to come count for, and what the branch was entered with.
+        now: the backward pass under way; ``now.seconds`` is the host time spent in GAC since :meth:`clear`.
     """
 
     def __init__(
@@ -62,42 +64,26 @@ class Observer:
         self.parameters = [parameter for _, parameter in named]
         self.sharded = any(is_dtensor(p) for p in self.parameters)
         self.module_labels, modules = group_parameters(self.names)
-        numels = [local_numel(p) for p in self.parameters]
-        self._places: list[tuple[int, int]] = []  # parameter -> (ledger, region)
-        groups: dict[tuple[torch.device, int], list[int]] = {}
-        for index, parameter in enumerate(self.parameters):
-            key = (parameter.device, 1 if copies is None else copies[index])
-            group = groups.setdefault(key, [])
-            self._places.append((list(groups).index(key), len(group)))
-            group.append(index)
-        self.ledgers = [
-            Ledger(
-                [numels[k] for k in group],
-                device,
-                lossless=lossless,
-                running=running,
-                seed=seed + number,
-                modules=[modules[k] for k in group],
-                module_count=len(self.module_labels),
-                copies=same,
-            )
-            for number, ((device, same), group) in enumerate(groups.items())
-        ]
+        self.ledgers, self._places = place(
+            self.parameters, modules, len(self.module_labels), copies, lossless=lossless, running=running, seed=seed
+        )
         self._pending = Pending(
             self.names,
             self.parameters,
-            nbytes=[n * p.element_size() for n, p in zip(numels, self.parameters, strict=True)],
+            nbytes=[local_numel(p) * p.element_size() for p in self.parameters],
             places=self._places,
             ledgers=len(self.ledgers),
             sharded=self.sharded,
             running=running,
         )
+        self.now = self._pending.now
         self._accumulated = Accumulated(self.parameters if running and hooks else [])
         self._passes = Passes(self.parameters, broken=lambda: setattr(self.seen, "broken", True))
         self.seen = Seen()
         self.branch: Branch | None = None
         self.alive = False  # whether any hook ever ran
-        self._tokens: Tokens = None  # of the contributions to come
+        self.tokens: Tokens = None
+        self.told: Tokens = None
         self._scales: list[Tensor] = []
         self._open, self._met = False, set[int]()  # parameters that had an incoming gradient in this contribution
         self._incoming: dict[tuple[int, int], Tensor] = {}  # of a parameter and a graph task
@@ -125,20 +111,11 @@ class Observer:
         for ledger in self.ledgers:
             ledger.by_module = by_module
 
-    @property
-    def seconds(self) -> float:
-        """Host time spent here since the last :meth:`clear`."""
-        return self._pending.now.seconds
-
-    @seconds.setter
-    def seconds(self, value: float) -> None:
-        self._pending.now.seconds = value
-
     # -- branches -------------------------------------------------------------------------------------------------
 
     def enter(self, branch: Branch, scale: Tensor, tokens: Tokens = None) -> None:
         """Contributions from now on belong to ``branch``; ``scale`` undoes the weight of its loss."""
-        self.branch, self._tokens = branch, tokens
+        self.branch, self.tokens, self.told = branch, tokens, tokens
         self.seen.entered.add(branch)
         if not self.measuring:
             self.seen.fired = True
@@ -154,7 +131,7 @@ class Observer:
                 self.fail()
             self.finish()
             self.seen.broken |= self._guided.was_passed_by()
-        self.branch = self._tokens = None
+        self.branch = self.tokens = self.told = None
 
     @contextmanager
     def contribution(self, tokens: Tokens = None) -> Iterator[None]:
@@ -164,26 +141,49 @@ class Observer:
             tokens: what it counts for; None: what the branch was entered with.
         """
         with self._passes.lock:
-            self._passes.check_alone()
-            self._close()
-            entered_with, told = self._tokens, self._tokens if tokens is None else tokens
-            self.seen.check_tokens(self.branch, told)
-            self._tokens = told
-            self._look_again()
-            self._passes.guided = True
+            self._begin_guided(tokens)
             try:
                 yield
-                if written := self._guided.written():
-                    self._begin()
-                    self._pending.gradients.update(dict.fromkeys(written))
-                self.finish(note=not written)
+                self._end_guided()
             except BaseException:
-                self.seen.broken |= bool(self._guided.written())
                 self.fail()
                 raise
-            finally:
-                self._passes.guided = False
-                self._tokens = entered_with
+
+    def begin_marked(self, task: int, tokens: Tokens) -> bool:
+        """The pass of a marked loss begins (``gac/observe/marker.py``); False where that is known already."""
+        if self._passes.guided or task == self.now.task:
+            return False
+        with self._passes.turn():
+            if self._guided.was_overtaken():
+                self.seen.broken = True
+                self._hooks.put_on()
+                return False
+            self._begin_guided(tokens)
+            self._passes.opened(self._passes.present())
+            self._passes.began(task)
+        return True
+
+    def end_marked(self, task: int) -> None:
+        """It has ended."""
+        self._passes.ended(task)
+        self._end_guided()
+
+    def _begin_guided(self, tokens: Tokens) -> None:
+        """A pass begins whose end will be told."""
+        self._passes.check_alone()
+        self._close()
+        tokens = self.told if tokens is None else tokens
+        self.seen.check_tokens(self.branch, tokens)
+        self.tokens = tokens
+        self._look_again()
+        self._passes.guided = True
+
+    def _end_guided(self) -> None:
+        if written := self._guided.written():
+            self._begin()
+            self._pending.gradients.update(dict.fromkeys(written))
+        self.finish(note=not written)
+        self._passes.guided, self.tokens = False, self.told
 
     def _on_sentinel(self, index: int) -> None:
         """A pass reached the lone hook: one that is not guided gets the others back, just in time."""
@@ -198,9 +198,12 @@ class Observer:
 
     def fail(self) -> None:
         """A backward pass raised: what it left of its contribution is dropped, and the step counts as broken."""
+        if self._passes.guided:
+            self.seen.broken |= bool(self._guided.written())
+            self._passes.guided, self.tokens = False, self.told
         if self._open:
-            self._drop()
             self.seen.broken = True
+        self._drop()
 
     def _close(self, *, note: bool = True) -> None:
         """Ends what an earlier pass left open: as a contribution, or as broken where that pass did not end."""
@@ -215,7 +218,7 @@ class Observer:
         start = perf_counter()
         if self._accumulated.changed():
             self._read_again()
-        self._pending.now.seconds += perf_counter() - start
+        self.now.seconds += perf_counter() - start
 
     @torch.no_grad()
     def _read_again(self) -> None:
@@ -235,10 +238,9 @@ class Observer:
     def _running_hook(self, index: int) -> Callable[[nn.Parameter], None]:
         """The hook of a parameter whose running sum is read later.
 
-        It runs between large matrix products, when nothing of it is in a cache any more: what it touches is what it
-        costs (25 us where it touched the observer's dictionary and the gradient, against 2 us in a tight loop).
+        Between large matrix products no cache holds anything of it any more: what it touches is what it costs.
         """
-        pending, now, limit = self._pending.gradients, self._pending.now, self._pending.limit
+        pending, now, limit = self._pending.gradients, self.now, self._pending.limit
         size = self._pending.size_of(index)
 
         def on_accumulated(parameter: nn.Parameter, clock: Any = perf_counter, task: Any = _graph_task_id) -> None:
@@ -257,7 +259,7 @@ class Observer:
     def _on_accumulated(self, index: int, parameter: nn.Parameter) -> None:
         start = perf_counter()
         self._notice(index, self._incoming.pop((index, _graph_task_id()), None))
-        self._pending.now.seconds += perf_counter() - start
+        self.now.seconds += perf_counter() - start
 
     def _notice(self, index: int, gradient: Tensor | None) -> None:
         if self.branch is None and self.seen.outside:
@@ -268,12 +270,12 @@ class Observer:
                 "`with mixer.sft():` or `with mixer.rl():`, or call mixer.unpatch() first"
             )
         task = _graph_task_id()
-        if task != self._pending.now.task:
+        if task != self.now.task:
             with self._passes.turn():
                 self._guided.met(index, guided=self._passes.guided)
                 if not self._passes.guided:
                     self._next_pass(index)
-                self._pending.now.task = task
+                self.now.task = task
                 self._passes.began(task)
                 self._begin()
             _queue_callback(functools.partial(self._end_of_backward, task))
@@ -292,9 +294,8 @@ class Observer:
     def _next_pass(self, index: int) -> None:
         """A hook of a plain backward pass found another graph task than the last one.
 
-        Raises:
-            RuntimeError: its loss was not weighted; another thread's pass is under way; or running sums were changed
-                since they were read, too late to read them again.
+        Raises RuntimeError: its loss was not weighted; another thread's pass is under way; or running sums were changed
+        since they were read, too late to read them again.
         """
         call = self._passes.present(on_host=self.parameters[index].device.type == "cpu")
         if self._passes.goes_on(call):
@@ -305,20 +306,13 @@ class Observer:
         self._passes.opened(call)
         self._pending.opener = index
         if self.tells_weights and self.branch not in self.seen.weighted:
-            raise UnweightedLoss(
-                f"a backward pass in the {self.branch.value} branch, whose weight nobody has read: the loss lacks it. "
-                "Call mixer.backward(loss), or (mixer.weight * loss).backward()"
-            )
-        self.seen.check_tokens(self.branch, self._tokens)
+            raise UnweightedLoss.of(self.branch)
+        self.seen.check_tokens(self.branch, self.tokens)
         if self.running and not self.sharded and not self.seen.broken:
             changed = [self.names[k] for k in self._accumulated.changed_besides(index)]
             if changed:
                 self.seen.broken = True
-                raise RuntimeError(
-                    f"gradients were changed between two backward passes of a step ({some(changed)}), and "
-                    "contributions are what passes add to them: change them once, after the step's last pass, use "
-                    'mixer.backward(loss), which looks again, or patch with estimator="exact"'
-                )
+                raise RuntimeError(CHANGED.format(some(changed)))
 
     def _begin(self) -> None:
         self.seen.fired = self.alive = True
@@ -328,7 +322,7 @@ class Observer:
                 ledger.begin()
 
     def take(self, gradients: Sequence[Tensor | None]) -> None:
-        """Reads a contribution from buffers that hold running sums, one for each parameter or None."""
+        """Reads a contribution from buffers of running sums, one for each parameter or None."""
         self._begin()
         self._pending.gradients.update((index, g) for index, g in enumerate(gradients) if g is not None)
 
@@ -340,7 +334,7 @@ class Observer:
                 self._incoming.clear()
                 _queue_callback(self._accumulated.note)  # after the engine's own: DDP still copies what it has reduced
             elif not self._passes.guided:  # a nested pass: the contribution goes on, and may end without another hook
-                self._pending.now.task = -1
+                self.now.task = -1
                 if self.running:
                     self._flush()
                     self._accumulated.note()
@@ -350,7 +344,7 @@ class Observer:
 
     def finish(self, *, note: bool = True) -> None:
         """Closes the open contribution, if there is one; ``note``: the gradients are as its pass has left them."""
-        self._pending.now.task = -1
+        self.now.task = -1
         if note:
             self._incoming.clear()
         if not self._open:
@@ -359,13 +353,13 @@ class Observer:
         self._flush()
         for ledger, scale in zip(self.ledgers, self._scales, strict=True):
             ledger.end(self.branch, scale)
-        self.seen.contributions.append(Contribution(self.branch, self._tokens))
+        self.seen.contributions.append(Contribution(self.branch, self.tokens))
         self._open = False
         self._met.clear()
         self._passes.close()
         if note:
             self._accumulated.note()
-        self._pending.now.seconds += perf_counter() - start
+        self.now.seconds += perf_counter() - start
 
     @torch.no_grad()
     def _flush(self) -> None:
@@ -397,4 +391,4 @@ class Observer:
         self._guided.step_ended()
         self.seen = Seen()
         self._accumulated.forget()
-        self.seconds = 0.0
+        self.now.seconds = 0.0

@@ -61,13 +61,14 @@ class Passes:
         """A branch begins in this thread."""
         self._caller = threading.get_ident()
 
-    def present(self, *, on_host: bool) -> FrameType | None:
+    def present(self, *, on_host: bool | None = None) -> FrameType | None:
         """The call that the hook under way belongs to.
 
         Args:
-            on_host: whether the hook is of a parameter on the CPU, whose hooks run in the thread that called.
+            on_host: whether the hook is of a parameter on the CPU, whose hooks run in the thread that called; None:
+                where all parameters are.
         """
-        return outermost_call(None if on_host else self._caller)
+        return outermost_call(None if (self._on_host if on_host is None else on_host) else self._caller)
 
     def goes_on(self, call: FrameType | None) -> bool:
         """Whether this is the pass that opened the contribution."""

@@ -228,7 +228,7 @@ class SequenceObserver(Observer):
                 with torch.autocast(gradient.device.type, enabled=False):  # passes may run inside one
                     self._sketches_of(kept, gradient).take(layer, kept, gradient.detach())
         finally:
-            self.seconds += perf_counter() - start
+            self.now.seconds += perf_counter() - start
 
     def _opens(self, layer: Layer, kept: Kept, gradient: Tensor) -> bool:
         """Whether a gradient belongs to the step; opens the contribution that it begins."""
@@ -240,11 +240,11 @@ class SequenceObserver(Observer):
                 "`with mixer.batch(...)`, `with mixer.sft()` or `with mixer.rl()`, or call mixer.unpatch() first"
             )
         task = _graph_task_id()
-        if task != self._pending.now.task:
+        if task != self.now.task:
             with self._passes.turn():
                 if not self._passes.guided:
                     self._next_pass_from(gradient)
-                self._pending.now.task = task
+                self.now.task = task
                 self._passes.began(task)
             _queue_callback(functools.partial(self._end_of_backward, task))
         self.seen.fired = self.alive = self._open = True
@@ -265,10 +265,7 @@ class SequenceObserver(Observer):
                 "call mixer.mixed_loss(sft_loss=..., rl_loss=...) and its backward"
             )
         if self.branch is not None and self.tells_weights and self.branch not in self.seen.weighted:
-            raise UnweightedLoss(
-                f"a backward pass in the {self.branch.value} branch, whose weight nobody has read: the loss lacks it. "
-                "Call mixer.backward(loss), or (mixer.weight * loss).backward()"
-            )
+            raise UnweightedLoss.of(self.branch)
 
     def _sketches_of(self, kept: Kept, gradient: Tensor) -> Sketches:
         """The sketches that this gradient adds to, with a row for each sequence."""
@@ -295,7 +292,7 @@ class SequenceObserver(Observer):
 
     def finish(self, *, note: bool = True) -> None:
         """As :meth:`Observer.finish`; a batch goes on until its context ends."""
-        self._pending.now.task = -1
+        self.now.task = -1
         if not self._open or self._rows is not None:
             return
         start = perf_counter()
@@ -303,7 +300,7 @@ class SequenceObserver(Observer):
             self._absorb(self._sketches, torch.stack([self._undone, self._undone]))
             self.seen.contributions.append(Contribution(self.branch, None))
         self._drop()
-        self.seconds += perf_counter() - start
+        self.now.seconds += perf_counter() - start
 
     @torch.no_grad()
     def _begin_check(self) -> None:

@@ -10,3 +10,5 @@ class Branch(str, Enum):
 
     SFT = "sft"
     RL = "rl"
+
+    __hash__ = str.__hash__  # in C: Enum's own costs more than the rest of a look into a dictionary

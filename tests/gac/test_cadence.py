@@ -11,6 +11,7 @@ import gac.branches
 import gac.ending
 import gac.mixer
 import gac.observe.observer
+import gac.spending
 from gac.cadence import FLOOR, MOST, RESERVE, WARM_UP, BudgetCadence, Costs, FixedCadence
 
 pytestmark = pytest.mark.budget
@@ -164,7 +165,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     found = Clock()
-    for module in (gac.branches, gac.ending, gac.mixer, gac.observe.observer):
+    for module in (gac.branches, gac.ending, gac.mixer, gac.observe.observer, gac.spending):
         monkeypatch.setattr(module, "perf_counter", found)
     return found
 
@@ -187,7 +188,7 @@ def train(mixer, model, steps, outside, clock, **told):
                     mixer.backward(model.loss())
         if mixer._measurement.is_measured:
             clock.now += 5e-3  # what the kernels take, within the step's end
-            mixer._observer.seconds += 5e-3
+            mixer._observer.now.seconds += 5e-3
         clock.now += outside
         model.zero_grad()
         mixer.step(**told)
@@ -200,7 +201,7 @@ def test_a_mixer_keeps_its_budget(clock, outside):
         train(mixer, model, 400, outside, clock)
         assert mixer.metrics()["overhead"] < 0.01
         assert (mixer.interval == 1) == (outside > 1)
-        assert mixer._measurement.cadence.measurements > 10
+        assert mixer._measurement.spending.cadence.measurements > 10
 
 
 def test_a_run_under_a_budget_is_that_of_its_measurements(clock):
@@ -214,10 +215,10 @@ def test_a_run_under_a_budget_is_that_of_its_measurements(clock):
             torch.manual_seed(step)
             told = {} if mixer is mixers[0] else {"alpha": 0.5}  # the law's own; who tells it something ends every step
             train(mixer, model, 1, 0.05, clock, **told)
-        mixers[1]._measurement.cadence.load_state_dict(mixers[0]._measurement.cadence.state_dict())
+        mixers[1]._measurement.spending.cadence.load_state_dict(mixers[0]._measurement.spending.cadence.state_dict())
         left = mixers[0]._ending._left
         mixers[1]._ending.catch_up()
-        mixers[1]._measurement.cadence._left = left
+        mixers[1]._measurement.spending.cadence._left = left
         mixers[1]._ending.plan()
         passed += mixers[0]._ending._quiet > 0
         assert float(mixers[0].mu) == float(mixers[1].mu)

@@ -1,0 +1,155 @@
+"""What steps cost: a clock that leaves pauses out, and the share of measuring in mixers of every size."""
+
+import time
+
+import pytest
+import torch
+
+import gac
+import gac.branches
+import gac.ending
+import gac.mixer
+import gac.observe.observer
+import gac.sequences.observer
+import gac.spending
+from gac.spending import PAUSE, StepClock
+
+
+def ticked(*rests):
+    """Seconds that each of these steps counts for."""
+    clock, now, found = StepClock(0.0), 0.0, []
+    for rest in rests:
+        now += rest + 0.25
+        clock.tick(now, 0.25)
+        seconds, steps = clock.take()
+        assert steps == 1
+        found.append(seconds)
+    return found
+
+
+def test_what_gac_takes_is_not_outside():
+    clock = StepClock(0.0)
+    clock.tick(5.0, 1.0)
+    clock.tick(8.0, 1.5)
+    assert clock.take() == (4.0 + 2.5, 2)
+    clock.tick(10.0, 0.5)
+    assert clock.take() == (1.5, 1)
+    clock.tick(10.0, 0.5)  # a clock that stands still
+    assert clock.take() == (0.0, 1)
+
+
+def test_a_pause_counts_as_a_step():
+    assert ticked(2, 1, 2, 100, 1, 1) == [2, 1, 2, 2, 1, 1]
+
+
+def test_what_comes_again_counts_in_full():
+    """Rollouts that are drawn every few steps are part of what steps take."""
+    period = [8.0] + [1.0] * (PAUSE - 1)
+    assert ticked(*period * 3) == period * 3
+
+
+def test_what_comes_seldom_never_counts_in_full():
+    period = [8.0] + [1.0] * PAUSE
+    assert ticked(*[1.0, *period * 3]) == [1.0] * (1 + 3 * len(period))
+
+
+def test_steps_that_become_slower_are_believed_the_second_time():
+    assert ticked(1, 1, 5, 5, 5) == [1, 1, 1, 5, 5]
+
+
+# -- in mixers --------------------------------------------------------------------------------------------------------
+
+
+class Processor:
+    """The thread's own time, which a machine that others use does not stretch, and seconds that are waited for.
+
+    Asking for it takes longer than what it stands for, :func:`time.perf_counter`, and does not count.
+    """
+
+    def __init__(self):
+        self.waited = 0.0
+        looks = [time.thread_time() for _ in range(2001)]
+        self.asking = (looks[-1] - looks[0]) / 2000
+
+    def __call__(self):
+        self.waited -= self.asking
+        return time.thread_time() + self.waited
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    found = Processor()
+    modules = (gac.branches, gac.ending, gac.mixer, gac.observe.observer, gac.sequences.observer, gac.spending)
+    for module in modules:
+        monkeypatch.setattr(module, "perf_counter", found)
+    return found
+
+
+class Model(torch.nn.Module):
+    """So many matrices of so many rows, whose gradients take no longer to come than to be written."""
+
+    def __init__(self, width, layers):
+        super().__init__()
+        self.layers = torch.nn.ParameterList(torch.randn(width, width) / width for _ in range(layers))
+
+    def loss(self, x):
+        return sum((layer.sum(1) @ x).tanh() for layer in self.layers)
+
+
+def shares(processor, width, layers, seconds, steps, then=None):
+    """Of the account, after each step; steps take ``seconds`` in all, from half way on ``then``."""
+    model = Model(width, layers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    spent, whole = [], []
+    with gac.patch(model) as mixer:
+        begin = processor()
+        for step in range(steps):
+            start = processor()
+            for branch in (mixer.sft, mixer.rl):
+                with branch():
+                    for _ in range(2):
+                        mixer.backward(model.loss(torch.randn(width)))
+            wanted = seconds if then is None or step < steps // 2 else then
+            processor.waited += max(wanted - (processor() - start), 0.0)
+            optimizer.step()
+            mixer.step()
+            optimizer.zero_grad(set_to_none=False)
+            spent.append(mixer._measurement.spending.account.total)
+            whole.append(processor() - begin)
+        measured = mixer._measurement.spending.cadence.measurements
+        assert measured > 10
+    return spent, whole
+
+
+def share(found, first, last=-1):
+    spent, whole = found
+    inside = spent[last] - spent[first]
+    return inside / (whole[last] - whole[first] - inside)
+
+
+@pytest.mark.budget
+@pytest.mark.parametrize(
+    ("width", "layers", "seconds", "steps"),
+    [
+        pytest.param(56, 3, 3e-3, 800, id="10K, 3 ms"),
+        pytest.param(56, 3, 2e-2, 400, id="10K, 20 ms"),
+        pytest.param(130, 6, 5e-3, 500, id="100K, 5 ms"),
+        pytest.param(354, 8, 5e-2, 150, id="1M, 50 ms"),
+        pytest.param(1000, 10, 0.3, 90, id="10M, 0.3 s"),
+        pytest.param(1732, 10, 2.0, 66, id="30M, 2 s"),
+    ],
+)
+def test_measuring_takes_less_than_its_budget(processor, width, layers, seconds, steps):
+    torch.manual_seed(0)
+    found = shares(processor, width, layers, seconds, steps)
+    assert share(found, 49) < 0.01
+
+
+@pytest.mark.budget
+@pytest.mark.parametrize(("seconds", "then"), [(5e-2, 5e-3), (5e-3, 5e-2)])
+def test_steps_that_become_cheap_or_slow_are_followed(processor, seconds, then):
+    torch.manual_seed(0)
+    found = shares(processor, 130, 6, seconds, 800, then)
+    assert share(found, 49, 399) < 0.01
+    assert share(found, 49) < 0.01
+    assert share(found, 600) < 0.01
