@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gac.audit.panel import COEFFICIENT, COEFFICIENT_RAW, EXACT, INCOMING, SKETCH, TEMPORAL
+from gac.cadence import WARM_UP
 from gac.laws.controller import Controller
 from gac.laws.gac import GacLaw
 from gac.statistics import Statistics
@@ -17,16 +18,29 @@ from gac.statistics import Statistics
 
 @dataclass(frozen=True)
 class Contender:
-    """A law with options and the estimator that feeds it."""
+    """A law with options, the estimator that feeds it, and the steps that this one measures.
+
+    Attributes:
+        interval: steps from one measurement to the next after the first ten, which are always measured, as a budget
+            has it (:class:`gac.cadence.BudgetCadence`). In between the law goes on as it does without statistics.
+    """
 
     label: str
     law: str
     estimator: str = EXACT
     options: Mapping[str, Any] = field(default_factory=dict)
+    interval: int = 1
+
+    def measures(self, step: int) -> bool:
+        """Whether the step of this number, from 0, is measured."""
+        return step < WARM_UP or (step - WARM_UP + 1) % self.interval == 0
 
 
 UNGUARDED = {"cap": 1.0, "mu_min": 0.0, "mu_max": 1.0}
 """Options of ``gac`` that leave its averages and closed form alone."""
+
+INTERVALS = (4, 16, 64)
+"""Between measurements: what a budget of 1% comes to for models of different sizes."""
 
 
 def default_contenders(gac_options: Mapping[str, Any]) -> list[Contender]:
@@ -44,6 +58,7 @@ def default_contenders(gac_options: Mapping[str, Any]) -> list[Contender]:
         gac("gac on coefficient", COEFFICIENT),
         gac("gac on coefficient, raw", COEFFICIENT_RAW),
         gac("gac without guardrails", EXACT, **UNGUARDED),
+        *(Contender(f"gac, every {n}th step", "gac", EXACT, gac_options, interval=n) for n in INTERVALS),
         Contender("paper on coefficient, raw", "paper", COEFFICIENT_RAW),
         Contender("paper on exact", "paper", EXACT),
         Contender("chord-mu", "chord-mu"),
@@ -69,6 +84,7 @@ class Shadows:
 
     def __init__(self, contenders: list[Contender], signals: frozenset[str]) -> None:
         self._running: list[tuple[Contender, Controller]] = []
+        self._steps = 0
         self.left_out: dict[str, list[str]] = {}
         for contender in contenders:
             controller = Controller(contender.law, **contender.options)
@@ -88,10 +104,13 @@ class Shadows:
         return {c.label: float(x.mu) for c, x in self._running}
 
     def averages(self) -> dict[str, Tensor]:
-        """``[3]`` for each estimator that feeds a law ``gac``: its averages so far."""
-        return {c.estimator: x.law.smoothed().cpu() for c, x in self._running if isinstance(x.law, GacLaw)}
+        """``[3]`` for each estimator that feeds a law ``gac`` in every step: its averages so far."""
+        gac = ((c, x.law) for c, x in self._running if isinstance(x.law, GacLaw) and c.interval == 1)
+        return {contender.estimator: law.smoothed().cpu() for contender, law in gac}
 
     def update(self, statistics: Mapping[str, Statistics], signals: Mapping[str, float]) -> None:
         """Ends a step: every contender takes in what its estimator says."""
         for contender, controller in self._running:
-            controller.update(statistics[contender.estimator], **{name: signals[name] for name in controller.law.needs})
+            found = statistics[contender.estimator] if contender.measures(self._steps) else None
+            controller.update(found, **{name: signals[name] for name in controller.law.needs})
+        self._steps += 1

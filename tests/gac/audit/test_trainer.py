@@ -6,9 +6,12 @@ import torch
 from datasets import Dataset
 
 from gac.audit.figures import figures
+from gac.audit.panel import EXACT
 from gac.audit.record import RUN, Record
 from gac.audit.shadow import Contender, Shadows, default_contenders
 from gac.audit.trainer import AuditTrainer, Continuation
+from gac.laws.controller import Controller
+from gac.statistics.step import pair_statistics
 from gac.tasks.characters import build_character_tokenizer
 from gac.trainers import HybridGRPOTrainer
 from tests.gac.trainers.conftest import DEMONSTRATIONS, PROMPTS, config, last_digit_reward, tiny_model  # noqa: F401
@@ -132,6 +135,26 @@ def test_what_cannot_be_audited_is_refused(config):  # noqa: F811
         audited(config(**SIZES), every=0)
     with pytest.raises(ValueError, match="fresh rollouts in every optimizer step"):
         audited(config(**SIZES, steps_per_generation=4))
+
+
+def test_contenders_that_measure_some_steps():
+    options = {"momentum": 0.0, "cap": 1.0, "half_life": 5}
+    every, some = Contender("every", "gac", options=options), Contender("some", "gac", options=options, interval=4)
+    assert [step for step in range(24) if some.measures(step)] == [*range(10), 13, 17, 21]
+    shadows, alone = Shadows([every, some], frozenset()), Controller("gac", **options)
+    for step in range(24):
+        noise = torch.tensor(1.0 + step % 5)
+        statistics = pair_statistics(
+            noise=torch.stack([noise, 2 * noise]),
+            norms=torch.tensor([3.0 + step, 4.0, 1.0]),
+            n=torch.tensor([4.0, 4.0]),
+            nonfinite=torch.zeros(()),
+        )
+        shadows.update({EXACT: statistics}, {})
+        alone.update(statistics if some.measures(step) else None)
+        assert shadows.mu()["some"] == float(alone.mu)
+        assert (shadows.mu()["every"] == shadows.mu()["some"]) == (step < 10)
+    assert torch.equal(shadows.averages()[EXACT], shadows._running[0][1].law.smoothed())
 
 
 def test_contenders_without_their_signal_are_left_out():
