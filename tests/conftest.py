@@ -45,6 +45,7 @@ SLOW = (
     "gac/laws/test_edges.py",
     "gac/test_misuse.py",
     "gac/test_saved.py",
+    "gac/test_spending.py",
     "gac_kernels/test_cpu_library.py",
     "gac_kernels/test_fallback.py",
     "gac_kernels/test_kronecker.py",
