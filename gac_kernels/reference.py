@@ -215,7 +215,7 @@ def absorbed(call: AbsorbSketchCall, run: Callable[[SketchCall], Tensor]) -> Ten
         total[here] = (total[here].to(dtype) + delta).to(torch.float32)
         previous[here] = current[here]
         first = 2 + layout.cell_offsets[region]
-        for slab in delta.square().split(layout.lanes):
+        for slab in delta.square().split(layout.lanes) if size else ():  # no part would be an empty one
             parts = torch.stack([part.sum() for part in slab.split(CELL_LANES)])
             sums[first : first + len(parts)] = parts
             first += layout.cells_of_slab
