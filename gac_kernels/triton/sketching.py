@@ -17,17 +17,17 @@ from gac_kernels.triton.grouping import (
     Plan,
     Plans,
     Readable,
-    accumulator,
     chunk_table,
+    element_types,
     ends,
     indexed,
     readable,
+    readable_seconds,
     reordered,
     row_count,
     row_ranges,
 )
 from gac_kernels.triton.launch import interpreted, kind, scalar_arguments, split
-from gac_kernels.triton.readable import READABLE
 from gac_kernels.triton.tables import current_stream, device_tables, sketch_chunks
 
 _FINISH_SLOTS = 8
@@ -58,11 +58,10 @@ def _planned(call: SketchCall, fresh: bool | None) -> tuple[SketchPlan, Readable
     out = call.out
     device = indexed(out.device)
     launch.check_device(device)
-    tensors = readable(call.listed)
-    seconds = None if call.second_list is None else readable(call.second_list)
+    tensors, seconds = readable(call.read.listed), readable_seconds(call.read)
     dtypes = tensors[1], None if seconds is None else seconds[1], out.dtype
     options = fresh, call.accumulate, call.per_tensor, call.tail
-    key = (call.places, call.numels, dtypes, options, device, current_stream(device), layouts.SKETCH_CHUNK_ROWS)
+    key = (call.places, call.read.numels, dtypes, options, device, current_stream(device), layouts.SKETCH_CHUNK_ROWS)
     return plans.get(key, lambda: SketchPlan(call, *dtypes[:2], device)), tensors, seconds
 
 
@@ -70,10 +69,10 @@ class SketchPlan(Plan):
     """Chunks of a sketch, their tables and the kernels' constants, for calls like ``call``."""
 
     def __init__(self, call: SketchCall, dtypes: object, second_dtypes: object, device: torch.device) -> None:
-        super().__init__(len(call.numels), dtypes, second_dtypes, device)
+        super().__init__(len(call.read.numels), dtypes, second_dtypes, device)
         layout, setup = call.layout, config.for_device(device)
         numels, regions, starts = (
-            tuple(reordered(x, self.order)) for x in (call.numels, call.places.regions, call.places.starts)
+            tuple(reordered(x, self.order)) for x in (call.read.numels, call.places.regions, call.places.starts)
         )
         rows = layouts.sketch_chunk_rows(row_count(numels, layout.lanes), layout.lanes, layout.rows_per_slab)
         self.chunks = sketch_chunks(numels, self.sizes, layout, regions, starts, rows, call.accumulate, call.tail)
@@ -84,9 +83,7 @@ class SketchPlan(Plan):
         unroll = max(1, setup.pair_unroll // (2 if self.wide else 1)) if self.weighted else setup.unroll
         self.constants = [
             {
-                "ELEMENT": READABLE[pair[0]],
-                "SECOND": READABLE[pair[1]] if self.weighted else None,
-                "ACC": accumulator(*pair),
+                **element_types(pair),
                 "LANES": self.lanes,
                 "WORDS": words,
                 "UNROLL": unroll,
@@ -116,7 +113,7 @@ class SketchPlan(Plan):
         partials = torch.empty(2, count * self.blocks, dtype=torch.float64, device=device)
         if count:
             where, second_where = self.where(tensors, seconds)
-            eps = split(call.eps) if self.weighted else (None, None)
+            eps = split(call.read.eps) if self.weighted else (None, None)
             for (first, chunks), constants, slot in zip(ends(self.chunks), self.constants, self.slots, strict=True):
                 launch.launch(
                     kernels.sketch_kernel,
