@@ -26,15 +26,21 @@ Call = TypeVar("Call")
 
 
 class Operation(Generic[Call]):
-    """A backend's function of a checked call, which can also be called with the public arguments."""
+    """A backend's function of a checked call, which can also be called with the public arguments.
+
+    Attributes:
+        make: checks the public arguments. run: the function.
+        direct: takes the public arguments and makes the call; a backend may know repeated ones without their checks.
+    """
 
     def __init__(self, make: Callable[..., Call], run: Callable[[Call], Tensor]) -> None:
         functools.update_wrapper(self, run)
         self.make, self.run = make, run
+        self.direct: Callable[..., Tensor] = lambda *args, **options: run(make(*args, **options))
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
         """Checks the arguments, as the public operation of this name does, and runs the call."""
-        return self.run(self.make(*args, **options))
+        return self.direct(*args, **options)
 
 
 def takes(make: Callable[..., Call]) -> Callable[[Callable[[Call], Tensor]], Operation[Call]]:

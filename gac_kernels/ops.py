@@ -17,10 +17,10 @@ from torch import Tensor
 from gac_kernels import library
 from gac_kernels.backends import implementation, runner
 from gac_kernels.backends import status as backend_status
-from gac_kernels.calls import sketch_call, token_call
+from gac_kernels.calls import token_call
 from gac_kernels.elements import unscaled
 from gac_kernels.layout import SketchLayout
-from gac_kernels.totals import absorb_call, absorb_sketch_call, accumulate_call
+from gac_kernels.totals import absorb_call, accumulate_call
 
 __all__ = [
     "absorb_",
@@ -162,7 +162,7 @@ def sketch(
             return torch.ops.gac_kernels.sketch(_listed(tensors), out, *rest)
         torch.ops.gac_kernels.sketch_into_(_listed(tensors), out, into, *rest)
         return into
-    call = sketch_call(
+    return implementation("sketch", _device_type(out)).direct(
         tensors,
         out,
         layout=layout,
@@ -177,7 +177,6 @@ def sketch(
         eps=eps,
         block_scales=block_scales,
     )
-    return runner("sketch", "cpu" if out.is_cpu else out.device.type)(call)
 
 
 def accumulate_(
@@ -402,5 +401,5 @@ def absorb_sketch_(
         return into
     options = {"layout": layout, "regions": regions, "into": into, "second_moments": second_moments, "eps": eps}
     options["block_scales"] = block_scales
-    call = absorb_sketch_call(tensors, previous, total, scale, **options)
-    return runner("absorb_sketch_", previous.device.type)(call)
+    backend = implementation("absorb_sketch_", _device_type(previous))
+    return backend.direct(tensors, previous, total, scale, **options)

@@ -102,8 +102,10 @@ def recorded_launches() -> dict[str, tuple]:
         operations.sketch([x], torch.zeros(2048), layout=layout, scale=mu)
         operations.accumulate_([x], total, scale=mu)
         scales, label = torch.zeros(157, dtype=torch.uint8), name + "/scales"
-        operations.moments([x], block_scales=[scales])
         operations.sketch([x], torch.zeros(2048), layout=layout, scale=mu, block_scales=[scales])
+        if dtype == torch.float8_e5m2:
+            continue  # as with e4m3 but for the conversion
+        operations.moments([x], block_scales=[scales])
         operations.accumulate_([x], total, scale=mu, block_scales=[scales])
         label = name + "/scales/running"
         operations.accumulate_([x], total, previous=total.clone(), block_scales=[scales])

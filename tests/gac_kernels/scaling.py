@@ -60,7 +60,12 @@ def scaled_lists(device: str) -> dict[str, tuple[list[Tensor], list[Tensor | Non
 def check_scaled(backend, device: str, sums: float, *, few: bool = False) -> None:
     """Every operation that takes scales. ``few``: no more than what is needed to go through every line once."""
     lists = scaled_lists(device)
-    for name, (tensors, scales) in list(lists.items())[: 1 if few else None]:
+    if few:
+        tensors, scales = next(iter(lists.values()))
+        few_rows = [x[:3, :64] if x.dim() == 2 else x[:1101] for x in tensors[:6]]
+        few_scales = [None if s is None else s[:3, :2] if s.dim() == 2 else s[:35] for s in scales[:6]]
+        lists = {"few": (few_rows, few_scales)}
+    for name, (tensors, scales) in lists.items():
         taken = [by_definition(x, s) for x, s in zip(tensors, scales, strict=True)]
         squares = torch.tensor([float(x.square().sum()) for x in taken], dtype=torch.float64, device=device)
         lost = torch.tensor([x.numel() * 2.0**-149 for x in taken], dtype=torch.float64, device=device)
