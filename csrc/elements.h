@@ -20,6 +20,8 @@ inline int64_t count_nonfinite(int dtype, const void* data, int64_t n) {
     case kFloat32: return count_nonfinite<float>(data, n);
     case kBFloat16: return count_nonfinite<bf16>(data, n);
     case kFloat16: return count_nonfinite<fp16>(data, n);
+    case kFloat8E4M3: return count_nonfinite<e4m3>(data, n);
+    case kFloat8E5M2: return count_nonfinite<e5m2>(data, n);
     default: return count_nonfinite<double>(data, n);
   }
 }
@@ -30,14 +32,20 @@ void convert(const void* data, int64_t n, A* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(to_double(x[i]));
 }
 
-inline void to_doubles(int dtype, const void* x, int64_t n, double* out) {
+// A is double, or float for what is no float64.
+template <class A>
+void widen(int dtype, const void* x, int64_t n, A* out) {
   switch (dtype) {
     case kFloat32: return convert<float>(x, n, out);
     case kBFloat16: return convert<bf16>(x, n, out);
     case kFloat16: return convert<fp16>(x, n, out);
+    case kFloat8E4M3: return convert<e4m3>(x, n, out);
+    case kFloat8E5M2: return convert<e5m2>(x, n, out);
     default: return convert<double>(x, n, out);
   }
 }
+
+inline void to_doubles(int dtype, const void* x, int64_t n, double* out) { widen(dtype, x, n, out); }
 
 template <class T>
 void round_doubles(const double* x, int64_t n, void* out) {

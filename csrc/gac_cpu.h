@@ -3,7 +3,7 @@
 // A list of n tensors is one int64 table of n columns ("tensor table"), row after row:
 //   row 0  address of the first element
 //   row 1  number of elements
-//   row 2  dtype: 0 float32, 1 bfloat16, 2 float16, 3 float64
+//   row 2  dtype: 0 float32, 1 bfloat16, 2 float16, 3 float64; where one list is read also 4 float8_e4m3fn, 5 float8_e5m2
 //   row 3  elements of one contiguous run
 //   row 4  distance between the starts of two runs, in elements
 // A table's form says which rows it has: 1 all; 0 rows 0 to 2, every tensor is contiguous; 2 + dtype rows 0 and 1, every
@@ -74,6 +74,8 @@ struct gac_sketch_map {
 };
 GAC_API int gac_sketch(const int64_t* table, const int64_t* pieces, int64_t n, int form,
                        const struct gac_sketch_map* map, double* moments, int threads);
+// A table `seconds` of dtype 6 holds scales: of a contiguous x, element i counts as x[i] * 2^(seconds[i / 32] - 127), 255
+// being NaN; where its tensor has no elements, x counts as it is. Float32 arithmetic, float64 where out is.
 // The same of x / (sqrt(v) + eps), v the elements of the table `seconds` (as many in each tensor). form: form_a | form_b << 4.
 // A finite x counts as 0 where v is 0. Float32 arithmetic, float64 where a tensor or out is. eps is 0 or a normal number
 // of float32.
@@ -103,11 +105,11 @@ GAC_API int gac_absorb(const float* current, float* previous, float* total, int6
                        int threads);
 
 // total[offsets[k] + i] += scale * x_k[i] for each tensor k of the list; no two stretches overlap. Of a table `seconds`, if
-// not null, x counts as x / (sqrt(v) + eps), as above. With previous, x - previous is added, and previous <- x; x is rounded
+// not null, x counts as x / (sqrt(v) + eps), or scaled, as above. Where total is null nothing is added. With previous, x - previous is added, and previous <- x; x is rounded
 // to float32 before either. moments: squares of what was added, before scale, and non-finite x.
 struct gac_sum {
   const int64_t* offsets;
-  float* total;
+  float* total;     // or null
   float* previous;  // or null
   double scale;
   double eps;

@@ -10,7 +10,7 @@
 namespace gac {
 namespace {
 
-constexpr int kVersion = 7;
+constexpr int kVersion = 8;
 
 // A type as the tables spell it.
 template <class T>
@@ -105,8 +105,11 @@ std::string interface() {
   const char* dtypes[kDtypes] = {};
   dtypes[kFloat32] = "float32", dtypes[kBFloat16] = "bfloat16";
   dtypes[kFloat16] = "float16", dtypes[kFloat64] = "float64";
+  dtypes[kFloat8E4M3] = "float8_e4m3fn", dtypes[kFloat8E5M2] = "float8_e5m2";
   text += "\ndtypes:";
   for (const char* dtype : dtypes) text += std::string(" ") + dtype;
+  GAC_LINE("dtypes of two lists", std::to_string(kPaired))
+  GAC_LINE("dtype of scales, elements of each", std::to_string(kScale) + " " + std::to_string(kScaled))
   GAC_LINE("elements of a sum of absorb_", std::to_string(kAbsorbCell))
   GAC_LINE("lanes of a sum of absorb_sketch_", std::to_string(kCellLanes))
 #undef GAC_FUNCTION

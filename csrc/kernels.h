@@ -21,9 +21,9 @@ struct Kernels {
   // Sum of squares.
   double (*moments[kDtypes])(const void* x, int64_t n);
   // sums[3]: x*x, y*y, x*y; set, not added to.
-  void (*pair[kDtypes])(const void* x, const void* y, int64_t n, double* sums);
+  void (*pair[kPaired])(const void* x, const void* y, int64_t n, double* sums);
   // a <- mu*a + rest*b.
-  void (*mix[kDtypes])(void* a, const void* b, int64_t n, double mu, double rest);
+  void (*mix[kPaired])(void* a, const void* b, int64_t n, double mu, double rest);
   // Adds signed elements to the lane accumulators, wrapping at the end of a row; returns the sum of squares. float64
   // input needs double lanes: its entry in sketch_float is null.
   double (*sketch_float[kDtypes])(const void* x, int64_t n, float* lanes, const SketchRun& run);

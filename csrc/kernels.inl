@@ -40,7 +40,7 @@ GAC_INLINE D2 add2(D2 x, D2 y) { return {V::add(x.lo, y.lo), V::add(x.hi, y.hi)}
 GAC_INLINE double total(D2 x) { return V::sum(V::add(x.lo, x.hi)); }
 
 
-// float32 and float64 elements.
+// float32 and float64 elements; those of 8 bits, so that sums have the bits that widened ones have.
 template <class T>
 GAC_KERNEL double moments_wide(const void* data, int64_t n) {
   const T* x = static_cast<const T*>(data);
@@ -576,11 +576,14 @@ GAC_KERNEL double absorb(const float* current, float* previous, float* out, int6
 
 constexpr Kernels make_kernels(const char* name) {
   return {name,
-          {moments_wide<float>, moments_short<bf16>, moments_short<fp16>, moments_wide<double>},
+          {moments_wide<float>, moments_short<bf16>, moments_short<fp16>, moments_wide<double>, moments_wide<e4m3>,
+           moments_wide<e5m2>},
           {pair_wide<float>, pair_short<bf16>, pair_short<fp16>, pair_wide<double>},
           {mix<float>, mix<bf16>, mix<fp16>, mix<double>},
-          {sketch<float, float>, sketch<bf16, float>, sketch<fp16, float>, nullptr},
-          {sketch<float, double>, sketch<bf16, double>, sketch<fp16, double>, sketch<double, double>},
+          {sketch<float, float>, sketch<bf16, float>, sketch<fp16, float>, nullptr, sketch<e4m3, float>,
+           sketch<e5m2, float>},
+          {sketch<float, double>, sketch<bf16, double>, sketch<fp16, double>, sketch<double, double>,
+           sketch<e4m3, double>, sketch<e5m2, double>},
           {{sketch_weighted<float, float>, sketch_weighted<float, bf16>, sketch_weighted<float, fp16>},
            {sketch_weighted<bf16, float>, sketch_weighted<bf16, bf16>, sketch_weighted<bf16, fp16>},
            {sketch_weighted<fp16, float>, sketch_weighted<fp16, bf16>, sketch_weighted<fp16, fp16>}},
@@ -588,7 +591,8 @@ constexpr Kernels make_kernels(const char* name) {
           {{weigh_short<float, float>, weigh_short<float, bf16>, weigh_short<float, fp16>},
            {weigh_short<bf16, float>, weigh_short<bf16, bf16>, weigh_short<bf16, fp16>},
            {weigh_short<fp16, float>, weigh_short<fp16, bf16>, weigh_short<fp16, fp16>}},
-          {accumulate<float>, accumulate<bf16>, accumulate<fp16>, accumulate<double>},
+          {accumulate<float>, accumulate<bf16>, accumulate<fp16>, accumulate<double>, accumulate<e4m3>,
+           accumulate<e5m2>},
           tokens,
           absorb};
 }

@@ -35,6 +35,18 @@ struct V {
   GAC_INLINE static F load(const fp16* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
+  GAC_INLINE static F load(const e4m3* p) {  // through numbers of 16 bits, as to_half()
+    const __m128i x = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m128i rest = _mm_and_si128(x, _mm_set1_epi16(0x7f));
+    const __m128i sign = _mm_slli_epi16(_mm_srli_epi16(x, 7), 15);
+    const __m128i nan = _mm_and_si128(_mm_cmpeq_epi16(rest, _mm_set1_epi16(0x7f)), _mm_set1_epi16(0x7e00));
+    const __m128i half = _mm_or_si128(_mm_or_si128(sign, nan), _mm_slli_epi16(rest, 7));
+    return _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f));
+  }
+  GAC_INLINE static F load(const e5m2* p) {
+    const __m128i x = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_cvtph_ps(_mm_slli_epi16(x, 8));
+  }
   GAC_INLINE static D load(const double* p) { return _mm256_loadu_pd(p); }
   GAC_INLINE static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   GAC_INLINE static void store(double* p, D x) { _mm256_storeu_pd(p, x); }

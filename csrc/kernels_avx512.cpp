@@ -41,6 +41,18 @@ struct V {
   GAC_INLINE static F load(const fp16* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
+  GAC_INLINE static F load(const e4m3* p) {  // through numbers of 16 bits, as to_half()
+    const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i rest = _mm256_and_si256(x, _mm256_set1_epi16(0x7f));
+    const __m256i sign = _mm256_slli_epi16(_mm256_srli_epi16(x, 7), 15);
+    const __mmask16 nan = _mm256_cmpeq_epi16_mask(rest, _mm256_set1_epi16(0x7f));
+    const __m256i size = _mm256_mask_mov_epi16(_mm256_slli_epi16(rest, 7), nan, _mm256_set1_epi16(0x7e00));
+    return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(sign, size)), _mm512_set1_ps(256.0f));
+  }
+  GAC_INLINE static F load(const e5m2* p) {
+    const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_cvtph_ps(_mm256_slli_epi16(x, 8));
+  }
   GAC_INLINE static D load(const double* p) { return _mm512_loadu_pd(p); }
   GAC_INLINE static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   GAC_INLINE static void store(double* p, D x) { _mm512_storeu_pd(p, x); }

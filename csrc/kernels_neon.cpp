@@ -23,6 +23,14 @@ struct V {
   GAC_INLINE static F load(const fp16* p) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));
   }
+  GAC_INLINE static F load(const e4m3* p) {  // through numbers of 16 bits, as to_half()
+    const uint16_t halves[4] = {to_half(p[0]).bits, to_half(p[1]).bits, to_half(p[2]).bits, to_half(p[3]).bits};
+    return vmulq_f32(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves))), vdupq_n_f32(256.0f));
+  }
+  GAC_INLINE static F load(const e5m2* p) {
+    const uint16_t halves[4] = {to_half(p[0]).bits, to_half(p[1]).bits, to_half(p[2]).bits, to_half(p[3]).bits};
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves)));
+  }
   template <class T>
   GAC_INLINE static void load_any(const T* p, F& first, F& second) {
     first = load(p);

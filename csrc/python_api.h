@@ -72,7 +72,7 @@ struct DlTensor {
   const int64_t *shape, *strides;
   uint64_t byte_offset;
 };
-constexpr int kDlCpu = 1, kDlFloat = 2, kDlBfloat = 4;
+constexpr int kDlCpu = 1, kDlFloat = 2, kDlBfloat = 4, kDlFloat8E4M3 = 10, kDlFloat8E5M2 = 12;
 
 struct DlManaged {
   uint32_t major, minor;

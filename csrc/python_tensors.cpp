@@ -15,6 +15,8 @@ void ask_ahead(const Plain& tensor) {
 int dtype_of(const DlTensor& t) {
   if (t.lanes != 1) return -1;
   if (t.code == kDlBfloat) return t.bits == 16 ? kBFloat16 : -1;
+  if (t.code == kDlFloat8E4M3) return t.bits == 8 ? kFloat8E4M3 : -1;
+  if (t.code == kDlFloat8E5M2) return t.bits == 8 ? kFloat8E5M2 : -1;
   if (t.code != kDlFloat) return -1;
   return t.bits == 32 ? kFloat32 : t.bits == 64 ? kFloat64 : t.bits == 16 ? kFloat16 : -1;
 }
@@ -141,7 +143,7 @@ bool read_pairs(Object* first, Object* second, Tensors& a, Tensors& b) {
   if (!a.open(first) || !b.open(second) || a.count() != b.count()) return false;
   Plain x, y;
   for (Size k = 0; k < a.count(); ++k)
-    if (!a.add(k, x) || !b.add(k, y) || !same_shape(x, y)) return false;
+    if (!a.add(k, x) || !b.add(k, y) || !same_shape(x, y) || x.dtype >= kPaired || y.dtype >= kPaired) return false;
   return true;
 }
 
@@ -151,7 +153,7 @@ bool read_number(Object* argument, double& number) {
     return true;
   }
   Plain tensor;
-  if (!read(argument, tensor) || tensor.dimensions) return false;
+  if (!read(argument, tensor) || tensor.dimensions || tensor.dtype >= kPaired) return false;
   switch (tensor.dtype) {
     case kFloat32: number = *reinterpret_cast<const float*>(tensor.data); break;
     case kBFloat16: number = to_double(*reinterpret_cast<const bf16*>(tensor.data)); break;

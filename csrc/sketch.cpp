@@ -32,7 +32,15 @@ struct Unit {
 // One contiguous run of weighted elements in float32, or in float64 lanes and hence arithmetic; returns its squares.
 double sketch_weighted_run(const Weights& weights, int dtype, int second, const char* x, const char* v, int64_t n,
                            float* lanes, SketchRun run) {
-  return kernels().sketch_weighted[dtype][second](x, v, n, weights.eps, lanes, run);
+  if (dtype < kPaired && second < kPaired)
+    return kernels().sketch_weighted[dtype][second](x, v, n, weights.eps, lanes, run);
+  double squares = 0;
+  weights.for_short_blocks(dtype, second, x, v, n, [&](const float* y, const float* w, int64_t m) {
+    squares += kernels().sketch_weighted[kFloat32][kFloat32](y, w, m, weights.eps, lanes, run);
+    run.index += static_cast<uint64_t>(m);
+    run.lane = (run.lane + m) % run.lanes;
+  });
+  return squares;
 }
 double sketch_weighted_run(const Weights& weights, int dtype, int second, const char* x, const char* v, int64_t n,
                            double* lanes, SketchRun run) {
@@ -175,8 +183,15 @@ void Sketch::add(const Segment& segment, int64_t begin, int64_t end, A* lanes, i
     return {map.lanes, j % map.lanes, static_cast<uint64_t>(index_offset(segment.tensor) + j),
             static_cast<uint32_t>(map.seed)};
   };
-  if (weights) {
+  if (weights && weights->of(segment.tensor)) {
     const Tensor v = weights->seconds[segment.tensor];
+    if (v.dtype == kScale)
+      return weights->for_scaled<A>(t, v, from, end - begin, [&](const A* y, int64_t position, int64_t count) {
+        if constexpr (sizeof(A) == sizeof(double))
+          squares[number] += kernels().sketch_double[kFloat64](y, count, lanes, run_at(position));
+        else
+          squares[number] += kernels().sketch_float[kFloat32](y, count, lanes, run_at(position));
+      });
     for_pair_runs(t, v, from, end - begin, [&](const char* x, const char* y, int64_t position, int64_t count) {
       squares[number] += sketch_weighted_run(*weights, t.dtype, v.dtype, x, y, count, lanes, run_at(position));
     });
@@ -197,7 +212,7 @@ void Sketch::check(int64_t number) {
   if (std::isfinite(squares[number])) return;
   const Segment& segment = segments[number];
   const Tensor t = tensors[segment.tensor];
-  if (!weights) {
+  if (!weights || !weights->of(segment.tensor)) {
     nonfinite[number] = nonfinite_in(t, segment.offset, segment.count, squares[number]);
     return;
   }

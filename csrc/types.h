@@ -9,7 +9,21 @@ namespace gac {
 
 constexpr uintptr_t kLine = 64, kPage = 4096;  // bytes
 
-enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kDtypes = 4 };
+// Those from kPaired on are read by operations on one list alone. kScale, a power of two for 32 elements (e8m0), stands in
+// the place of second moments.
+enum Dtype : int {
+  kFloat32 = 0,
+  kBFloat16 = 1,
+  kFloat16 = 2,
+  kFloat64 = 3,
+  kPaired = 4,
+  kFloat8E4M3 = 4,
+  kFloat8E5M2 = 5,
+  kDtypes = 6,
+  kScale = 6
+};
+
+constexpr int64_t kScaled = 32;  // elements that share a scale
 
 struct bf16 {
   uint16_t bits;
@@ -18,7 +32,16 @@ struct fp16 {
   uint16_t bits;
 };
 
-inline int64_t bytes_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+struct e4m3 {  // no infinity, one NaN of either sign
+  uint8_t bits;
+};
+struct e5m2 {
+  uint8_t bits;
+};
+
+inline int64_t bytes_of(int dtype) {
+  return dtype >= kPaired ? 1 : dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
+}
 
 inline float bits_to_float(uint32_t bits) {
   float value;
@@ -40,6 +63,23 @@ inline float to_float(fp16 x) {
   if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
   // Shifted into place the exponent is 112 too small; a product with 2^112 repairs it, subnormals included.
   return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
+}
+
+// Numbers of 16 bits with the same fields, which are 2^8 too small for e4m3: its exponent has a bit less.
+inline fp16 to_half(e4m3 x) {
+  const unsigned sign = (x.bits & 0x80u) << 8, rest = x.bits & 0x7fu;
+  return {static_cast<uint16_t>(rest == 0x7fu ? sign | 0x7e00u : sign | rest << 7)};
+}
+inline fp16 to_half(e5m2 x) { return {static_cast<uint16_t>(x.bits << 8)}; }
+inline float to_float(e4m3 x) { return to_float(to_half(x)) * 0x1p8f; }
+inline float to_float(e5m2 x) { return to_float(to_half(x)); }
+
+// 2^(x - 127); 255 is NaN.
+inline double scale_of(uint8_t x) {
+  const uint64_t bits = x == 255 ? 0x7ff8000000000000u : static_cast<uint64_t>(x + 1023 - 127) << 52;
+  double value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 inline double to_double(double x) { return x; }
@@ -84,6 +124,8 @@ inline double from_double<double>(double x) {
 inline bool is_finite_bits(float x) { return (float_to_bits(x) & 0x7f800000u) != 0x7f800000u; }
 inline bool is_finite_bits(bf16 x) { return (x.bits & 0x7f80u) != 0x7f80u; }
 inline bool is_finite_bits(fp16 x) { return (x.bits & 0x7c00u) != 0x7c00u; }
+inline bool is_finite_bits(e4m3 x) { return (x.bits & 0x7fu) != 0x7fu; }
+inline bool is_finite_bits(e5m2 x) { return (x.bits & 0x7cu) != 0x7cu; }
 inline bool is_finite_bits(double x) {
   uint64_t bits;
   std::memcpy(&bits, &x, sizeof bits);

@@ -37,7 +37,10 @@ def accumulator_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-KNOWN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KNOWN_DTYPES = (
+    *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+)
 """By their codes in :attr:`TensorList.numbers` and in the C++ library."""
 
 _ALONE = tuple(frozenset((dtype,)) for dtype in KNOWN_DTYPES)

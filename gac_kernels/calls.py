@@ -18,29 +18,29 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from gac_kernels.arguments import (
-    TensorList,
-    check_into,
-    check_scalar,
-    check_second_moments,
-    check_token_inputs,
-    described,
-)
+from gac_kernels.arguments import check_into, check_scalar, check_token_inputs
+from gac_kernels.elements import BLOCK, Elements, elements
 from gac_kernels.layout import SketchLayout
 
 Call = TypeVar("Call")
 
 
 class Operation(Generic[Call]):
-    """A backend's function of a checked call, which can also be called with the public arguments."""
+    """A backend's function of a checked call, which can also be called with the public arguments.
+
+    Attributes:
+        make: checks the public arguments. run: the function.
+        direct: takes the public arguments and makes the call; a backend may know repeated ones without their checks.
+    """
 
     def __init__(self, make: Callable[..., Call], run: Callable[[Call], Tensor]) -> None:
         functools.update_wrapper(self, run)
         self.make, self.run = make, run
+        self.direct: Callable[..., Tensor] = lambda *args, **options: run(make(*args, **options))
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
         """Checks the arguments, as the public operation of this name does, and runs the call."""
-        return self.run(self.make(*args, **options))
+        return self.direct(*args, **options)
 
 
 def takes(make: Callable[..., Call]) -> Callable[[Callable[[Call], Tensor]], Operation[Call]]:
@@ -69,8 +69,7 @@ class SketchCall(NamedTuple):
     """A checked call of ``sketch``.
 
     Attributes:
-        listed: floating-point tensors on the device of ``out``, of any dtype and strides.
-        numels: elements of each.
+        read: floating-point tensors on the device of ``out``, and their second moments or scales.
         out: ``[places.layout.size + tail]``, contiguous, float32 or float64.
         places: where each tensor goes.
         tail: elements of ``out`` after the layout's, which become 0.
@@ -78,12 +77,9 @@ class SketchCall(NamedTuple):
         accumulate: whether ``out`` is added to.
         per_tensor: whether each tensor has its own row of moments.
         into: what the moments are added to, ``[2]`` or ``[n, 2]``; None for a new tensor.
-        second_list: second moments, a tensor for each of those, of as many elements; None.
-        eps: added to their roots.
     """
 
-    listed: TensorList
-    numels: tuple[int, ...]
+    read: Elements
     out: Tensor
     places: Places
     tail: int
@@ -91,18 +87,6 @@ class SketchCall(NamedTuple):
     accumulate: bool
     per_tensor: bool
     into: Tensor | None
-    second_list: TensorList | None
-    eps: float
-
-    @property
-    def tensors(self) -> Sequence[Tensor]:
-        """The tensors."""
-        return self.listed.tensors
-
-    @property
-    def second_moments(self) -> Sequence[Tensor] | None:
-        """Their second moments."""
-        return None if self.second_list is None else self.second_list.tensors
 
     @property
     def layout(self) -> SketchLayout:
@@ -124,18 +108,16 @@ def sketch_call(
     into: Tensor | None = None,
     second_moments: Any = None,
     eps: float = 1e-8,
+    block_scales: Any = None,
 ) -> SketchCall:
     """Checks the arguments of :func:`gac_kernels.sketch`. Raises its errors."""
-    listed = described(tensors, "tensors")
-    tensors = listed.tensors
     if not isinstance(out, Tensor) or out.dim() != 1 or not out.is_contiguous():
         raise ValueError("out must be a contiguous 1-D tensor")
     if out.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"out must be float32 or float64, got {out.dtype}")
     device = out.device
-    if tensors and tensors[0].device != device:
-        raise ValueError(f"tensors are on {tensors[0].device}, out on {device}: they must be on one device")
-    numels, size, tail = listed.numels(), out.numel(), 0
+    read = elements(tensors, device, "out", second_moments, eps, block_scales)
+    numels, size, tail = read.numels, out.numel(), 0
     if layout is None:
         if regions is not None or starts is not None:
             raise ValueError("regions and starts need a layout: pass layout=SketchLayout.per_tensor(...)")
@@ -147,13 +129,19 @@ def sketch_call(
         places = places_of(layout, len(numels), numbers(regions), numbers(starts))
         if numels != places.room and not all(map(operator.le, numels, places.room)):
             name_the_long_one(numels, places)
-    second_list = None if second_moments is None else check_second_moments(second_moments, numels, device, eps)
+    if read.scaled:
+        check_starts(places.starts, read)
     if into is not None:
-        check_into(into, (len(tensors), 2) if per_tensor else (2,), device)
+        check_into(into, (len(numels), 2) if per_tensor else (2,), device)
     scale = 1.0 if scale is None else check_scalar(scale, "scale", device)
-    return SketchCall(
-        listed, numels, out, places, tail, scale, bool(accumulate), bool(per_tensor), into, second_list, eps
-    )
+    return SketchCall(read, out, places, tail, scale, bool(accumulate), bool(per_tensor), into)
+
+
+def check_starts(starts: Sequence[int], read: Elements) -> None:
+    """Raises unless scaled tensors begin with a block of their region."""
+    for k, start in enumerate(starts):
+        if start % BLOCK and read.seconds is not None and read.seconds.tensors[k].numel():
+            raise ValueError(f"tensors[{k}] has block scales and starts at {start}: it must be a multiple of {BLOCK}")
 
 
 def numbers(values: Any) -> tuple[int, ...] | None:

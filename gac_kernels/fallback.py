@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from gac_kernels import reference
-from gac_kernels.arguments import check_pair, check_scalar, tensor_list
+from gac_kernels.arguments import check_pair, check_scalar
 from gac_kernels.calls import SketchCall, sketch_call, takes
+from gac_kernels.elements import BLOCK, Elements, elements, factors
 from gac_kernels.kronecker import by_matrix_products, kronecker_call
 from gac_kernels.layout import SIGN_BITS, SketchLayout
 from gac_kernels.reference import absorb_, token_moments
@@ -73,13 +74,41 @@ def _sums(rows: list[list[float]], columns: int, per_tensor: bool) -> Tensor:
     return table if per_tensor else table.sum(0)
 
 
-def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
+class _Values:
+    """The elements of tensor ``k`` of a call, as they count: in float64 where they are weighted or scaled."""
+
+    def __init__(self, read: Elements, k: int) -> None:
+        self._read, self._x = read, read.tensors[k].detach().reshape(-1)
+        second = None if read.seconds is None else read.seconds.tensors[k].detach().reshape(-1)
+        self._second = None if second is None or (read.scaled and not second.numel()) else second
+        self.wide = _FLOAT64 if self._x.dtype is _FLOAT64 or self._second is not None else torch.float32
+        self.plain = self._second is None
+
+    def of(self, begin: int, end: int) -> Tensor:
+        """A copy of elements ``begin`` to ``end``."""
+        values = self._x[begin:end].to(self.wide, copy=True)
+        if self._second is None:
+            return values
+        if not self._read.scaled:
+            return _weighted(values, self._second[begin:end].to(self.wide), self._read.eps)
+        first = begin // BLOCK
+        found = factors(self._second[first : -(-end // BLOCK)], end - first * BLOCK, self.wide)
+        return values.mul_(found[begin - first * BLOCK :])
+
+
+def _blocks(read: Elements, k: int) -> Iterator[Tensor]:
+    values, numel = _Values(read, k), read.numels[k]
+    return (values.of(begin, min(begin + _BLOCK, numel)) for begin in range(0, numel, _BLOCK))
+
+
+def moments(tensors: Any, *, per_tensor: bool = False, block_scales: Any = None) -> Tensor:
     """Sum of squares and number of non-finite elements; see :func:`gac_kernels.moments`."""
     rows = []
-    for tensor in tensor_list(tensors, "tensors"):
+    read = elements(tensors, None, "", block_scales=block_scales)
+    for k, tensor in enumerate(read.tensors):
         row = [0.0, 0.0]
-        for block in _in_any_order(tensor.detach())[0].split(_BLOCK):
-            square, nonfinite = _square(_wide(block))
+        for block in _blocks(read, k) if read.scaled else map(_wide, _in_any_order(tensor.detach())[0].split(_BLOCK)):
+            square, nonfinite = _square(block)
             row[0] += square
             row[1] += nonfinite
         rows.append(row)
@@ -183,16 +212,11 @@ def sketch(call: SketchCall) -> Tensor:
         totals[region] = torch.zeros(slabs, lanes, dtype=_FLOAT64)
     rows = []
     for k, (region, start) in enumerate(zip(call.places.regions, call.places.starts, strict=True)):
-        x, stop, row = call.tensors[k].detach().reshape(-1), start + call.numels[k], [0.0, 0.0]
-        v = None if call.second_moments is None else call.second_moments[k].detach().reshape(-1)
-        wide = torch.float32 if v is None and x.dtype is not _FLOAT64 else _FLOAT64
+        x, stop, row = _Values(call.read, k), start + call.read.numels[k], [0.0, 0.0]
         for part in _parts(layout, start, stop):
             origin = part.first_row * lanes
             begin, end = max(start, origin), min(stop, origin + part.rows * lanes)
-            values = x[begin - start : end - start]
-            values = values.to(wide, copy=True)
-            if v is not None:
-                values = _weighted(values, v[begin - start : end - start].to(wide), call.eps)
+            values = x.of(begin - start, end - start)
             square, nonfinite = _square(values)
             row[0] += square
             row[1] += nonfinite
@@ -228,16 +252,12 @@ def accumulate_(call: AccumulateCall) -> Tensor:
     """
     scale, rows = float(call.scale), []
     total, previous = call.total.detach(), None if call.previous is None else call.previous.detach()
-    for k, (tensor, offset) in enumerate(zip(call.tensors, call.stretches.offsets, strict=True)):
-        x, row = tensor.detach().reshape(-1), [0.0, 0.0]
-        v = None if call.second_moments is None else call.second_moments[k].detach().reshape(-1)
-        plain = v is None and previous is None and x.dtype is not _FLOAT64
+    for k, (numel, offset) in enumerate(zip(call.read.numels, call.stretches.offsets, strict=True)):
+        x, row = _Values(call.read, k), [0.0, 0.0]
+        plain = previous is None and x.wide is torch.float32
         wide = torch.float32 if plain else _FLOAT64
-        for begin in range(0, x.numel(), _BLOCK):
-            block = slice(begin, begin + _BLOCK)
-            values = x[block].to(wide)
-            if v is not None:
-                values = _weighted(values, v[block].to(wide), call.eps)
+        for begin in range(0, numel, _BLOCK):
+            values = x.of(begin, min(begin + _BLOCK, numel)).to(wide)
             to = total[offset + begin : offset + begin + values.numel()]
             square, nonfinite = _square(values)
             if previous is not None:

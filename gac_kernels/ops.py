@@ -17,9 +17,10 @@ from torch import Tensor
 from gac_kernels import library
 from gac_kernels.backends import implementation, runner
 from gac_kernels.backends import status as backend_status
-from gac_kernels.calls import sketch_call, token_call
+from gac_kernels.calls import token_call
+from gac_kernels.elements import unscaled
 from gac_kernels.layout import SketchLayout
-from gac_kernels.totals import absorb_call, absorb_sketch_call, accumulate_call
+from gac_kernels.totals import absorb_call, accumulate_call
 
 __all__ = [
     "absorb_",
@@ -68,12 +69,17 @@ def _device_type(tensors: Any) -> str:
     return first.device.type
 
 
-def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
+def moments(tensors: Any, *, per_tensor: bool = False, block_scales: Any = None) -> Tensor:
     """Sum of squares and number of non-finite elements.
 
     Args:
         tensors: a tensor or a list of tensors on one device; any shape, floating dtype and strides.
         per_tensor: one row for each tensor instead of the total.
+        block_scales: scales of the MX formats for the tensors that have them, a list with None for the others: of an
+            e4m3fn or e5m2 tensor of shape ``[..., n]``, ``n`` a multiple of 32 where there are more dimensions than
+            one, a tensor ``[..., ceil(n / 32)]`` of float8_e8m0fnu, or uint8 exponents. Element ``x`` then counts as
+            ``x * 2**(e - 127)`` with the ``e`` of its 32; an ``e`` of 255 makes them NaN. None: elements count as they
+            are.
 
     Returns:
         ``[2]`` (``[n, 2]`` with ``per_tensor``): sum of squares, count of NaN and infinite elements; float64
@@ -81,8 +87,15 @@ def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
         of squares non-finite too.
 
     Raises:
-        TypeError: an element is no floating-point tensor. ValueError: tensors are on several devices.
+        TypeError: an element is no floating-point tensor, or scales are of another dtype, or of a tensor that has none.
+        ValueError: tensors are on several devices, scales do not fit.
     """
+    if block_scales is not None:
+        if not _traced():
+            tensors = _readable(tensors)
+            backend = implementation("moments", _device_type(tensors))
+            return backend(tensors, per_tensor=per_tensor, block_scales=block_scales)
+        tensors = unscaled(tensors, block_scales)
     if _traced():
         return torch.ops.gac_kernels.moments(_listed(tensors), per_tensor)
     if type(tensors) is Tensor and tensors.is_cpu:
@@ -105,6 +118,7 @@ def sketch(
     into: Tensor | None = None,
     second_moments: Any = None,
     eps: float = 1e-8,
+    block_scales: Any = None,
 ) -> Tensor:
     """A random projection of the tensors into ``out``, and their moments from the same read.
 
@@ -129,6 +143,8 @@ def sketch(
             (Kingma and Ba 2015). Where ``v`` is 0 a finite ``x`` counts as 0: Adam has met no gradient of that
             element yet, so its scale is unknown. A negative ``v`` gives NaN. None: elements count as they are.
         eps: Adam's epsilon; 0, or 2**-126 to 2**127. Only with ``second_moments``.
+        block_scales: as for :func:`moments`, of tensors whose ``starts`` are multiples of 32; not with
+            ``second_moments``. Scaled elements beyond float32 are infinite in a float32 bucket, but are not counted.
 
     Returns:
         Moments of the (weighted) tensors before ``scale``, as :func:`moments` gives them; ``into`` itself where it is
@@ -138,6 +154,7 @@ def sketch(
         TypeError, ValueError: with the argument's name, what it was and what is needed.
     """
     if _traced():
+        tensors = tensors if block_scales is None else unscaled(tensors, block_scales)
         place = library.place_arguments(layout, regions, starts, seed)
         second_moments = None if second_moments is None else _listed(second_moments)
         rest = (*place, *library.scalar_parts(scale), accumulate, per_tensor, second_moments, eps)
@@ -145,7 +162,7 @@ def sketch(
             return torch.ops.gac_kernels.sketch(_listed(tensors), out, *rest)
         torch.ops.gac_kernels.sketch_into_(_listed(tensors), out, into, *rest)
         return into
-    call = sketch_call(
+    return implementation("sketch", _device_type(out)).direct(
         tensors,
         out,
         layout=layout,
@@ -158,8 +175,8 @@ def sketch(
         into=into,
         second_moments=second_moments,
         eps=eps,
+        block_scales=block_scales,
     )
-    return runner("sketch", "cpu" if out.is_cpu else out.device.type)(call)
 
 
 def accumulate_(
@@ -175,6 +192,7 @@ def accumulate_(
     into: Tensor | None = None,
     second_moments: Any = None,
     eps: float = 1e-8,
+    block_scales: Any = None,
 ) -> Tensor:
     """Adds the tensors to one vector, ``total += scale * x``, and takes their moments from the same read.
 
@@ -195,6 +213,7 @@ def accumulate_(
         per_tensor: moments as one row for each tensor.
         into: what to add the moments to, of their shape, dtype and device, contiguous; None for a new tensor.
         second_moments, eps: as for :func:`sketch`: each element ``x`` counts as ``x / (sqrt(v) + eps)``.
+        block_scales: as for :func:`sketch`, with any ``starts``.
 
     Returns:
         ``[2]`` (``[n, 2]`` with ``per_tensor``): sum of squares of what was added, before ``scale``, and number of
@@ -205,6 +224,7 @@ def accumulate_(
         TypeError, ValueError: with the argument's name, what it was and what is needed.
     """
     if _traced():
+        tensors = tensors if block_scales is None else unscaled(tensors, block_scales)
         place = library.place_arguments(layout, regions, starts, 0)
         second_moments = None if second_moments is None else _listed(second_moments)
         rest = (*place, *library.scalar_parts(scale), per_tensor, second_moments, eps)
@@ -224,6 +244,7 @@ def accumulate_(
         into=into,
         second_moments=second_moments,
         eps=eps,
+        block_scales=block_scales,
     )
     return runner("accumulate_", "cpu" if total.is_cpu else total.device.type)(call)
 
@@ -343,6 +364,7 @@ def absorb_sketch_(
     into: Tensor | None = None,
     second_moments: Any = None,
     eps: float = 1e-8,
+    block_scales: Any = None,
 ) -> Tensor:
     """:func:`sketch` of running sums, and :func:`absorb_` of what they have gained, in one.
 
@@ -357,7 +379,7 @@ def absorb_sketch_(
         layout: where elements go.
         regions: the region of each tensor (default: tensor ``k`` fills region ``k``), each another.
         into: what to add the sums to, of their shape, dtype and device, contiguous; None for a new tensor.
-        second_moments, eps: as for :func:`sketch`.
+        second_moments, eps, block_scales: as for :func:`sketch`.
 
     Returns:
         ``[2 + layout.cells]``: moments of the (weighted) tensors, as :func:`sketch` gives them, and the sum of squares
@@ -368,6 +390,7 @@ def absorb_sketch_(
         TypeError, ValueError: with the argument's name, what it was and what is needed.
     """
     if _traced():
+        tensors = tensors if block_scales is None else unscaled(tensors, block_scales)
         numels, listed = list(layout.numels), None if regions is None else list(regions)
         seconds = None if second_moments is None else _listed(second_moments)
         rest = (numels, layout.rows_per_slab, layout.lanes, listed, layout.seed & 0xFFFFFFFF)
@@ -377,5 +400,6 @@ def absorb_sketch_(
         torch.ops.gac_kernels.absorb_sketch_into_(_listed(tensors), previous, total, into, *rest)
         return into
     options = {"layout": layout, "regions": regions, "into": into, "second_moments": second_moments, "eps": eps}
-    call = absorb_sketch_call(tensors, previous, total, scale, **options)
-    return runner("absorb_sketch_", previous.device.type)(call)
+    options["block_scales"] = block_scales
+    backend = implementation("absorb_sketch_", _device_type(previous))
+    return backend.direct(tensors, previous, total, scale, **options)

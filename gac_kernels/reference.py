@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import einops
 import torch
 from torch import Tensor
 
-from gac_kernels.arguments import accumulator_dtype, check_pair, check_scalar, tensor_list
+from gac_kernels.arguments import accumulator_dtype, check_pair, check_scalar
 from gac_kernels.calls import SketchCall, TokenCall, sketch_call, takes, token_call
+from gac_kernels.elements import Elements, elements, factors
 from gac_kernels.kronecker import KroneckerCall, kronecker_call, projected
 from gac_kernels.layout import CELL_LANES, LANES, SIGN_BITS, SketchLayout, sign_key
 from gac_kernels.totals import (
@@ -52,15 +53,25 @@ def _weighted(tensor: Tensor, second_moment: Tensor, eps: float) -> Tensor:
     return _flat(tensor) / (v.sqrt() + eps).masked_fill(v == 0, math.inf)
 
 
-def _moments(tensors: list[Tensor], device: torch.device) -> Tensor:
+def _taken(read: Elements) -> Sequence[Tensor]:
+    """The elements as they count, flat where they are not the tensors' own."""
+    if read.second_moments is not None:
+        return [_weighted(x, v, read.eps) for x, v in zip(read.tensors, read.second_moments, strict=True)]
+    if read.scales is None:
+        return read.tensors
+    pairs = zip(map(_flat, read.tensors), read.scales, strict=True)
+    return [x * factors(s, x.numel(), x.dtype) if s.numel() else x for x, s in pairs]
+
+
+def _moments(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     dtype = accumulator_dtype(device)
-    rows = [torch.stack([_flat(t).square().sum(), (~torch.isfinite(t)).sum().to(dtype)]) for t in tensors]
+    rows = [torch.stack([_flat(t).square().sum(), (~torch.isfinite(_flat(t))).sum().to(dtype)]) for t in tensors]
     return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=dtype, device=device)
 
 
-def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
+def moments(tensors: Any, *, per_tensor: bool = False, block_scales: Any = None) -> Tensor:
     """Sum of squares and number of non-finite elements; see :func:`gac_kernels.moments`."""
-    tensors = tensor_list(tensors, "tensors")
+    tensors = _taken(elements(tensors, None, "", block_scales=block_scales))
     rows = _moments(tensors, tensors[0].device if tensors else torch.device("cpu"))
     return rows if per_tensor else rows.sum(0)
 
@@ -89,9 +100,7 @@ def signs(layout: SketchLayout, region: int, start: int, numel: int, device: tor
 @takes(sketch_call)
 def sketch(call: SketchCall) -> Tensor:
     """A random projection and its moments; see :func:`gac_kernels.sketch` and :mod:`gac_kernels.layout`."""
-    layout, out, tensors = call.layout, call.out, call.tensors
-    if call.second_moments is not None:
-        tensors = [_weighted(x, v, call.eps) for x, v in zip(tensors, call.second_moments, strict=True)]
+    layout, out, tensors = call.layout, call.out, _taken(call.read)
     total = torch.zeros(layout.size, dtype=accumulator_dtype(out.device), device=out.device)
     for tensor, region, start in zip(tensors, call.places.regions, call.places.starts, strict=True):
         j = torch.arange(tensor.numel(), device=out.device) + start
@@ -126,10 +135,8 @@ def _added(sums: Tensor, into: Tensor | None) -> Tensor:
 @takes(accumulate_call)
 def accumulate_(call: AccumulateCall) -> Tensor:
     """Adds tensors to one vector, and their moments; see :func:`gac_kernels.accumulate_`."""
-    total, tensors, dtype = call.total.detach(), call.tensors, accumulator_dtype(call.total.device)
+    total, tensors, dtype = call.total.detach(), _taken(call.read), accumulator_dtype(call.total.device)
     previous = None if call.previous is None else call.previous.detach()
-    if call.second_moments is not None:
-        tensors = [_weighted(x, v, call.eps) for x, v in zip(tensors, call.second_moments, strict=True)]
     rows = _moments(tensors, total.device)
     for row, tensor, offset in zip(rows, tensors, call.stretches.offsets, strict=True):
         stretch = slice(offset, offset + tensor.numel())
@@ -215,7 +222,7 @@ def absorbed(call: AbsorbSketchCall, run: Callable[[SketchCall], Tensor]) -> Ten
         total[here] = (total[here].to(dtype) + delta).to(torch.float32)
         previous[here] = current[here]
         first = 2 + layout.cell_offsets[region]
-        for slab in delta.square().split(layout.lanes):
+        for slab in delta.square().split(layout.lanes) if size else ():  # no part would be an empty one
             parts = torch.stack([part.sum() for part in slab.split(CELL_LANES)])
             sums[first : first + len(parts)] = parts
             first += layout.cells_of_slab

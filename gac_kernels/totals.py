@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -15,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gac_kernels.arguments import TensorList, check_into, check_scalar, check_second_moments, described
+from gac_kernels.arguments import check_into, check_scalar
 from gac_kernels.calls import Places, SketchCall, name_the_long_one, numbers, places_of, sketch_call
+from gac_kernels.elements import Elements, elements
 from gac_kernels.layout import LANES, SketchLayout
 
 
@@ -37,35 +37,21 @@ class AccumulateCall(NamedTuple):
     """A checked call of ``accumulate_``.
 
     Attributes:
-        listed: floating-point tensors on the device of ``total``, of any dtype and strides.
+        read: floating-point tensors on the device of ``total``, and their second moments or scales.
         stretches: where each goes.
         total, previous: contiguous ``[m]`` float32; ``previous`` may be None.
         scale: a number or a 0-dim tensor on the device.
         per_tensor: whether each tensor has its own row of moments.
         into: what the moments are added to, ``[2]`` or ``[n, 2]``; None for a new tensor.
-        second_list: second moments, a tensor for each of those, of as many elements; None.
-        eps: added to their roots.
     """
 
-    listed: TensorList
+    read: Elements
     stretches: Stretches
     total: Tensor
     previous: Tensor | None
     scale: Tensor | float
     per_tensor: bool
     into: Tensor | None
-    second_list: TensorList | None
-    eps: float
-
-    @property
-    def tensors(self) -> Sequence[Tensor]:
-        """The tensors."""
-        return self.listed.tensors
-
-    @property
-    def second_moments(self) -> Sequence[Tensor] | None:
-        """Their second moments."""
-        return None if self.second_list is None else self.second_list.tensors
 
 
 def accumulate_call(
@@ -81,17 +67,15 @@ def accumulate_call(
     into: Tensor | None = None,
     second_moments: Any = None,
     eps: float = 1e-8,
+    block_scales: Any = None,
 ) -> AccumulateCall:
     """Checks the arguments of :func:`gac_kernels.accumulate_`. Raises its errors."""
-    listed = described(tensors, "tensors")
-    tensors = listed.tensors
     named = {"total": total} | ({} if previous is None else {"previous": previous})
     if not all(_is_float_vector(value, total) for value in named.values()):
         _name_the_wrong_vector(named)
     device = total.device
-    if tensors and tensors[0].device != device:
-        raise ValueError(f"tensors are on {tensors[0].device}, total on {device}: they must be on one device")
-    numels = listed.numels()
+    read = elements(tensors, device, "total", second_moments, eps, block_scales)
+    numels = read.numels
     if layout is None:
         if regions is not None or starts is not None:
             raise ValueError("regions and starts need a layout: pass layout=SketchLayout.per_tensor(...)")
@@ -101,11 +85,10 @@ def accumulate_call(
         stretches, size = _stretches(places, numels), layout.size
     if total.numel() != size:
         raise ValueError(f"total has {total.numel()} elements, {size} are needed: torch.zeros({size})")
-    second_list = None if second_moments is None else check_second_moments(second_moments, numels, device, eps)
     if into is not None:
-        check_into(into, (len(tensors), 2) if per_tensor else (2,), device)
+        check_into(into, (len(numels), 2) if per_tensor else (2,), device)
     scale = 1.0 if scale is None else check_scalar(scale, "scale", device)
-    return AccumulateCall(listed, stretches, total, previous, scale, bool(per_tensor), into, second_list, eps)
+    return AccumulateCall(read, stretches, total, previous, scale, bool(per_tensor), into)
 
 
 @lru_cache(maxsize=256)
@@ -224,16 +207,17 @@ def absorb_sketch_call(
     into: Tensor | None = None,
     second_moments: Any = None,
     eps: float = 1e-8,
+    block_scales: Any = None,
 ) -> AbsorbSketchCall:
     """Checks the arguments of :func:`gac_kernels.absorb_sketch_`. Raises its errors."""
     named = {"previous": previous, "total": total}
     if not all(_is_float_vector(value, previous) for value in named.values()):
         _name_the_wrong_vector(named)
-    options = {"regions": regions, "second_moments": second_moments, "eps": eps}
+    options = {"regions": regions, "second_moments": second_moments, "eps": eps, "block_scales": block_scales}
     sketched = sketch_call(tensors, previous, layout=layout, **options)
-    places = sketched.places
-    if sketched.numels != places.room or len(set(places.regions)) < len(places.regions):
-        for k, (numel, room) in enumerate(zip(sketched.numels, places.room, strict=True)):
+    places, numels = sketched.places, sketched.read.numels
+    if numels != places.room or len(set(places.regions)) < len(places.regions):
+        for k, (numel, room) in enumerate(zip(numels, places.room, strict=True)):
             if numel != room:
                 raise ValueError(f"tensors[{k}] has {numel} elements, its region {room}: they must be equal")
         raise ValueError(f"regions must differ, got {places.regions}: one tensor for each")

@@ -4,75 +4,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 import gac_kernels
-from gac.bench import gates, limits, peers
-from gac.bench.gates import Gate
+from gac.bench import gates, peers, totals
 from gac.bench.inputs import Pools
+from gac.bench.prepared import LISTS, SCALE, Case, Prepared, dtype_of, inputs, size_label
 from gac.observe.ledger import sketch_size
 from gac.plan.shapes import LlamaShape
 from gac_kernels import SketchLayout
 from gac_kernels.layout import LANES, sign_key
 
-OPERATIONS = ("moments", "sketch", "weighted_sketch", "pair_moments", "mix_", "absorb_", "token_moments")
-"""``weighted_sketch`` is ``sketch`` with second moments, which are float32 whatever the gradient is."""
+LIST_OPERATIONS = ("moments", "sketch", "weighted_sketch", "absorb_sketch_", "accumulate_", "pair_moments", "mix_")
+"""Operations that take lists of tensors. ``weighted_sketch`` is ``sketch`` with second moments, which are float32
+whatever the gradient is."""
 
-LIST_OPERATIONS = OPERATIONS[:5]
-"""Operations that take lists of tensors."""
+OPERATIONS = (*LIST_OPERATIONS, "absorb_", "token_moments")
 
 PEER_KINDS = ("eager", "foreach", "compile")
 
 MU = 0.3
-_SCALE = 1.7
 _SMALL_INPUT = 1 << 22  # no sketch and no batch of tokens is larger
 _LONGEST_SEQUENCE = 8192
-_LISTS = {"moments": 1, "sketch": 1, "weighted_sketch": 3, "pair_moments": 2, "mix_": 2}
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-
-def dtype_of(name: str) -> torch.dtype:
-    """``"bf16"`` -> ``torch.bfloat16``. Raises ValueError for an unknown name."""
-    if name not in _DTYPES:
-        raise ValueError(f"unknown dtype {name!r}; known: {', '.join(_DTYPES)}")
-    return _DTYPES[name]
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is timed: operation, dtype name, and either a number of elements or a model's parameter list."""
-
-    operation: str
-    dtype: str
-    elements: int = 0
-    model: LlamaShape | None = None
-    note: str = ""
-
-    @property
-    def label(self) -> str:
-        """``64K`` for elements, the name of a model for a list."""
-        return self.model.name if self.model else size_label(self.elements)
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        return self.model.shapes() if self.model else [(self.elements,)]
-
-    def memory(self) -> int:
-        """Bytes that the case takes at most, apart from small change."""
-        numel = self.model.numel() if self.model else self.elements
-        return _LISTS.get(self.operation, 3) * numel * dtype_of(self.dtype).itemsize
-
-
-def size_label(elements: int) -> str:
-    """``65536`` -> ``64K``; numbers that are no whole multiple stay numbers."""
-    for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
-        if elements >= unit and elements % unit == 0:
-            return f"{elements // unit}{name}"
-    return str(elements)
+__all__ = [
+    "LIST_OPERATIONS",
+    "MU",
+    "OPERATIONS",
+    "PEER_KINDS",
+    "Case",
+    "Prepared",
+    "applies",
+    "drop_failing",
+    "dtype_of",
+    "model_case",
+    "prepare",
+    "size_label",
+]
 
 
 def applies(operation: str, dtype: str, elements: int) -> bool:
@@ -84,7 +55,7 @@ def applies(operation: str, dtype: str, elements: int) -> bool:
 
 def model_case(operation: str, dtype: str, shape: LlamaShape, room: int) -> Case | None:
     """The case of a model's list within ``room`` bytes, with fewer layers where it is too large; None if none fit."""
-    fitting = shape.fitting(room // (_LISTS[operation] * dtype_of(dtype).itemsize))
+    fitting = shape.fitting(room // (LISTS[operation] * dtype_of(dtype).itemsize))
     if fitting is None:
         return None
     note = (
@@ -93,31 +64,6 @@ def model_case(operation: str, dtype: str, shape: LlamaShape, room: int) -> Case
         else f"{fitting.layers} of {shape.layers} layers: inputs are held to {room / 2**30:.1f} GiB"
     )
     return Case(operation, dtype, model=replace(fitting), note=note)
-
-
-@dataclass
-class Prepared:
-    """A case ready to run. Each callable takes the number of an input set.
-
-    Attributes:
-        ours: the operation.
-        gate: compares it with the reference.
-        bytes: the least that has to move: inputs read once, outputs written once.
-        peers: by name; the part before the colon is its kind.
-        omitted: peers that cannot run here, with the reason.
-        readers: read the same inputs.
-        read_bytes: what they read.
-        sets: number of input sets.
-    """
-
-    ours: Callable[[int], object]
-    gate: Callable[[], Gate]
-    bytes: int
-    readers: dict[str, Callable[[int], object]]
-    read_bytes: int
-    sets: int
-    peers: dict[str, Callable[[int], object]] = field(default_factory=dict)
-    omitted: dict[str, str] = field(default_factory=dict)
 
 
 def prepare(case: Case, pools: Pools, kinds: Sequence[str] = PEER_KINDS) -> Prepared:
@@ -144,18 +90,8 @@ def drop_failing(prepared: Prepared) -> None:
             prepared.omitted[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
 
 
-def _read(case: Case, pools: Pools, operands: Sequence[str], wide: Sequence[str] = ()) -> Any:
-    """Input sets of the operands (``wide`` ones float32), with the readers of their memory and the bytes these read."""
-    dtypes = {name: torch.float32 if name in wide else dtype_of(case.dtype) for name in operands}
-    numel = sum(math.prod(shape) for shape in case.shapes)
-    sets = pools.sets(numel * sum(dtype.itemsize for dtype in dtypes.values()))
-    lists = [pools.lists(name, case.shapes, dtype, sets) for name, dtype in dtypes.items()]
-    flats = [[one.flat[k] for one in lists] for k in range(sets)]
-    return lists, limits.readers(flats), sum(flat.nbytes for flat in flats[0]), sets
-
-
 def _moments(case: Case, pools: Pools) -> Prepared:
-    (x,), readers, read_bytes, sets = _read(case, pools, "a")
+    (x,), readers, read_bytes, sets = inputs(case, pools, "a")
     lists = x.tensors
     prepared = Prepared(
         ours=lambda k: gac_kernels.moments(lists[k]),
@@ -184,7 +120,7 @@ def _moments(case: Case, pools: Pools) -> Prepared:
 
 
 def _pair_moments(case: Case, pools: Pools) -> Prepared:
-    (x, y), readers, read_bytes, sets = _read(case, pools, "ab")
+    (x, y), readers, read_bytes, sets = inputs(case, pools, "ab")
     a, b = x.tensors, y.tensors
     prepared = Prepared(
         ours=lambda k: gac_kernels.pair_moments(a[k], b[k]),
@@ -235,7 +171,7 @@ def _pair_moments(case: Case, pools: Pools) -> Prepared:
 
 
 def _mix(case: Case, pools: Pools) -> Prepared:
-    (x, y), readers, read_bytes, sets = _read(case, pools, "ab")
+    (x, y), readers, read_bytes, sets = inputs(case, pools, "ab")
     a, b = x.tensors, y.tensors
     mu = torch.tensor(MU, device=pools.device)
     rest = (1 - mu).to(dtype_of(case.dtype))
@@ -272,7 +208,7 @@ def _mix(case: Case, pools: Pools) -> Prepared:
 
 def _sketch(case: Case, pools: Pools) -> Prepared:
     weighted = case.operation == "weighted_sketch"
-    (x, *second), readers, read_bytes, sets = _read(case, pools, "av" if weighted else "a", wide="v")
+    (x, *second), readers, read_bytes, sets = inputs(case, pools, "av" if weighted else "a", wide="v")
     lists, seconds = x.tensors, [None] * sets
     if weighted:
         seconds = second[0].tensors
@@ -312,14 +248,14 @@ def _sketch(case: Case, pools: Pools) -> Prepared:
 
 
 def _absorb(case: Case, pools: Pools) -> Prepared:
-    lists, readers, read_bytes, sets = _read(case, pools, ("current", "previous", "total"))
+    lists, readers, read_bytes, sets = inputs(case, pools, ("current", "previous", "total"))
     current, previous, total = ([tensors[0] for tensors in one.tensors] for one in lists)
-    scale = torch.tensor(_SCALE, device=pools.device)
+    scale = torch.tensor(SCALE, device=pools.device)
     expression = peers.compiled(peers.absorb_expression)
 
     def foreach(k: int) -> Tensor:
         delta = torch._foreach_sub([current[k]], [previous[k]])
-        torch._foreach_mul_(delta, _SCALE)
+        torch._foreach_mul_(delta, SCALE)
         torch._foreach_add_([total[k]], delta)
         torch._foreach_copy_([previous[k]], [current[k]])
         return delta[0].square().view(-1, LANES).sum(1)
@@ -347,7 +283,7 @@ def _token_moments(case: Case, pools: Pools) -> Prepared:
     length = min(_LONGEST_SEQUENCE, max(1, case.elements // 8))
     rows = case.elements // length
     shaped = replace(case, elements=rows * length)
-    lists, readers, read_bytes, sets = _read(shaped, pools, ("logprobs", "advantages"))
+    lists, readers, read_bytes, sets = inputs(shaped, pools, ("logprobs", "advantages"))
     logprobs, advantages = ([t[0].view(rows, length) for t in one.tensors] for one in lists)
     for flat in lists[0].flat:
         flat.abs_().neg_()
@@ -375,6 +311,8 @@ _BUILDERS: dict[str, Callable[[Case, Pools], Prepared]] = {
     "moments": _moments,
     "sketch": _sketch,
     "weighted_sketch": _sketch,
+    "absorb_sketch_": totals.absorb_sketch,
+    "accumulate_": totals.accumulate,
     "pair_moments": _pair_moments,
     "mix_": _mix,
     "absorb_": _absorb,

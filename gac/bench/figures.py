@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gac.bench.cases import LIST_OPERATIONS
+
 _LARGEST = "64M"
 
 
@@ -91,7 +93,7 @@ def _cpu_kernels(rows: list[dict]) -> list[Figure]:
 
 def _gpu_kernels(rows: list[dict]) -> list[Figure]:
     found = []
-    for operation in ("moments", "sketch", "weighted_sketch", "pair_moments", "mix_"):
+    for operation in LIST_OPERATIONS:
         row = _row(rows, operation, "bf16", "1B")
         if row is None:
             continue

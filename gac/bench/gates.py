@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gac_kernels import SketchLayout, reference
 from gac_kernels.layout import LANES
+from gac_kernels.totals import absorb_sketch_call
 
 UNIT = 2.0**-24
 _UNIT_OF = {torch.float64: 2.0**-53, torch.float32: UNIT, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -195,6 +196,58 @@ def check_absorb(function: Callable, current: Tensor, previous: Tensor, total: T
     errors = [(sums.double() - whole).abs(), (other.double() - current.double()).abs(), (cells - exact).abs()]
     bounds = [4 * UNIT * magnitude, torch.zeros_like(magnitude), 2 * SUM_DEPTH * UNIT * exact + 1e-37]
     return Gate.of(errors, bounds, "everything")
+
+
+def check_accumulate(function: Callable, tensors: list[Tensor], total: Tensor, scale: Tensor) -> Gate:
+    """``function`` is called like :func:`gac_kernels.accumulate_`, on lists laid end to end; it changes ``total``."""
+    numels, factor = [t.numel() for t in tensors], float(scale)
+    indices, parts = sample(numels), total.split(numels)
+    before = {k: parts[k].clone() for k in indices}
+    moments = function(tensors, total, scale=scale)
+    rows = moments[None]
+    if len(tensors) > 1:
+        rows = function(tensors, torch.zeros_like(total), per_tensor=True)
+    errors, bounds, exact = [], [], []
+    for k in indices:
+        found = []
+        for (start, old), (_, piece) in zip(_pieces(before[k]), _pieces(tensors[k]), strict=True):
+            added = factor * piece.double()
+            want = old.double() + added
+            got = parts[k][start : start + old.numel()].double()
+            errors.append((got - want).abs())
+            bounds.append(1.01 * UNIT * (want.abs() + old.double().abs() + added.abs()) + 1e-37)
+            found.append(reference.moments(piece))
+        exact.append(_sum(found))
+    want = torch.stack(exact)
+    by = torch.tensor([2 * SUM_DEPTH * UNIT, 0.0], dtype=want.dtype, device=want.device)
+    errors += [(rows[indices] - want).abs(), (moments - rows.sum(0)).abs()]
+    bounds += [want * by, rows.sum(0) * by]
+    return Gate.of(errors, bounds, _what(indices, len(tensors)))
+
+
+def check_absorb_sketch(
+    function: Callable, tensors: list[Tensor], previous: Tensor, total: Tensor, scale: Tensor, layout: SketchLayout
+) -> Gate:
+    """``function`` is called like :func:`gac_kernels.absorb_sketch_`, on copies of ``previous`` and ``total``."""
+
+    def as_sketch(x: list[Tensor], out: Tensor, *, layout: SketchLayout, per_tensor: bool = False) -> Tensor:
+        call = lambda part, region: function(part, out, out.clone(), 1.0, layout=layout, regions=region)[:2]
+        if not per_tensor:
+            return call(x, list(range(len(x))))
+        return torch.stack([call([one], [k]) for k, one in enumerate(x)])
+
+    now = torch.empty_like(previous)
+    sketched = check_sketch(as_sketch, tensors, now, layout)
+    # what is in `now` is right: the rest follows from it
+    last, sums, want, whole = (vector.clone() for vector in (previous, total, previous, total))
+    got = function(tensors, last, sums, scale, layout=layout)
+    call = absorb_sketch_call(tensors, want, whole, scale, layout=layout)
+    exact = reference.absorbed(call, lambda call: call.out.copy_(now).new_zeros(2))
+    magnitude = total.double().abs() + float(scale) * (now.double().abs() + previous.double().abs())
+    errors = [(last - now).abs(), (sums.double() - whole.double()).abs(), (got[2:] - exact[2:]).abs()]
+    bounds = [torch.zeros_like(now), 4 * UNIT * magnitude, 2 * SUM_DEPTH * UNIT * exact[2:] + 1e-37]
+    absorbed = Gate.of(errors, bounds, sketched.checked)
+    return max(sketched, absorbed, key=lambda gate: gate.error)
 
 
 def check_token_moments(function: Callable, *inputs: Tensor) -> Gate:

@@ -68,6 +68,22 @@ def absorb_expression(current: Tensor, previous: Tensor, total: Tensor, scale: T
     return delta.square().view(-1, LANES).sum(1)
 
 
+def accumulate_expression(total: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    """``total += scale * x``, and the moments of ``x``."""
+    wide = x.float()
+    total.add_(scale * wide)
+    return moments_expression(wide)
+
+
+def absorb_sketch_expression(
+    x: Tensor, previous: Tensor, total: Tensor, scale: Tensor, key: int, rows: int, lanes: int
+) -> tuple[Tensor, Tensor]:
+    """:func:`sketch_expression`, and :func:`absorb_expression` of what it makes."""
+    now = torch.empty_like(previous)
+    moments = sketch_expression(x, now, key, rows, lanes)
+    return moments, absorb_expression(now, previous, total, scale)
+
+
 def token_expression(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor) -> Tensor:
     """The seven sums of each sequence."""
     logp = torch.where(mask, logprobs.float(), 0.0)

@@ -11,6 +11,8 @@ _MARKERS = {
     "moments": "o",
     "sketch": "s",
     "weighted_sketch": "X",
+    "absorb_sketch_": "p",
+    "accumulate_": "h",
     "pair_moments": "^",
     "mix_": "D",
     "absorb_": "v",

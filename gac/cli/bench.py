@@ -23,7 +23,17 @@ examples:
   gac bench --step --model 1B --tokens 8192    overhead of whole training steps
   gac bench --all --out results/mine           everything; writes mine.json, mine.md and mine.png"""
 
-_OPERATIONS = ("moments", "sketch", "weighted_sketch", "pair_moments", "mix_", "absorb_", "token_moments")
+_OPERATIONS = (
+    "moments",
+    "sketch",
+    "weighted_sketch",
+    "absorb_sketch_",
+    "accumulate_",
+    "pair_moments",
+    "mix_",
+    "absorb_",
+    "token_moments",
+)
 _PEERS = ("eager", "foreach", "compile")
 _MODELS = ("0.1B", "1B", "8B")
 _STEP_MODELS = ("10M", *_MODELS)

@@ -14,7 +14,7 @@ ISA_VARIABLE = "GAC_CPU_ISA"
 """Environment variable that limits the instruction set: portable, avx2, avx512 or neon. Read when the library loads."""
 
 INTERFACE = {
-    "version": "7",
+    "version": "8",
     "gac_interface": "const char*()",
     "gac_select": "int(const char*)",
     "gac_isa": "const char*()",
@@ -38,7 +38,9 @@ INTERFACE = {
     "struct gac_sketch_map": "qqQdPPqqiiii",
     "struct gac_sum": "PPPddii",
     "struct gac_tokens": "qqPqqPqqPqqPqiiii",
-    "dtypes": "float32 bfloat16 float16 float64",
+    "dtypes": "float32 bfloat16 float16 float64 float8_e4m3fn float8_e5m2",
+    "dtypes of two lists": "4",
+    "dtype of scales, elements of each": "6 32",
     "elements of a sum of absorb_": "1024",
     "lanes of a sum of absorb_sketch_": "128",
 }

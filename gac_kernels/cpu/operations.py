@@ -23,14 +23,16 @@ from gac_kernels.calls import Places, SketchCall, sketch_call, takes
 from gac_kernels.cpu.library import check, require
 from gac_kernels.cpu.quick import ONE_THREAD, QUICK, QUICK_PACKED, pack, pack_pair, single, with_threads
 from gac_kernels.cpu.tables import (
-    DTYPE_CODES,
+    PAIRED_CODES,
     Table,
     list_table,
     plain_table,
     readable,
     require_cpu,
+    second_table,
     strided_table,
 )
+from gac_kernels.elements import Elements, elements
 from gac_kernels.strides import flat_views, runs
 from gac_kernels.totals import (
     AbsorbCall,
@@ -61,8 +63,10 @@ def _sums(count: int, width: int, per_tensor: bool) -> Tensor:
     return _empty_like(_TWO if width == 2 else _THREE)
 
 
-def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
+def moments(tensors: Any, *, per_tensor: bool = False, block_scales: Any = None) -> Tensor:
     """Sum of squares and number of non-finite elements; see :func:`gac_kernels.moments`."""
+    if block_scales is not None:
+        return _scaled_moments(elements(tensors, None, "", block_scales=block_scales), per_tensor)
     library = require()
     if not per_tensor:
         tensor = single(tensors) if type(tensors) is list else tensors
@@ -88,12 +92,22 @@ def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
     return out
 
 
+def _scaled_moments(read: Elements, per_tensor: bool) -> Tensor:
+    """What ``accumulate_`` makes of them where nothing is added to."""
+    require_cpu(list(read.tensors), "tensors")
+    table, scales, count = list_table(read.listed, read.numels), second_table(read), len(read.numels)
+    out, head = _sums(count, 2, per_tensor), _SUM.pack(0, 0, 0, 1.0, read.eps, per_tensor, 0)
+    forms, threads = table.form | scales.form << 4, _threads(sum(read.numels))
+    check(require().call.gac_accumulate(table.rows, scales.rows, count, forms, head, out.data_ptr(), threads))
+    return out
+
+
 def _pair_tables(a: Any, b: Any) -> tuple[Table, Table] | None:
     """Quick tables of two lists; None when they need the careful way."""
     if not isinstance(a, list) or not isinstance(b, list) or len(a) != len(b):
         return None
-    first = plain_table(a)
-    second = plain_table(b) if first is not None else None
+    first = plain_table(a, PAIRED_CODES)
+    second = plain_table(b, PAIRED_CODES) if first is not None else None
     if second is None or first.numels != second.numels:
         return None
     dims = list(map(Tensor.dim, a))
@@ -185,7 +199,7 @@ def mix_(a: Any, b: Any, mu: Tensor | float, *, moments: bool = False) -> Tensor
         written = a
         left, right = _flattened(a, b)
         for k, tensor in enumerate(left):  # what cannot be written where it lies is written in a copy
-            if tensor.numel() and (runs(tensor) is None or a[k].is_neg() or a[k].dtype not in DTYPE_CODES):
+            if tensor.numel() and (runs(tensor) is None or a[k].is_neg() or a[k].dtype not in PAIRED_CODES):
                 left[k] = tensor.clone(memory_format=torch.contiguous_format)
                 copies.append((a[k], left[k]))
         tables = strided_table(left), strided_table(right)
@@ -223,7 +237,7 @@ def sketch(call: SketchCall) -> Tensor:
     """A random projection into ``out``, and moments of the same read; see :func:`gac_kernels.sketch`."""
     require_cpu([call.out], "tensors and out")
     into = call.into
-    result = _sums(len(call.numels), 2, call.per_tensor) if into is None else into
+    result = _sums(len(call.read.numels), 2, call.per_tensor) if into is None else into
     _run_sketch(call, call.scale, None, result, add=into is not None)
     increment_version([t for t in (call.out, into) if t is not None])
     return result
@@ -241,9 +255,8 @@ def absorb_sketch_(call: AbsorbSketchCall) -> Tensor:
 
 
 def _run_sketch(call: SketchCall, scale: Tensor | float, total: Tensor | None, sums: Tensor, *, add: bool) -> None:
-    library, layout, out, numels = require(), call.layout, call.out, call.numels
-    table = list_table(call.listed, numels)
-    weights = None if call.second_list is None else list_table(call.second_list, numels)
+    library, layout, out, numels = require(), call.layout, call.out, call.read.numels
+    table, weights = list_table(call.read.listed, numels), second_table(call.read)
     head = _MAP.pack(
         layout.lanes,
         layout.rows_per_slab,
@@ -267,7 +280,7 @@ def _run_sketch(call: SketchCall, scale: Tensor | float, total: Tensor | None, s
     else:
         forms = table.form | weights.form << 4
         weighted = handle.gac_sketch_weighted
-        failed = weighted(table.rows, weights.rows, where, count, forms, head, call.eps, sums.data_ptr(), threads)
+        failed = weighted(table.rows, weights.rows, where, count, forms, head, call.read.eps, sums.data_ptr(), threads)
     check(failed)
 
 
@@ -299,9 +312,8 @@ def accumulate_(call: AccumulateCall) -> Tensor:
     """Adds tensors to one vector, and their moments; see :func:`gac_kernels.accumulate_`."""
     library, total, previous, into = require(), call.total, call.previous, call.into
     require_cpu([total], "tensors and total")
-    numels = call.stretches.numels
-    table = list_table(call.listed, numels)
-    weights = None if call.second_list is None else list_table(call.second_list, numels)
+    numels = call.read.numels
+    table, weights = list_table(call.read.listed, numels), second_table(call.read)
     count, elements = len(numels), sum(numels)
     result = _sums(count, 2, call.per_tensor) if into is None else into
     head = _SUM.pack(
@@ -309,7 +321,7 @@ def accumulate_(call: AccumulateCall) -> Tensor:
         total.data_ptr(),
         0 if previous is None else previous.data_ptr(),
         call.scale,
-        call.eps,
+        call.read.eps,
         call.per_tensor,
         into is not None,
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gac_kernels.cpu.tables import DTYPE_CODES, PLAIN
+from gac_kernels.cpu.tables import DTYPE_CODES, PAIRED_CODES, PLAIN
 
 QUICK = 49_152
 """Elements up to which a call runs on the caller's thread, with the interpreter lock held: a second thread would save
@@ -41,7 +41,7 @@ def pack_pair(a: Any, b: Any) -> int:
             dtype, numel = a.dtype, a.numel()
             alike = a.dim() == 1 == b.dim() or a.shape == b.shape  # comparing shapes costs more
             if numel > 1 and b.dtype is dtype and b.numel() == numel and alike:
-                return numel << 16 | DTYPE_CODES[dtype]
+                return numel << 16 | PAIRED_CODES[dtype]
     except (KeyError, RuntimeError):
         pass
     return 0

@@ -8,10 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gac_kernels.arguments import PLAIN, TensorList, getter, name_what_is_wrong
+from gac_kernels.arguments import KNOWN_DTYPES, PLAIN, TensorList, getter, name_what_is_wrong
+from gac_kernels.elements import Elements
 from gac_kernels.strides import dense_strides, runs
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+DTYPE_CODES = {dtype: code for code, dtype in enumerate(KNOWN_DTYPES)}
+PAIRED_CODES = {dtype: code for dtype, code in DTYPE_CODES.items() if code < 4}
+"""Of what operations on two lists, and those on tokens, read."""
+
+SCALE_CODE = 6
+"""Stands for scales of blocks, in the place of second moments."""
 
 
 class Table:
@@ -43,7 +49,7 @@ def _packed(rows: list[int]) -> bytes:
 _dtype, _is_cpu = getter("dtype"), getter("is_cpu")
 
 
-def plain_table(tensors: list[Tensor]) -> Table | None:
+def plain_table(tensors: list[Tensor], codes: dict[torch.dtype, int] = DTYPE_CODES) -> Table | None:
     """The table of contiguous CPU tensors of plain types; None when any needs the careful way. Checks nothing else."""
     try:
         if len(tensors) == 1:
@@ -52,27 +58,38 @@ def plain_table(tensors: list[Tensor]) -> Table | None:
                 numel = tensor.numel()
                 if numel != 1:
                     rows = _ONE.pack(tensor.data_ptr(), numel)
-                    return Table(rows, [numel], 2 + DTYPE_CODES[tensor.dtype], None)
+                    return Table(rows, [numel], 2 + codes[tensor.dtype], None)
         if not (PLAIN.issuperset(map(type, tensors)) and all(map(_is_cpu, tensors))):
             return None
         if not all(map(Tensor.is_contiguous, tensors)):
             return None
-        codes = [DTYPE_CODES[d] for d in set(map(_dtype, tensors))]
+        found = [codes[d] for d in set(map(_dtype, tensors))]
         numels = list(map(Tensor.numel, tensors))
         if 1 in numels and any(map(Tensor.is_neg, tensors)):  # a lazily negated view that counts as contiguous
             return None
         rows = [*map(Tensor.data_ptr, tensors), *numels]
-        if len(codes) == 1:
-            return Table(_packed(rows), numels, 2 + codes[0], None)
-        return Table(_packed(rows + [DTYPE_CODES[d] for d in map(_dtype, tensors)]), numels, 0, None)
+        if len(found) == 1:
+            return Table(_packed(rows), numels, 2 + found[0], None)
+        return Table(_packed(rows + [codes[d] for d in map(_dtype, tensors)]), numels, 0, None)
     except (KeyError, RuntimeError, TypeError):  # an unusual dtype or layout, or no sequence of tensors at all
         return None
 
 
-def readable(tensor: Tensor) -> Tensor:
+def readable(tensor: Tensor, codes: dict[torch.dtype, int] = PAIRED_CODES) -> Tensor:
     """The tensor's values in a dtype that C knows, nothing lazy about it."""
     tensor = tensor.detach().resolve_neg()
-    return tensor if tensor.dtype in DTYPE_CODES else tensor.to(torch.float32)
+    return tensor if tensor.dtype in codes else tensor.to(torch.float32)
+
+
+def second_table(read: Elements) -> Table | None:
+    """The table of second moments or of scales."""
+    if read.seconds is None:
+        return None
+    if not read.scaled:
+        return list_table(read.seconds, read.numels)
+    scales = read.seconds.tensors
+    numels = list(map(Tensor.numel, scales))
+    return Table(_packed([*map(Tensor.data_ptr, scales), *numels]), numels, 2 + SCALE_CODE, scales)
 
 
 def list_table(listed: TensorList, numels: Sequence[int]) -> Table:
@@ -104,7 +121,7 @@ def strided_table(tensors: list[Tensor], any_order: bool = False) -> Table:
     """
     kept, columns, strides = [], [], []
     for tensor in tensors:
-        tensor = readable(tensor)
+        tensor = readable(tensor, DTYPE_CODES)
         if any_order and tensor.numel() and dense_strides(tensor) is not None:
             found = (tensor.numel(), 0)
         else:

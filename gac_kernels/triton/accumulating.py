@@ -12,16 +12,16 @@ from gac_kernels.triton.grouping import (
     Plan,
     Plans,
     Readable,
-    accumulator,
     chunk_table,
+    element_types,
     ends,
     indexed,
     readable,
+    readable_seconds,
     reordered,
     row_ranges,
 )
 from gac_kernels.triton.launch import WIDTH, interpreted, kind, scalar_arguments, split
-from gac_kernels.triton.readable import READABLE
 from gac_kernels.triton.tables import current_stream, device_tables, flat_chunks
 
 _REDUCE_BLOCK = 2048
@@ -38,8 +38,7 @@ def accumulate_(call: AccumulateCall) -> Tensor:
     if not any(numels):
         shape = (len(numels), 2) if call.per_tensor else (2,)
         return torch.zeros(shape, dtype=torch.float64, device=device) if call.into is None else call.into
-    tensors = readable(call.listed)
-    seconds = None if call.second_list is None else readable(call.second_list)
+    tensors, seconds = readable(call.read.listed), readable_seconds(call.read)
     dtypes = tensors[1], None if seconds is None else seconds[1]
     options = call.into is None, call.previous is None, call.per_tensor
     key = (call.stretches, dtypes, options, device, current_stream(device), config.CHUNK)
@@ -56,9 +55,7 @@ class AccumulatePlan(Plan):
         setup = config.for_device(device)
         self.constants = [
             {
-                "ELEMENT": READABLE[pair[0]],
-                "SECOND": READABLE[pair[1]] if self.weighted else None,
-                "ACC": accumulator(*pair),
+                **element_types(pair),
                 "WIDTH": WIDTH,
                 "UNROLL": 1 if self.weighted and call.previous is not None else setup.pair_unroll,
                 "BITWISE_BF16": interpreted(),
@@ -77,7 +74,7 @@ class AccumulatePlan(Plan):
         self.keep(self.table, self.ranges, self.offsets)
         partials = torch.empty(2, count, dtype=torch.float64, device=device)
         where, second_where = self.where(tensors, seconds)
-        eps = split(call.eps) if self.weighted else (None, None)
+        eps = split(call.read.eps) if self.weighted else (None, None)
         scale = scalar_arguments(call.scale)
         slots = self.slots_of((kind(call.total), kind(call.previous), kind(call.scale), kind(into)))
         for (first, chunks), constants, slot in zip(ends(self.chunks), self.constants, slots, strict=False):

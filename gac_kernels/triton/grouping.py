@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gac_kernels.arguments import TensorList
+from gac_kernels.elements import Elements
 from gac_kernels.triton.launch import Slot
-from gac_kernels.triton.readable import dtypes_of, in_order, is_known
+from gac_kernels.triton.readable import READABLE, SCALES, dtypes_of, in_order, is_known
 from gac_kernels.triton.tables import Addresses, Chunks, device_tables, is_capturing
 
 
@@ -91,20 +92,37 @@ def readable(listed: TensorList) -> Readable:
     return tensors, dtypes_of(tensors), None
 
 
+def readable_seconds(read: Elements) -> Readable | None:
+    """The same of second moments or scales; a tensor without scales has no dtype there."""
+    if read.seconds is None:
+        return None
+    if not read.scaled:
+        return readable(read.seconds)
+    scales = read.seconds.tensors
+    return scales, tuple(SCALES if s.numel() else None for s in scales), None
+
+
+def element_types(pair: tuple) -> dict[str, Any]:
+    """Kernels' constants for elements of a dtype beside second moments of a dtype, scales or nothing."""
+    scaled = pair[1] is SCALES
+    second = None if pair[1] is None else tl.uint8 if scaled else READABLE[pair[1]]
+    return {"ELEMENT": READABLE[pair[0]], "SECOND": second, "SCALED": scaled, "ACC": accumulator(*pair)}
+
+
 class Plan:
     """What calls of one kind on one stream have in common.
 
     Args:
         count: tensors of a list.
         dtypes: of each tensor, or of all.
-        second_dtypes: the same of their second moments; None where there are none.
+        second_dtypes: the same of their second moments, or ``SCALES``; None where there are none.
         device: with its index.
 
     Attributes:
         order: of the tensors, by dtype.
         groups: the pairs of dtypes, and how many tensors have them.
         wide: whether any is float64.
-        weighted: whether there are second moments.
+        weighted: whether there are second moments or scales.
         slots: of the kernel that reads the list, one for each group.
     """
 

@@ -120,25 +120,98 @@ def reduce_kernel(partials, total, ranges, out, COLUMNS: tl.constexpr, ADD: tl.c
     _reduce_range(partials, total, begin, end, out + row * COLUMNS, COLUMNS, ADD, BLOCK)
 
 
+@triton.jit
+def _power(exponent):
+    """A scale of 8 bits in float32: 2 to the ``exponent`` less 127; 255 is NaN, and 0 is a subnormal number."""
+    bits = exponent.to(tl.uint32)
+    bits = tl.where(bits == 0, 0x400000, tl.where(bits == 255, 0x7FC00000, bits << 23))
+    return bits.to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _second(addresses, tensor, offset, SECOND: tl.constexpr, SCALED: tl.constexpr):
+    """Where the second moments, or the scales, of a tensor's elements from ``offset`` on lie; None without any."""
+    if SECOND is None:
+        second = None
+    elif SCALED:
+        second = _address(addresses, tensor, SECOND) + offset // 32
+    else:
+        second = _address(addresses, tensor, SECOND) + offset
+    return second
+
+
+@triton.jit
+def _divisor(v, eps):
+    """``sqrt(v) + eps``; infinity where ``v`` is 0, so that finite elements count as 0 and others as NaN.
+
+    In float32 the fast root takes a subnormal for 0, so those are scaled first. A ``v`` of 0 is seen in the root: ``v``
+    itself would hold a register until then.
+    """
+    eps = eps.to(v.dtype)
+    if v.dtype == tl.float64:
+        root = tl.sqrt(v)
+        divisor = root + tl.where(root == 0.0, float("inf"), eps)
+    else:
+        small = v < 2.0**-126
+        root = tl.sqrt(tl.where(small, v * 2.0**64, v))
+        divisor = root * tl.where(small, 2.0**-32, 1.0) + tl.where(root == 0.0, float("inf"), eps)
+    return divisor
+
+
+@triton.jit
+def _taken(
+    pointer, second, start, index, mask, eps, SCALED: tl.constexpr, ACC: tl.constexpr, BITWISE_BF16: tl.constexpr
+):
+    """What elements at ``pointer + start + index`` count as: ``x``, ``x / (sqrt(v) + eps)`` in ``ACC``, or scaled.
+
+    ``second`` is where the second moments of ``pointer``'s elements begin or, SCALED, their scales, one for 32.
+    Elements outside of ``mask`` are 0. ``start`` is a scalar: kept apart it costs no register for each element.
+    """
+    if mask is None:
+        x = _widen(tl.load(pointer + start + index), BITWISE_BF16)
+    else:
+        x = _widen(tl.load(pointer + start + index, mask=mask, other=0.0), BITWISE_BF16)
+    if SCALED:
+        if mask is None:
+            scale = _power(tl.load(second + (start + index) // 32))
+        else:
+            scale = _power(tl.load(second + (start + index) // 32, mask=mask, other=127))
+        x = x.to(ACC) * scale.to(ACC)
+    elif second is not None:
+        if mask is None:
+            v = _widen(tl.load(second + start + index), BITWISE_BF16)
+        else:
+            v = _widen(tl.load(second + start + index, mask=mask, other=1.0), BITWISE_BF16)
+        x = x.to(ACC) / _divisor(v.to(ACC), eps)
+    return x
+
+
 @triton.jit(do_not_specialize=["first_chunk", "total"])
 def moments_kernel(
     addresses,
+    scale_addresses,
     chunks,
     first_chunk,
     partials,
     total,
     ELEMENT: tl.constexpr,
+    SECOND: tl.constexpr,
+    SCALED: tl.constexpr,
     ACC: tl.constexpr,
     WIDTH: tl.constexpr,
     UNROLL: tl.constexpr,
     BITWISE_BF16: tl.constexpr,
 ):
-    """Sum of squares and non-finite count of one chunk: ``partials[0, chunk]`` and ``partials[1, chunk]``."""
+    """Sum of squares and non-finite count of one chunk: ``partials[0, chunk]`` and ``partials[1, chunk]``.
+
+    SECOND is the type of the scales; with None there are none.
+    """
     chunk = (first_chunk + tl.program_id(0)).to(tl.int64)
     row = chunks + chunk * CHUNK_COLUMNS
     begin = tl.load(row + 1)
     count = tl.load(row + 2).to(tl.int32)
     pointer = _address(addresses, tl.load(row), ELEMENT) + begin
+    scales = _second(scale_addresses, tl.load(row), begin, SECOND, SCALED)
     index = tl.arange(0, WIDTH)
     acc = tl.zeros([WIDTH], ACC)
 
@@ -146,16 +219,20 @@ def moments_kernel(
     if _is_aligned(pointer):
         for step in range(full):
             here = tl.multiple_of(pointer + step * (WIDTH * UNROLL), 16)
+            there = None
+            if SCALED:
+                there = scales + step * (WIDTH * UNROLL // 32)
             for u in tl.static_range(UNROLL):
-                x = _widen(tl.load(here + u * WIDTH + index), BITWISE_BF16)
+                x = _taken(here, there, u * WIDTH, index, None, None, SCALED, ACC, BITWISE_BF16)
                 acc += x * x
     else:
         for step in range(full):
             for u in tl.static_range(UNROLL):
-                x = _widen(tl.load(pointer + (step * UNROLL + u) * WIDTH + index), BITWISE_BF16)
+                first = (step * UNROLL + u) * WIDTH
+                x = _taken(pointer, scales, first, index, None, None, SCALED, ACC, BITWISE_BF16)
                 acc += x * x
     for first in range(full * (WIDTH * UNROLL), count, WIDTH):
-        x = _widen(tl.load(pointer + first + index, mask=first + index < count, other=0.0), BITWISE_BF16)
+        x = _taken(pointer, scales, first, index, first + index < count, None, SCALED, ACC, BITWISE_BF16)
         acc += x * x
 
     square = tl.sum(acc.to(tl.float64))
@@ -164,7 +241,7 @@ def moments_kernel(
         exact = tl.zeros([WIDTH], tl.float64)
         bad = tl.zeros([WIDTH], tl.int32)
         for first in range(0, count, WIDTH):
-            x = _widen(tl.load(pointer + first + index, mask=first + index < count, other=0.0), BITWISE_BF16)
+            x = _taken(pointer, scales, first, index, first + index < count, None, SCALED, tl.float64, BITWISE_BF16)
             exact += x.to(tl.float64) * x.to(tl.float64)
             bad += _is_nonfinite(x).to(tl.int32)
         square = tl.sum(exact)
@@ -330,43 +407,6 @@ def _flip(x, words, shifts):
     return flipped
 
 
-@triton.jit
-def _divisor(v, eps):
-    """``sqrt(v) + eps``; infinity where ``v`` is 0, so that finite elements count as 0 and others as NaN.
-
-    In float32 the fast root takes a subnormal for 0, so those are scaled first. A ``v`` of 0 is seen in the root: ``v``
-    itself would hold a register until then.
-    """
-    eps = eps.to(v.dtype)
-    if v.dtype == tl.float64:
-        root = tl.sqrt(v)
-        divisor = root + tl.where(root == 0.0, float("inf"), eps)
-    else:
-        small = v < 2.0**-126
-        root = tl.sqrt(tl.where(small, v * 2.0**64, v))
-        divisor = root * tl.where(small, 2.0**-32, 1.0) + tl.where(root == 0.0, float("inf"), eps)
-    return divisor
-
-
-@triton.jit
-def _sketched(pointer, second, start, index, mask, eps, ACC: tl.constexpr, BITWISE_BF16: tl.constexpr):
-    """What the sketch takes for elements at ``pointer + start + index``: ``x``, or ``x / (sqrt(v) + eps)`` in ``ACC``.
-
-    Elements outside of ``mask`` are 0. ``start`` is a scalar: kept apart it costs no register for each element.
-    """
-    if mask is None:
-        x = _widen(tl.load(pointer + start + index), BITWISE_BF16)
-    else:
-        x = _widen(tl.load(pointer + start + index, mask=mask, other=0.0), BITWISE_BF16)
-    if second is not None:
-        if mask is None:
-            v = _widen(tl.load(second + start + index), BITWISE_BF16)
-        else:
-            v = _widen(tl.load(second + start + index, mask=mask, other=1.0), BITWISE_BF16)
-        x = x.to(ACC) / _divisor(v.to(ACC), eps)
-    return x
-
-
 @triton.jit(do_not_specialize=["first_chunk", "total"])
 def sketch_kernel(
     addresses,
@@ -380,6 +420,7 @@ def sketch_kernel(
     eps_low,
     ELEMENT: tl.constexpr,
     SECOND: tl.constexpr,
+    SCALED: tl.constexpr,
     ACC: tl.constexpr,
     LANES: tl.constexpr,
     WORDS: tl.constexpr,
@@ -391,7 +432,7 @@ def sketch_kernel(
     Element ``i`` of the chunk, counted from the start of its first row, lies at ``address + offset + i`` and exists for
     ``begin <= i < end``. A tile is ``[WORDS, 32]``: with 128-bit loads a thread holds neighbours within one word and
     computes that word's hash once. Rows wider than a tile are split over the second grid axis. SECOND is the type of
-    the second moments; with None there are none.
+    the second moments or, SCALED, of the scales; with None there are neither.
     """
     chunk = (first_chunk + tl.program_id(0)).to(tl.int64)
     block = tl.program_id(1)
@@ -405,14 +446,12 @@ def sketch_kernel(
     key = tl.load(row + 6).to(tl.uint32)
     next_key = tl.load(row + 7).to(tl.uint32)
     pointer = _address(addresses, tl.load(row), ELEMENT) + offset
-    if SECOND is None:
-        second = None
-        eps = None
-        aligned = _is_aligned(pointer)
-    else:
-        second = _address(second_addresses, tl.load(row), SECOND) + offset
+    second = _second(second_addresses, tl.load(row), offset, SECOND, SCALED)
+    eps = None
+    aligned = _is_aligned(pointer)
+    if SECOND is not None and not SCALED:
         eps = _scalar(None, eps_high, eps_low)
-        aligned = _is_aligned(pointer) & _is_aligned(second)
+        aligned = aligned & _is_aligned(second)
     lane = block * (WORDS * 32) + tl.arange(0, WORDS)[:, None] * 32 + tl.arange(0, 32)[None, :]
     shifts = (31 - tl.arange(0, 32)[None, :]).to(tl.uint32)
     acc = tl.zeros([WORDS, 32], ACC)
@@ -431,17 +470,19 @@ def sketch_kernel(
         for step in range(first_step, last_step):
             here = tl.multiple_of(pointer + step * STEP, 16)
             there = None
-            if SECOND is not None:
+            if SCALED:
+                there = second + step * (STEP // 32)
+            elif SECOND is not None:
                 there = tl.multiple_of(second + step * STEP, 16)
             for u in tl.static_range(UNROLL):
-                x = _sketched(here, there, u * LANES, lane, None, eps, ACC, BITWISE_BF16)
+                x = _taken(here, there, u * LANES, lane, None, eps, SCALED, ACC, BITWISE_BF16)
                 words = _sign_words(word, block * WORDS + (step * UNROLL + u) * (LANES // 32), key, next_key, WORDS)
                 square += x * x
                 acc += _flip(x, words, shifts)
     else:
         for step in range(first_step, last_step):
             for u in tl.static_range(UNROLL):
-                x = _sketched(pointer, second, (step * UNROLL + u) * LANES, lane, None, eps, ACC, BITWISE_BF16)
+                x = _taken(pointer, second, (step * UNROLL + u) * LANES, lane, None, eps, SCALED, ACC, BITWISE_BF16)
                 words = _sign_words(word, block * WORDS + (step * UNROLL + u) * (LANES // 32), key, next_key, WORDS)
                 square += x * x
                 acc += _flip(x, words, shifts)
@@ -449,7 +490,7 @@ def sketch_kernel(
         r = single + tl.where(single >= head, resume - head, 0)
         index = r * LANES + lane
         mask = (index >= begin) & (index < end) & (lane < LANES)
-        x = _sketched(pointer, second, 0, index, mask, eps, ACC, BITWISE_BF16)
+        x = _taken(pointer, second, 0, index, mask, eps, SCALED, ACC, BITWISE_BF16)
         words = _sign_words(word, block * WORDS + r * (LANES // 32), key, next_key, WORDS)
         square += x * x
         acc += _flip(x, words, shifts)
@@ -464,7 +505,7 @@ def sketch_kernel(
         for r in range(rows):
             index = r * LANES + lane
             mask = (index >= begin) & (index < end) & (lane < LANES)
-            x = _sketched(pointer, second, 0, index, mask, eps, tl.float64, BITWISE_BF16)
+            x = _taken(pointer, second, 0, index, mask, eps, SCALED, tl.float64, BITWISE_BF16)
             exact += x.to(tl.float64) * x.to(tl.float64)
             bad += _is_nonfinite(x).to(tl.int32)
         sum_of_squares = tl.sum(exact)
@@ -581,11 +622,12 @@ def _accumulate_step(
     scale,
     eps,
     square,
+    SCALED: tl.constexpr,
     ACC: tl.constexpr,
     BITWISE_BF16: tl.constexpr,
 ):
     """A tile ``[n, WIDTH]``: its loads go out before its stores, which keep later loads from moving up."""
-    x = _sketched(pointer, second, 0, index, mask, eps, ACC, BITWISE_BF16)
+    x = _taken(pointer, second, 0, index, mask, eps, SCALED, ACC, BITWISE_BF16)
     before = tl.load(total + index, mask=mask)
     added = x.to(tl.float64)
     if previous is not None:
@@ -616,6 +658,7 @@ def accumulate_kernel(
     eps_low,
     ELEMENT: tl.constexpr,
     SECOND: tl.constexpr,
+    SCALED: tl.constexpr,
     ACC: tl.constexpr,
     WIDTH: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -623,8 +666,8 @@ def accumulate_kernel(
 ):
     """One chunk of ``accumulate_``: what it adds to ``total``, and its moments. Sums and differences are float64.
 
-    ``offsets`` says where in ``total`` (and ``previous``) each tensor begins. SECOND is the type of the second moments,
-    which act in ACC; with None there are none.
+    ``offsets`` says where in ``total`` (and ``previous``) each tensor begins. SECOND is the type of the second moments
+    or, SCALED, of the scales, which act in ACC; with None there are neither.
     """
     chunk = (first_chunk + tl.program_id(0)).to(tl.int64)
     row = chunks + chunk * CHUNK_COLUMNS
@@ -635,11 +678,9 @@ def accumulate_kernel(
     pointer = _address(addresses, tensor, ELEMENT) + begin
     to = total + place
     aligned = _is_aligned(pointer) & _is_aligned(to)
-    if SECOND is None:
-        second = None
-        eps = None
-    else:
-        second = _address(second_addresses, tensor, SECOND) + begin
+    second = _second(second_addresses, tensor, begin, SECOND, SCALED)
+    eps = None
+    if SECOND is not None and not SCALED:
         eps = _scalar(None, eps_high, eps_low)
         aligned = aligned & _is_aligned(second)
     if previous is None:
@@ -660,21 +701,25 @@ def accumulate_kernel(
             sum_here = tl.multiple_of(to + first, 16)
             there = None
             last_here = None
-            if SECOND is not None:
+            if SCALED:
+                there = second + first // 32
+            elif SECOND is not None:
                 there = tl.multiple_of(second + first, 16)
             if previous is not None:
                 last_here = tl.multiple_of(last + first, 16)
             square = _accumulate_step(
-                here, there, last_here, sum_here, tile, None, scale, eps, square, ACC, BITWISE_BF16
+                here, there, last_here, sum_here, tile, None, scale, eps, square, SCALED, ACC, BITWISE_BF16
             )
     else:
         for step in range(full):
             offset = step * (WIDTH * UNROLL) + tile
-            square = _accumulate_step(pointer, second, last, to, offset, None, scale, eps, square, ACC, BITWISE_BF16)
+            square = _accumulate_step(
+                pointer, second, last, to, offset, None, scale, eps, square, SCALED, ACC, BITWISE_BF16
+            )
     for first in range(full * (WIDTH * UNROLL), count, WIDTH):
         offset = first + index
         square = _accumulate_step(
-            pointer, second, last, to, offset, offset < count, scale, eps, square, ACC, BITWISE_BF16
+            pointer, second, last, to, offset, offset < count, scale, eps, square, SCALED, ACC, BITWISE_BF16
         )
 
     sum_of_squares = tl.sum(square)
@@ -684,7 +729,7 @@ def accumulate_kernel(
         bad = tl.zeros([WIDTH], tl.int32)
         for first in range(0, count, WIDTH):
             offset = first + tl.arange(0, WIDTH)
-            x = _sketched(pointer, second, 0, offset, offset < count, eps, tl.float64, BITWISE_BF16)
+            x = _taken(pointer, second, 0, offset, offset < count, eps, SCALED, tl.float64, BITWISE_BF16)
             exact += x.to(tl.float64) * x.to(tl.float64)
             bad += _is_nonfinite(x).to(tl.int32)
         if previous is None:  # what was there before is gone

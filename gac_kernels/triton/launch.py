@@ -72,7 +72,7 @@ class Slot:
 _KNOBS = _runtime_knobs()
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether somebody wants to see every launch: a profiler does."""
     enter, leave = _KNOBS.launch_enter_hook, _KNOBS.launch_exit_hook
     return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))
@@ -94,7 +94,7 @@ def launch(
     """
     if 0 in grid:
         return
-    if slot is not None and slot.bound is not None and not _watched():
+    if slot is not None and slot.bound is not None and not watched():
         run, function, metadata, values = slot.bound
         x, y = grid if len(grid) > 1 else (grid[0], 1)
         with _on(device):

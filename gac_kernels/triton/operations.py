@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gac_kernels.arguments import check_pair, check_scalar, tensor_list
 from gac_kernels.calls import TokenCall, takes, token_call
+from gac_kernels.elements import elements
 from gac_kernels.layout import LANES
 from gac_kernels.totals import AbsorbCall, absorb_call
 from gac_kernels.triton import config, kernels, launch
@@ -19,13 +20,15 @@ from gac_kernels.triton.grouping import (
     accumulator,
     by_dtype,
     chunk_table,
+    element_types,
     ends,
     indexed,
+    readable_seconds,
     reordered,
     row_ranges,
 )
 from gac_kernels.triton.launch import WIDTH, Slot, interpreted, kind, scalar_arguments
-from gac_kernels.triton.readable import ELEMENTS, READABLE, all_plain, any_order, readable_pairs, supported
+from gac_kernels.triton.readable import ELEMENTS, all_plain, any_order, readable_pairs, supported
 from gac_kernels.triton.tables import Chunks, addresses, flat_chunks
 
 _dtype = operator.attrgetter("dtype")
@@ -54,13 +57,18 @@ def _reduce(plan: Chunks, order: Sequence[int], partials: Tensor, per_tensor: bo
     return out if per_tensor else out[0]
 
 
-def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
+def moments(tensors: Any, *, per_tensor: bool = False, block_scales: Any = None) -> Tensor:
     """See :func:`gac_kernels.moments`. Squares are added in float32 within a chunk.
 
     A sum of squares beyond float32's range is found and taken again in float64; squares below 2**-149 count as 0, so
     the result is off by at most that much for each element smaller than 3.7e-23.
     """
-    tensors = tensor_list(tensors, "tensors")
+    scales, kinds = None, [None]
+    if block_scales is None:
+        tensors = tensor_list(tensors, "tensors")
+    else:
+        read = elements(tensors, None, "", block_scales=block_scales)
+        tensors, (scales, kinds, _) = read.tensors, readable_seconds(read)
     device = indexed(tensors[0].device) if tensors else torch.device("cpu")
     shape = (len(tensors), 2) if per_tensor else (2,)
     if not any(t.numel() for t in tensors):
@@ -68,24 +76,26 @@ def moments(tensors: Any, *, per_tensor: bool = False) -> Tensor:
     launch.check_device(device)
     if not all_plain(tensors):
         tensors = [any_order(t) for t in tensors]
-    order, groups = by_dtype(list(map(_dtype, tensors)))
+    kinds = kinds if scales is not None else kinds * len(tensors)
+    order, groups = by_dtype(list(zip(map(_dtype, tensors), kinds, strict=True)))
     tensors = reordered(tensors, order)
     numels = tuple(map(Tensor.numel, tensors))
     plan = flat_chunks(numels, tuple(n for _, n in groups), config.chunk_of(sum(numels)))
     partials = torch.empty(2, plan.count, dtype=torch.float64, device=device)
     table, where = chunk_table(plan, device), addresses(tensors, device)
-    for (dtype, _), (first, count) in zip(groups, ends(plan), strict=True):
+    scale_where = None if scales is None else addresses(reordered(scales, order), device)
+    for (pair, _), (first, count) in zip(groups, ends(plan), strict=True):
         launch.launch(
             kernels.moments_kernel,
             (count,),
             device,
             where,
+            scale_where,
             table,
             first,
             partials,
             plan.count,
-            ELEMENT=READABLE[dtype],
-            ACC=accumulator(dtype),
+            **element_types(pair),
             WIDTH=WIDTH,
             UNROLL=config.for_device(device).unroll,
             BITWISE_BF16=interpreted(),

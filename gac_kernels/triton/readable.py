@@ -21,6 +21,9 @@ ELEMENTS = {
 READABLE = ELEMENTS | {torch.float8_e4m3fn: tl.uint8, torch.float8_e5m2: tl.int8}
 """What kernels that write no element of a tensor's own type read, as which type; see ``kernels._widen``."""
 
+SCALES = torch.uint8
+"""Stands for scales of blocks where the dtype of second moments would."""
+
 _dtype = operator.attrgetter("dtype")
 
 

@@ -11,7 +11,17 @@ from torch import Tensor
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SIZES = (0, 1, 2, 3, 7, 31, 32, 33, 64, 127, 255, 257, 1023, 1024, 1025, 2049, 3000)
 VIEWS = ("plain", "plain", "offset", "step", "turned", "columns", "expanded", "scalar", "parameter")
-OPERATIONS = ("moments", "pair_moments", "mix_", "sketch", "sketch", "absorb_", "token_moments")
+OPERATIONS = (
+    "moments",
+    "pair_moments",
+    "mix_",
+    "sketch",
+    "sketch",
+    "absorb_",
+    "accumulate_",
+    "absorb_sketch_",
+    "token_moments",
+)
 WRONG = ("integers", "complex", "text", "sparse", "lists", "out", "scale")
 
 
@@ -100,6 +110,20 @@ def drawn(seed: int, number: int) -> Call:
             "second": rare(0.3),
             "eps": r.choice((1e-8, 0.25, 1e-4)),
             "out": r.choice(("float32", "float32", "float64")),
+        }
+    elif operation in ("accumulate_", "absorb_sketch_"):
+        options = {
+            "layout": r.choice((None, "own", "pieces") if operation == "accumulate_" else ("own", "turned")),
+            "rows": 1 if operation == "accumulate_" else r.choice((1, 2, 7)),
+            "lanes": r.choice((1024, 1024, 32, 96)),
+            "seed": r.choice((0, 1, 2**31 + 5)),
+            "scale": r.choice((1.0, 0.37, -3.0)),
+            "tensor": rare(0.5),
+            "previous": rare(0.5),
+            "per_tensor": rare(0.3) and operation == "accumulate_",
+            "into": rare(0.3),
+            "second": rare(0.3),
+            "eps": r.choice((1e-8, 0.25, 1e-4)),
         }
     elif operation == "absorb_":
         one = Tensors(r.choice(SIZES), "float32", r.choice(("plain", "offset")), r.randrange(100))

@@ -23,6 +23,26 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.detach().double().reshape(-1)
 
 
+def far(what: str, got: Tensor, want: Tensor, bound: Tensor) -> str | None:
+    """What is off, where something is; non-finite numbers have to be non-finite alike."""
+    if got.shape != want.shape:
+        return f"{what} has shape {tuple(got.shape)}, not {tuple(want.shape)}"
+    finite = torch.isfinite(want)
+    if not torch.equal(finite, torch.isfinite(got)):
+        return f"{what} is finite elsewhere: {got.tolist()}, has to be {want.tolist()}"
+    off = ((got.double() - want).abs() > bound) & finite
+    if off.any():
+        k = int(off.flatten().nonzero()[0])
+        numbers = [float(x.expand_as(want).flatten()[k]) for x in (got.double(), want, bound)]
+        return f"{what}[{k}] is {numbers[0]}, has to be {numbers[1]} within {numbers[2]:.2g}"
+    return None
+
+
+def second_moments(tensors: list[Tensor]) -> list[Tensor]:
+    """One for each tensor, of its dtype, some elements 0."""
+    return [t.detach().abs().contiguous() * (torch.arange(t.numel()).view(t.shape) % 7 != 0) for t in tensors]
+
+
 def moments(tensors: list[Tensor]) -> Tensor:
     """``[n, 2]``: squares and non-finite elements of each."""
     rows = [[float((flat(t) ** 2).sum()), float((~torch.isfinite(flat(t))).sum())] for t in tensors]

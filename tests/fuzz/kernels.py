@@ -16,7 +16,8 @@ from gac_kernels.arguments import overlaps_itself
 from gac_kernels.layout import LANES, SketchLayout
 from tests.fuzz import kernel_truth as truth
 from tests.fuzz.kernel_draw import Call, drawn
-from tests.fuzz.kernel_truth import LATER, ROUNDOFF, ROWS, SMALLEST, U32, U64
+from tests.fuzz.kernel_totals import absorb_sketch, accumulate
+from tests.fuzz.kernel_truth import LATER, ROUNDOFF, ROWS, SMALLEST, U32, U64, far
 from tests.fuzz.report import Tally, as_code
 from tests.fuzz.run import is_ours
 
@@ -29,7 +30,7 @@ def backend_of(name: str) -> ModuleType:
     """The module that has the operations; ``triton`` needs TRITON_INTERPRET=1 where there is no GPU."""
     if name == "dispatch":
         return gac_kernels
-    return importlib.import_module({"triton": "gac_kernels.triton.operations"}.get(name, f"gac_kernels.{name}"))
+    return importlib.import_module(f"gac_kernels.{name}")
 
 
 def fuzz(seed: int, numbers: Iterable[int], *, until: float = math.inf, backend: str | None = None) -> Tally:
@@ -58,7 +59,7 @@ def check(call: Call, name: str) -> str | None:
     try:
         if call.wrong is not None:
             return _refused(call, backend_of(name))
-        return globals()[f"_{call.operation.strip('_')}"](call, backend_of(name), name)
+        return _CHECKS[call.operation](call, backend_of(name), name)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
@@ -96,21 +97,6 @@ def _refused(call: Call, backend: ModuleType) -> str | None:
     return "accepted"
 
 
-def _far(what: str, got: Tensor, want: Tensor, bound: Tensor) -> str | None:
-    """What is off, where something is; non-finite numbers have to be non-finite alike."""
-    if got.shape != want.shape:
-        return f"{what} has shape {tuple(got.shape)}, not {tuple(want.shape)}"
-    finite = torch.isfinite(want)
-    if not torch.equal(finite, torch.isfinite(got)):
-        return f"{what} is finite elsewhere: {got.tolist()}, has to be {want.tolist()}"
-    off = ((got.double() - want).abs() > bound) & finite
-    if off.any():
-        k = int(off.flatten().nonzero()[0])
-        numbers = [float(x.expand_as(want).flatten()[k]) for x in (got.double(), want, bound)]
-        return f"{what}[{k}] is {numbers[0]}, has to be {numbers[1]} within {numbers[2]:.2g}"
-    return None
-
-
 def _moments(call: Call, backend: ModuleType, name: str) -> str | None:
     tensors = [spec.make() for spec in call.tensors]
     copies = [t.detach().clone() for t in tensors]
@@ -118,7 +104,7 @@ def _moments(call: Call, backend: ModuleType, name: str) -> str | None:
     want = rows if call.options["per_tensor"] else rows.sum(0)
     got = backend.moments(tensors, **call.options)
     bound = truth.sums_bound(want[..., 0], tensors, name)
-    found = _far("squares", got[..., 0], want[..., 0], bound)
+    found = far("squares", got[..., 0], want[..., 0], bound)
     if found is None and not torch.equal(got[..., 1], want[..., 1]):
         found = f"non-finite elements are {got[..., 1].tolist()}, have to be {want[..., 1].tolist()}"
     return found or _changed(tensors, copies)
@@ -146,7 +132,7 @@ def _pair_moments(call: Call, backend: ModuleType, name: str) -> str | None:
     a, b = _pair(call, own=False)
     rows = truth.pairs(a, b)
     want = rows if call.options["per_tensor"] else rows.sum(0)
-    return _far("moments", backend.pair_moments(a, b, **call.options), want, _bound_of_pairs(want, a + b, name))
+    return far("moments", backend.pair_moments(a, b, **call.options), want, _bound_of_pairs(want, a + b, name))
 
 
 def _mix(call: Call, backend: ModuleType, name: str) -> str | None:
@@ -157,7 +143,7 @@ def _mix(call: Call, backend: ModuleType, name: str) -> str | None:
     got = backend.mix_(a, b, weight, moments=call.options["moments"])
     if call.options["moments"]:
         want = truth.pairs(before, b).sum(0)
-        found = _far("moments", got, want, _bound_of_pairs(want, a + b, name))
+        found = far("moments", got, want, _bound_of_pairs(want, a + b, name))
         if found:
             return found
     for k, (x, old, y) in enumerate(zip(a, before, b, strict=True)):
@@ -170,7 +156,7 @@ def _mix(call: Call, backend: ModuleType, name: str) -> str | None:
             compute = compute + 2.0**-48 * mu * (old.double().abs() + y.detach().double().abs())
         unit = ROUNDOFF[x.dtype]
         bound = compute + unit * ((left + right).abs() + compute) + SMALLEST[x.dtype]
-        found = _far(f"mixed {k}", x, left + right, bound)
+        found = far(f"mixed {k}", x, left + right, bound)
         if found:
             return found
     return None
@@ -200,7 +186,7 @@ def _sketch(call: Call, backend: ModuleType, name: str) -> str | None:
     taken, error = tensors, 0.0
     wide = dtype == torch.float64 or any(t.dtype == torch.float64 for t in tensors)
     if o["second"]:
-        seconds = [t.detach().abs().contiguous() * (torch.arange(t.numel()).view(t.shape) % 7 != 0) for t in tensors]
+        seconds = truth.second_moments(tensors)
         arguments |= {"second_moments": seconds, "eps": o["eps"]}
         taken = [truth.weighted(x, v, o["eps"]) for x, v in zip(tensors, seconds, strict=True)]
         error = 7.01 * (U64 if wide and name != "triton" else U32)
@@ -219,7 +205,7 @@ def _sketch(call: Call, backend: ModuleType, name: str) -> str | None:
             return "into was not returned"
         want_moments = want_moments + 1.0
     bound = truth.sums_bound(want_moments[..., 0], tensors, name, terms=ROWS, error=error)
-    found = _far("squares", got[..., 0], want_moments[..., 0], bound)
+    found = far("squares", got[..., 0], want_moments[..., 0], bound)
     if found or not torch.equal(got[..., 1], want_moments[..., 1]):
         return found or f"non-finite: {got[..., 1].tolist()}, have to be {want_moments[..., 1].tolist()}"
     total, mass, count = truth.projected(taken, layout, regions, starts)
@@ -239,7 +225,7 @@ def _sketch(call: Call, backend: ModuleType, name: str) -> str | None:
         bound += 2.0**-48 * abs(scale) * mass
     if o["accumulate"] and name == "reference":  # it rounds what it adds, and then the sum
         bound += ROUNDOFF[dtype] * (scale * total).abs()
-    return _far("out", out, want, bound)
+    return far("out", out, want, bound)
 
 
 def _absorb(call: Call, backend: ModuleType, name: str) -> str | None:
@@ -256,8 +242,8 @@ def _absorb(call: Call, backend: ModuleType, name: str) -> str | None:
     want = squares + (1.0 if o["into"] else 0.0)
     if not torch.equal(previous, current if o["previous"] else before):
         return "previous is not current"
-    found = _far("squares", got, want, 2 * LANES * U64 * want)
-    return found or _far("total", total, old.double() + delta, 2 * U32 * (old.double() + delta).abs() + 2.0**-149)
+    found = far("squares", got, want, 2 * LANES * U64 * want)
+    return found or far("total", total, old.double() + delta, 2 * U32 * (old.double() + delta).abs() + 2.0**-149)
 
 
 def _token_moments(call: Call, backend: ModuleType, name: str) -> str | None:
@@ -276,4 +262,16 @@ def _token_moments(call: Call, backend: ModuleType, name: str) -> str | None:
     expert = torch.arange(rows) % 3 == 1
     got = backend.token_moments(logprobs, advantages, mask, expert)
     want, sizes = truth.token_rows(logprobs, advantages, mask, expert)
-    return _far("rows", got, want, (length + 16) * U64 * sizes)
+    return far("rows", got, want, (length + 16) * U64 * sizes)
+
+
+_CHECKS = {
+    "moments": _moments,
+    "pair_moments": _pair_moments,
+    "mix_": _mix,
+    "sketch": _sketch,
+    "absorb_": _absorb,
+    "accumulate_": accumulate,
+    "absorb_sketch_": absorb_sketch,
+    "token_moments": _token_moments,
+}

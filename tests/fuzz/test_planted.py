@@ -242,6 +242,8 @@ KERNEL_FAULTS = {
     "pair_moments": lambda got: got * (1 + 1e-9),
     "sketch": lambda got: got * (1 + 1e-4),
     "absorb_": lambda got: got * (1 + 1e-9),
+    "accumulate_": lambda got: got * (1 + 1e-4),
+    "absorb_sketch_": lambda got: got * (1 + 1e-4),
     "token_moments": lambda got: got * (1 + 1e-9),
 }
 
@@ -265,6 +267,23 @@ def test_a_sketch_with_a_wrong_sign_is_found(monkeypatch):
 
     monkeypatch.setattr(cpu, "sketch", wrong)
     assert kernels.fuzz(20_000, range(100), backend="cpu").failures
+
+
+@pytest.mark.parametrize("operation", ["accumulate_", "absorb_sketch_"])
+def test_a_total_with_a_wrong_element_is_found(operation, monkeypatch):
+    real = getattr(cpu, operation)
+
+    def wrong(tensors, *vectors, **options):
+        got = real(tensors, *vectors, **options)
+        total = vectors[operation == "absorb_sketch_"]
+        if total.numel():
+            total[-1] *= 1 + 1e-5
+        return got
+
+    monkeypatch.setattr(cpu, operation, wrong)
+    tally = kernels.fuzz(20_000, range(150), backend="cpu")
+    assert tally.failures
+    assert all(f"operation={operation!r}" in failure for failure in tally.failures)
 
 
 def test_the_command_by_two_processes():

@@ -253,6 +253,8 @@ def absorbed_lists(device: str) -> dict[str, tuple[list[Tensor], SketchLayout, l
     found["strided, lossless"] = strided, SketchLayout((2000, 1000, 9), 1), None, None
     found["nothing"] = [], SketchLayout((2000,), 2), [], None
     found["empty tensors"] = [values(0, device=device), values(40, device=device)], SketchLayout((0, 40), 2), None, None
+    turned = [values(40, device=device), values(0, device=device)]
+    found["an empty tensor after its neighbour"] = turned, SketchLayout((0, 40), 2), [1, 0], None
     return found
 
 

@@ -101,6 +101,14 @@ def recorded_launches() -> dict[str, tuple]:
         operations.moments([x])
         operations.sketch([x], torch.zeros(2048), layout=layout, scale=mu)
         operations.accumulate_([x], total, scale=mu)
+        scales, label = torch.zeros(157, dtype=torch.uint8), name + "/scales"
+        operations.sketch([x], torch.zeros(2048), layout=layout, scale=mu, block_scales=[scales])
+        if dtype == torch.float8_e5m2:
+            continue  # as with e4m3 but for the conversion
+        operations.moments([x], block_scales=[scales])
+        operations.accumulate_([x], total, scale=mu, block_scales=[scales])
+        label = name + "/scales/running"
+        operations.accumulate_([x], total, previous=total.clone(), block_scales=[scales])
     m = torch.zeros(3000)
     label = ""
     both, x = torch.zeros(2, layout.size), torch.zeros(5000)

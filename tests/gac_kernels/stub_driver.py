@@ -44,7 +44,8 @@ class Launcher:
         self.name = metadata.name
 
     def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
-        numbers = [a.data_ptr() if isinstance(a, torch.Tensor) else str(a) for a in args]
+        address = lambda a: isinstance(a, int) and a >> 32
+        numbers = [a.data_ptr() if isinstance(a, torch.Tensor) else a if address(a) else str(a) for a in args]
         reached.append((self.name, [x, y, z], stream, function, numbers))
 
 
@@ -116,6 +117,31 @@ def times() -> dict[str, tuple[float, float]]:
     return found
 
 
+def refused(layout, gradients, out, into) -> list[str]:
+    """Errors of calls that are like one that was right, but for one thing."""
+    found = []
+    for tensors, to, options in (
+        ([gradients[0].new_zeros(9000), *gradients[1:]], out, {}),
+        ([gradients[0].int(), *gradients[1:]], out, {}),
+        (gradients, out[:-1], {}),
+        (gradients, out.half(), {}),
+        (gradients, out[None], {}),
+        (gradients, out, {"into": into.float()}),
+        (gradients, out, {"into": into[None]}),
+        (gradients, out, {"scale": torch.zeros(2)}),
+        (gradients, out, {"scale": True}),
+        (gradients, out, {"regions": [0, 1, 3]}),
+        (gradients, [0.0], {}),
+    ):
+        try:
+            operations.sketch(tensors, to, **{"layout": layout, "into": into} | options)
+        except (TypeError, ValueError) as error:
+            found.append(str(error))
+        else:
+            found.append("accepted")
+    return found
+
+
 def main() -> dict:
     driver.set_active(Driver())
     starting.check_device = lambda device: None
@@ -124,7 +150,8 @@ def main() -> dict:
     if "--time" in sys.argv:
         cpu.available()
         return times()
-    for name in ("sketch_kernel", "sketch_finish_kernel", "accumulate_kernel", "reduce_kernel", "absorb_kernel"):
+    watched = ("sketch_kernel", "sketch_finish_kernel", "sketch_absorb_kernel", "accumulate_kernel", "reduce_kernel")
+    for name in (*watched, "absorb_kernel"):
         watch(getattr(kernels, name))
     if "--unprepared" in sys.argv:
         starting.PREPARED_VERSIONS = ((99, 0), (99, 9))
@@ -143,8 +170,13 @@ def main() -> dict:
 
     accumulated = lambda: operations.accumulate_(gradients, total, scale=mu, into=into)
     absorbed = lambda: operations.absorb_(out, None, room[:-1], mu, into=cells)
-    found = {}
-    for name, call in (("sketch", sketched(scale=mu)), ("accumulate_", accumulated), ("absorb_", absorbed)):
+    vectors, sums = [torch.zeros(layout.size) for _ in range(3)], torch.zeros(2 + layout.cells, dtype=torch.float64)
+    absorb = lambda previous, scale=mu, **options: (
+        lambda: operations.absorb_sketch_(gradients, previous, vectors[1], scale, layout=layout, into=sums, **options)
+    )
+    found: dict = {"addresses": [out.data_ptr(), into.data_ptr(), vectors[0].data_ptr(), sums.data_ptr()]}
+    calls = (("sketch", sketched(scale=mu)), ("accumulate_", accumulated), ("absorb_", absorbed))
+    for name, call in (*calls, ("absorb_sketch_", absorb(vectors[0]))):
         found[name] = [observed(call) for _ in range(3)]
     moved = [t.clone() for t in gradients]
     found["moved"] = [observed(sketched(moved, scale=mu)) for _ in range(2)]
@@ -152,6 +184,12 @@ def main() -> dict:
     found["unaligned scale"] = [observed(sketched(scale=scales[1])) for _ in range(2)]
     found["unaligned out"] = [observed(sketched(to=room[1:], scale=mu)) for _ in range(2)]
     found["number"] = [observed(sketched(scale=s)) for s in (0.25, 0.75)]
+    weighted = {"second_moments": [t.float() for t in gradients], "eps": 0.5}
+    found["weighted"] = [observed(sketched(**weighted)) for _ in range(3)]
+    found["absorbed weighted"] = [observed(absorb(vectors[0], 0.5, **weighted)) for _ in range(3)]
+    found["absorbed elsewhere"] = [observed(absorb(vectors[k])) for k in (2, 0)]
+    found["no into"] = [observed(lambda: operations.sketch(gradients, out, layout=layout)) for _ in range(3)]
+    found["refused"] = [refused(layout, gradients, out, into) for _ in range(2)]
     found["two dtypes"] = [observed(sketched([gradients[0], gradients[1].float(), gradients[2]])) for _ in range(2)]
     seen: list[int] = []
     hook = getattr(getattr(triton, "knobs", None), "runtime", None)

@@ -66,6 +66,9 @@ def test_eight_bit_floats_are_read_as_they_are(reports, capability):
     total = PAIR_UNROLL * SIZES["fp32"] // 2
     kernels = {"moments_kernel": (UNROLL, 0), "sketch_kernel": (UNROLL, 0), "accumulate_kernel": (0, 1 + total)}
     expected = {f"{kernel}/{dtype}": loads for kernel, loads in kernels.items() for dtype in ("e4m3", "e5m2")}
+    kernels["sketch_kernel"] = (PAIR_UNROLL, 0)
+    expected |= {f"{kernel}/e4m3/scales": loads for kernel, loads in kernels.items()}
+    expected["sketch_kernel/e5m2/scales"] = kernels["sketch_kernel"]
     found = {name: usage for name, usage in reports[capability].items() if name in expected}
     assert {"sketch_kernel/e4m3", "sketch_kernel/e5m2"} <= found.keys() <= expected.keys()
     assert found.keys() == expected.keys() or capability != 90

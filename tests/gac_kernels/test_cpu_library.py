@@ -56,6 +56,7 @@ from tests.gac_kernels.cases import (
     weighted,
     weighted_cases,
 )
+from tests.gac_kernels.scaling import DRAWN, check_doubling, check_scaled, check_scaled_errors, check_scaled_nonfinite
 
 if not cpu.available():
     pytest.skip(f"no CPU library: {cpu.status()['reason']}", allow_module_level=True)
@@ -476,6 +477,71 @@ def test_accumulate_beside_the_usual(isa):
     versions = [t._version for t in (total, previous, into)]
     cpu.accumulate_(values(5), total, previous=previous, into=into)
     assert all(t._version > before for t, before in zip((total, previous, into), versions, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_eight_bit_floats_give_the_bits_of_widened_ones(dtype, isa, threads, monkeypatch):
+    """Every code; lists with others, misaligned, with holes and longer than chunks; no tensor is widened as a whole."""
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype)
+    total = torch.zeros(256)
+    assert cpu.accumulate_(codes, total)[1] == (~torch.isfinite(codes.float())).sum()
+    torch.testing.assert_close(total, codes.float(), rtol=0, atol=0, equal_nan=True)
+    tensors = [values(n + 1, seed=n).to(dtype)[n % 2 :][:n] for n in (70_001, 5, 2048, 300)]
+    tensors += [values(50, 70, seed=3).to(dtype)[:, 3:60], values(300, seed=4), values(300, seed=5).bfloat16()]
+    wide = [t.float() if t.dtype is dtype else t for t in tensors]
+    seconds = [t.float().abs().to(dtype) for t in tensors]
+    layout = SketchLayout(tuple(t.numel() for t in tensors), 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", lambda tensor: pytest.fail("a widened copy"))
+        for count in (1, 2):
+            threads(count)
+            assert same(cpu.moments(tensors, per_tensor=True), cpu.moments(wide, per_tensor=True))
+            assert same(cpu.moments(tensors[0]), cpu.moments(wide[0]))
+        for out_dtype in (torch.float32, torch.float64):
+            outs = torch.zeros(2, layout.size, dtype=out_dtype)
+            found = [cpu.sketch(x, out, layout=layout) for x, out in zip((tensors, wide), outs, strict=True)]
+            assert same(*found)
+            assert same(*outs)
+            weigh = lambda x, out: cpu.sketch(x, out, layout=layout, second_moments=seconds, eps=0.5)
+            found = [weigh(x, out) for x, out in zip((tensors, wide), outs, strict=True)]
+            assert same(*outs)
+            torch.testing.assert_close(*found, rtol=1e-13, atol=0)  # blocks of 1,024 are added up, then the blocks
+        for previous in (None, torch.ones(2, sum(layout.numels))):
+            totals = torch.ones(2, sum(layout.numels))
+            options = [{"scale": 0.37, "previous": None if previous is None else previous[k]} for k in range(2)]
+            found = [cpu.accumulate_(x, totals[k], **options[k]) for k, x in enumerate((tensors, wide))]
+            assert same(*found)
+            assert same(*totals)
+    widened = [v.float() for v in seconds]
+    found = [cpu.accumulate_(wide, totals[k], second_moments=v) for k, v in enumerate((seconds, widened))]
+    assert same(*totals)
+    torch.testing.assert_close(*found, rtol=1e-13, atol=0)
+
+
+def test_eight_bit_floats_in_pairs_are_widened_first():
+    x, y = values(300).to(torch.float8_e5m2), values(300, seed=1).to(torch.float8_e4m3fn)
+    for a, b in ((x, y), (x, y.float()), ([x, y], [x, y])):
+        wide = [[t.float() for t in (z if isinstance(z, list) else [z])] for z in (a, b)]
+        assert same(cpu.pair_moments(a, b), cpu.pair_moments(*wide))
+    target = x.clone()
+    cpu.mix_(target, x, 0.25)
+    assert torch.equal(target.float(), x.float())
+    weight = torch.tensor(0.25).to(torch.float8_e5m2)
+    mixed = torch.ones(300)
+    cpu.mix_(mixed, torch.zeros(300), weight)
+    assert (mixed == 0.25).all()
+
+
+def test_scales_of_blocks(isa):
+    check_scaled(cpu, "cpu", 2 * DEPTH * U64 + 32 * U32)  # the second for bfloat16 beside
+    check_scaled_nonfinite(cpu, "cpu")
+    check_scaled_errors(cpu, "cpu")
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(**DRAWN)
+def test_one_more_in_every_scale_doubles(isa, numel, rows, dtype):
+    check_doubling(cpu, "cpu", numel, rows, dtype)
 
 
 def test_absorb_sketch(isa):

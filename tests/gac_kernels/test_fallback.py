@@ -36,6 +36,7 @@ from tests.gac_kernels.cases import (
     weighted,
     weighted_cases,
 )
+from tests.gac_kernels.scaling import check_scaled, check_scaled_errors, check_scaled_nonfinite
 
 U32, U64 = 2.0**-24, 2.0**-53
 BLOCK = fallback._BLOCK
@@ -173,6 +174,12 @@ def test_eight_bit_floats_are_widened_block_by_block(dtype):
     sums = [fallback.sketch(t, out, layout=layout) for t, out in zip((x, wide), outs, strict=True)]
     assert torch.equal(*sums)
     assert torch.equal(*outs)
+
+
+def test_scales_of_blocks():
+    check_scaled(fallback, "cpu", DOT)  # of float32 tensors; scaled ones are float64
+    check_scaled_nonfinite(fallback, "cpu")
+    check_scaled_errors(fallback, "cpu")
 
 
 def test_absorb_sketch():

@@ -39,9 +39,11 @@ def launched(call: dict) -> list:
 
 
 def test_repeated_calls_go_to_the_launcher(prepared):
-    for name, count in (("sketch", 2), ("accumulate_", 2), ("absorb_", 1)):
+    counts = {"sketch": 2, "accumulate_": 2, "absorb_": 1, "absorb_sketch_": 2}
+    for name, count in (counts | {"weighted": 2, "absorbed weighted": 2, "no into": 2}).items():
         first, second, third = prepared[name]
-        assert len(first["ordinary"]) == len(first["reached"]) == count
+        assert len(first["reached"]) == count
+        assert 0 < len(first["ordinary"]) <= count or name == "no into"  # the first kernel is that of another call
         assert second["ordinary"] == third["ordinary"] == []
         assert launched(second) == launched(third) == launched(first)
     moved = prepared["moved"]
@@ -63,6 +65,28 @@ def test_arguments_of_another_kind_are_compiled_for(prepared):
     assert prepared["two dtypes"][1]["ordinary"] == []
 
 
+def test_repeated_calls_write_where_they_are_told_and_read_what_the_first_stage_wrote(prepared):
+    out, into, previous, sums = prepared["addresses"]
+    for name, vectors in (("sketch", (out, into)), ("absorb_sketch_", (previous, sums))):
+        for call in prepared[name]:
+            start, finish = (arguments for *_, arguments in call["reached"])
+            assert set(vectors) <= set(finish)
+            lanes, partials = start[4:6]
+            assert finish[0] == lanes
+            assert partials in finish
+            assert lanes < partials or call is prepared[name][0]  # in one piece of memory, once it is repeated
+    first, second = prepared["absorbed elsewhere"]
+    assert first["ordinary"] == second["ordinary"] == []
+    assert previous not in first["reached"][1][4]
+    assert previous in second["reached"][1][4]
+
+
+def test_what_is_wrong_is_refused_whatever_was_right_before(prepared):
+    first, second = prepared["refused"]
+    assert "accepted" not in first
+    assert first == second
+
+
 def test_profilers_see_every_launch(prepared):
     if "watched" not in prepared:
         pytest.skip("this Triton has no hooks of launches")
@@ -71,6 +95,8 @@ def test_profilers_see_every_launch(prepared):
 
 
 def test_with_a_triton_that_is_not_known_every_launch_is_ordinary(prepared, unprepared):
+    assert unprepared.pop("refused") == prepared["refused"]
+    del unprepared["addresses"]
     for name, calls in unprepared.items():
         for number, call in enumerate(calls):
             assert len(call["ordinary"]) == len(call["reached"]) > 0

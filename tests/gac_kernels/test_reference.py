@@ -23,6 +23,7 @@ from tests.gac_kernels.cases import (
     strided_tensors,
     values,
 )
+from tests.gac_kernels.scaling import check_scaled, check_scaled_errors, check_scaled_nonfinite
 
 
 def test_moments_and_pair_moments_in_exact_integers():
@@ -128,7 +129,8 @@ def test_accumulate_by_hand():
 
 
 def test_absorb_sketch_is_sketch_and_absorb():
-    check_absorb_sketch(reference, "cpu", ["torch.float64", "weighted", "nothing", "empty tensors"])
+    names = ["torch.float64", "weighted", "nothing", "empty tensors", "an empty tensor after its neighbour"]
+    check_absorb_sketch(reference, "cpu", names)
     check_absorb_sketch_errors(reference, "cpu")
 
 
@@ -198,3 +200,9 @@ def test_errors_name_the_argument_and_what_to_do(call, error, message):
 def test_scalars_may_be_numbers_or_tensors():
     assert check_scalar(2, "mu", torch.device("cpu")) == 2.0
     assert check_scalar(torch.tensor([0.5]), "mu", torch.device("cpu")).shape == ()
+
+
+def test_scales_of_blocks():
+    check_scaled(reference, "cpu", 64 * 2.0**-53)
+    check_scaled_nonfinite(reference, "cpu")
+    check_scaled_errors(reference, "cpu")

@@ -63,6 +63,7 @@ from tests.gac_kernels.cases import (
     weighted,
     weighted_cases,
 )
+from tests.gac_kernels.scaling import DRAWN, check_doubling, check_scaled, check_scaled_errors, check_scaled_nonfinite
 
 INTERPRETED = launch.interpreted()
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -705,6 +706,20 @@ def test_eight_bit_floats_need_no_copy(dtype, launches, monkeypatch):
     got = operations.accumulate_(wide, total, second_moments=seconds)
     expected = operations.accumulate_(wide, total, second_moments=[v.float() for v in seconds])
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
+def test_scales_of_blocks(launches):
+    check_scaled(operations, DEVICE, 2 * (ROWS + 1) * U32, few=INTERPRETED)
+    check_scaled_nonfinite(operations, DEVICE, few=INTERPRETED)
+    launches.clear()
+    check_scaled_errors(operations, DEVICE)
+    assert launches == []
+
+
+@PROPERTY
+@given(**DRAWN)
+def test_one_more_in_every_scale_doubles(numel, rows, dtype):
+    check_doubling(operations, DEVICE, numel, rows, dtype)
 
 
 def test_eight_bit_floats_are_mixed_in_copies():

@@ -35,10 +35,16 @@ def gate(operation, function, dtype=torch.float32):
         return gates.check_sketch(function, a, torch.zeros(layout.size), layout, [t.float().square() for t in b])
     if operation == "absorb_":
         return gates.check_absorb(function, torch.randn(3072), torch.randn(3072), torch.randn(3072), SCALE)
+    if operation == "accumulate_":
+        return gates.check_accumulate(function, a, torch.cat(tensors(3)), SCALE)
+    if operation == "absorb_sketch_":
+        layout = SketchLayout.per_tensor([t.numel() for t in a], size=3000)
+        return gates.check_absorb_sketch(function, a, *torch.randn(2, layout.size), SCALE, layout)
     return gates.check_token_moments(function, *token_inputs())
 
 
-OPERATIONS = ("moments", "pair_moments", "mix_", "sketch", "weighted_sketch", "absorb_", "token_moments")
+SUMMED = ("accumulate_", "absorb_sketch_")
+OPERATIONS = ("moments", "pair_moments", "mix_", "sketch", "weighted_sketch", "absorb_", *SUMMED, "token_moments")
 
 
 def right(operation):
@@ -100,6 +106,42 @@ def test_swapped_weights_are_red():
 def test_a_previous_that_stays_is_red():
     wrong = lambda current, previous, total, scale: reference.absorb_(current, previous.clone(), total, scale)
     assert not gate("absorb_", wrong).ok
+
+
+@pytest.mark.parametrize("operation", SUMMED)
+def test_a_scale_ignored_is_red(operation):
+    def wrong(x, *rest, **options):
+        if operation == "accumulate_":
+            return reference.accumulate_(x, *rest, **options | {"scale": 1.0})
+        return reference.absorb_sketch_(x, *rest[:2], 1.0, **options)
+
+    assert not gate(operation, wrong).ok
+
+
+def test_an_element_that_is_not_added_is_red():
+    def wrong(x, total, **options):
+        kept = total[-1].clone()
+        moments = reference.accumulate_(x, total, **options)
+        total[-1] = kept
+        return moments
+
+    assert not gate("accumulate_", wrong).ok
+
+
+def test_a_previous_that_is_not_replaced_is_red():
+    def wrong(x, previous, *rest, **options):
+        return reference.absorb_sketch_(x, previous.clone(), *rest, **options)
+
+    assert not gate("absorb_sketch_", wrong).ok
+
+
+def test_wrong_cells_are_red():
+    def wrong(*arguments, **options):
+        sums = reference.absorb_sketch_(*arguments, **options)
+        sums[2:4] = sums[2:4].flip(0)
+        return sums
+
+    assert not gate("absorb_sketch_", wrong).ok
 
 
 def test_a_mask_ignored_is_red():

@@ -7,7 +7,17 @@ import torch
 
 import gac_kernels
 from gac.bench import kernels, peers
-from gac.bench.cases import OPERATIONS, Case, applies, drop_failing, dtype_of, model_case, prepare, size_label
+from gac.bench.cases import (
+    LIST_OPERATIONS,
+    OPERATIONS,
+    Case,
+    applies,
+    drop_failing,
+    dtype_of,
+    model_case,
+    prepare,
+    size_label,
+)
 from gac.bench.inputs import Pools, fill
 from gac.bench.kernels import Options
 from gac.bench.timing import CpuTimer, Samples, cache_bytes, quantile, ratio
@@ -82,7 +92,7 @@ def test_a_wrong_kernel_gets_no_speedup(operation, monkeypatch):
 def test_parameter_lists(monkeypatch):
     monkeypatch.setitem(kernels.MODELS, "tiny", TINY)
     rows = kernels.run(Options(CPU, **QUICK | {"models": ("tiny",), "sizes": (), "dtypes": ("bf16",)}))
-    assert [row["operation"] for row in rows] == ["moments", "sketch", "weighted_sketch", "pair_moments", "mix_"]
+    assert [row["operation"] for row in rows] == list(LIST_OPERATIONS)
     assert all(row["gate"]["ok"] and row["tensors"] == 29 and row["elements"] == TINY.numel() for row in rows)
 
 
@@ -145,6 +155,17 @@ def test_expressions_compute_what_the_operations_do():
     gac_kernels.reference.sketch(x, expected, layout=layout, second_moments=y.abs())
     peers.sketch_expression(x, got, gac_kernels.layout.sign_key(3, 0), 2, 1024, y.abs())
     assert torch.allclose(got, expected, rtol=1e-5, atol=1e-4)
+    sums = [torch.ones(4096), torch.ones(4096)]
+    expected = gac_kernels.reference.accumulate_(x, sums[0], scale=0.3)
+    assert torch.allclose(peers.accumulate_expression(sums[1], x, torch.tensor(0.3)).double(), expected, rtol=1e-5)
+    assert torch.allclose(*sums, atol=1e-6)
+    vectors = torch.ones(4, layout.size)
+    cells = gac_kernels.reference.absorb_sketch_(x, *vectors[:2], 0.3, layout=layout)
+    scale = torch.tensor(0.3)
+    moments, found = peers.absorb_sketch_expression(x, *vectors[2:], scale, gac_kernels.layout.sign_key(3, 0), 2, 1024)
+    assert torch.allclose(vectors[:2], vectors[2:], atol=1e-6)
+    assert torch.allclose(moments.double(), cells[:2], rtol=1e-5)
+    assert torch.allclose(found.double(), cells[2:].view(-1, 8).sum(1), rtol=1e-5)
     inputs = (-torch.rand(3, 40), torch.randn(3, 40), torch.rand(3, 40) < 0.5, torch.tensor([True, False, False]))
     expected = gac_kernels.reference.token_moments(*inputs)
     assert torch.allclose(peers.token_expression(*inputs).double(), expected, atol=1e-4)
