@@ -328,6 +328,32 @@ class Ledger:
                 found = found + rows[:, 1].sum()
         return found
 
+    @property
+    def gathers(self) -> bool:
+        """Whether :meth:`gather` serves this step."""
+        return self.layout.size > 0 and not (self.by_module or (self.lossless and len(self._scales_used()) > 2))
+
+    def _scales_used(self) -> dict[int, Tensor]:
+        return {id(scale): scale for scale in self._scales}
+
+    def gather(
+        self, branches: Sequence[int], tokens: Tensor | None, time_noise: Tensor | None, broken: float, *, counts: bool
+    ) -> Tensor:
+        """``[13]``: :meth:`powers` over branches, :meth:`nonfinite`, :meth:`inner`, on a GPU by two launches.
+
+        Arguments are those of :func:`gac_kernels.triton.ending.gather`.
+        """
+        from gac_kernels.triton.ending import gather  # it imports Triton
+
+        scales = None
+        if self.lossless and self._scales:
+            of = dict(zip(branches, self._scales, strict=True))
+            scales = of.get(0, self._scales[0]), of.get(1, self._scales[0])
+        cells = None if self.lossless else self._cells.stop - self._cells.start
+        totals = self.totals[Branch.SFT], self.totals[Branch.RL]
+        told = {"tokens": tokens, "scales": scales, "time_noise": time_noise, "broken": broken, "counts": counts}
+        return gather(totals, self._rows, cells, branches, **told)
+
     def inner(self, both_totals: Tensor) -> Tensor:
         """``[3]``: ``|G_s|^2``, ``|G_r|^2``, ``<G_s, G_r>``, of this ledger's totals or of those of all ranks."""
         return pair_moments(*both_totals.view(2, -1).unbind())
