@@ -98,6 +98,12 @@ def gather_kernel(
     for k in range(contributions):
         row = rows + k * stride
         of_rl = tl.load(branches + k + idx * 0)
+        if tokens is None:
+            told = zero + 1.0
+            inverse = told
+        else:
+            told = tl.load(tokens + k + idx * 0)
+            inverse = tl.where(told > 0.0, 1.0 / told, 0.0)
         if LOSSLESS:
             scale = tl.where(of_rl == 0, tl.load(scale_s + idx * 0), tl.load(scale_r + idx * 0)).to(tl.float64)
             power = tl.load(row + idx * 0) * (scale * scale)
@@ -106,11 +112,7 @@ def gather_kernel(
             for first in range(0, cells, BLOCK):
                 acc += tl.load(row + 2 + first + lanes, mask=first + lanes < cells, other=0.0)
             power = tl.sum(acc) + zero
-        if tokens is None:
-            told = zero + 1.0
-        else:
-            told = tl.load(tokens + k + idx * 0)
-            power = tl.where(told > 0.0, power * (1.0 / told), 0.0)
+        power = tl.where(told > 0.0, power * inverse, 0.0)
         one = tl.where(told > 0.0, 1.0, zero)
         power_s += tl.where(of_rl == 0, power, 0.0)
         power_r += tl.where(of_rl == 0, 0.0, power)
