@@ -46,7 +46,7 @@ class Ending:
         self._told_by: tuple[float, float] = (0.0, 0.0)  # momentum and alpha at the last estimate
         self._program: fused_device.DeviceProgram | None = None  # made with the first step that it ends
         self._vector: StepVector | None = None  # of the last step that it has ended
-        self._told_of = -1  # step whose vector the metrics have
+        self._told: StepVector | None = None  # the last one that the metrics have
 
     @property
     def statistics(self) -> Statistics | None:
@@ -63,7 +63,7 @@ class Ending:
             seconds = self.measurement.observer.seconds / self._quiet
             if self._vector is None:
                 self._publish(UNMEASURED, self._numbers_of_law(), self._controller.steps - 1, seconds)
-            elif self._told_of < self._controller.steps - 1:
+            elif self._vector is not self._told:
                 self._publish_vector(self._vector, self._controller.steps - 1, seconds)
         return self._metrics.latest(wait=wait)
 
@@ -227,7 +227,7 @@ class Ending:
         return numbers_of(self._controller.law.state)
 
     def _publish_vector(self, vector: StepVector, number: int, seconds: float) -> None:
-        self._told_of = number
+        self._told = vector
         self._metrics.publish_numbers(
             number,
             vector.row,

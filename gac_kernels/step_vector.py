@@ -63,9 +63,9 @@ OPTIONS = (
 )
 """The vector of the law's options.
 
-``noise`` is the share that momentum leaves; ``forget`` what evidence decays by in a step, as a rate; ``prior_weight`` NaN
-for the one of least expected error; ``surprise`` how many standard errors are a movement; ``rate_k`` and ``share_k`` the
-decay of an average in a step and the weight of its newest value, the long average last.
+``noise`` is the share that momentum leaves; ``forget`` what evidence decays by in a step, as a rate; ``prior_weight``
+is NaN for the one of least expected error; ``surprise`` is how many standard errors are a movement; ``rate_k`` and
+``share_k`` are the decay of an average in a step and the weight of its newest value, the long average last.
 """
 
 WEIGHT_STRIDE = 4

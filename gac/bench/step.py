@@ -244,9 +244,9 @@ def launches(trainer: Trainer) -> dict:
 
 
 def _own_kernels() -> tuple[str, ...]:
-    from gac_kernels.triton import kernels
+    from gac_kernels.triton import kernels, step_kernels
 
-    return tuple(name for name in vars(kernels) if name.endswith("_kernel"))
+    return tuple(name for module in (kernels, step_kernels) for name in vars(module) if name.endswith("_kernel"))
 
 
 def synchronizations(trainer: Trainer) -> dict[str, str]:

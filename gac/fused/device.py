@@ -32,16 +32,16 @@ from gac.statistics.uncertainty import SURPRISE, table_of_weights
 from gac_kernels import backends
 from gac_kernels.step_vector import OPTIONS
 
-INTERPRETED = False
-"""Whether steps on CPUs are ended by the program, too: for tests, in Triton's interpreter."""
+ON = {"cuda"}
+"""Types of devices whose steps it may end. Tests add the CPU, in Triton's interpreter; comparisons take the GPU out."""
 
 
 def why_not(device: torch.device) -> str | None:
     """Why no program can end the steps of ``device``; None where one can."""
-    if INTERPRETED and device.type == "cpu":
-        return None
-    if device.type != "cuda":
+    if device.type not in ON:
         return f"the numbers are on {device.type}"
+    if device.type == "cpu":
+        return None
     _, name, reason = backends.select(device.type)
     return None if name == "triton" else f"the numbers are on {device.type}, which Triton does not serve: {reason}"
 

@@ -1,4 +1,4 @@
-"""The end of a step as two small programs: its sums from what contributions left, and everything that follows from them.
+"""The end of a step as two small programs: its sums from what contributions left, and all that follows from them.
 
 Numbers are blocks of four lanes, either four numbers side by side or one of them four times: of the two kinds of value
 that a program has, blocks are the ones on which every operation works in the interpreter, too. One program of each
@@ -6,7 +6,7 @@ kernel runs, so what counts is that there are few of them.
 """
 
 # Triton compiles this source: branches on constants stay nested and written out.
-# ruff: noqa: SIM102, SIM108, SIM300
+# ruff: noqa: SIM108
 
 from __future__ import annotations
 
@@ -194,8 +194,8 @@ def finish_kernel(
 ):
     """From what a step has measured to the weights of the next: ``new`` and ``weights_after``.
 
-    ``source`` are sums (``[13]``) or statistics (the first ten of them), None for NOTHING. ``old`` and ``new`` are state
-    vectors, ``weights`` those that the step's losses had. ``table`` ``[n, 3]`` has a row for each number of
+    ``source`` are sums (``[13]``) or statistics (the first ten of them), None for NOTHING. ``old`` and ``new`` are
+    state vectors, ``weights`` those that the step's losses had. ``table`` ``[n, 3]`` has a row for each number of
     measurements, of weights of averages and of the factor of a standard error; the last one stays. ``options`` are
     :data:`gac_kernels.step_vector.OPTIONS`. ``alpha`` counts unless FOLLOWS_KL; a ``prior`` that is NaN is none, one
     that comes as a tensor is clipped to [0, 1] and counts as ``mu`` where it is not finite. ``lone_s`` and ``lone_r``

@@ -156,7 +156,15 @@ def _wide_accesses(ptx: str, kind: str) -> int:
     return len(re.findall(rf"{kind}\.global[\w.:]*\.(?:v4\.[bfus]32|v2\.[bfus]64)", ptx))
 
 
-_HEAVIEST = ("sketch_kernel/", "/running", "mix+moments", "token_kernel", "kronecker_kernel/", "gather_kernel/sketch", "/sums")
+_HEAVIEST = (
+    "sketch_kernel/",
+    "/running",
+    "mix+moments",
+    "token_kernel",
+    "kronecker_kernel/",
+    "gather_kernel/sketch",
+    "/sums",
+)
 _LIGHTER = ("fp16", "bf16/bf16", "fp64/fp64")
 
 

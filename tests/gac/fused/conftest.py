@@ -1,4 +1,4 @@
-"""Where the program that ends steps on a GPU is tested: there, or in a process of its own under Triton's interpreter."""
+"""Where the program that ends steps on a GPU is tested: there, or in a process of its own in Triton's interpreter."""
 
 import os
 

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
 
 import gac
 import gac.ending
@@ -46,7 +46,7 @@ pytestmark = [pytest.mark.gpu] if ON_GPU else []
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     """On a CPU: steps end in the program, norms are those of the Triton kernels, and dividing by 0 is no warning."""
-    monkeypatch.setattr(on_device, "INTERPRETED", not ON_GPU)
+    monkeypatch.setattr(on_device, "ON", {DEVICE.type})
     monkeypatch.setattr(ledgers, "pair_moments", gac_kernels.triton.pair_moments)
     with np.errstate(all="ignore"):
         yield
@@ -77,7 +77,10 @@ class Three:
     """The same steps three times: in the program, on floats, in torch."""
 
     def __init__(self, options):
-        self.controller, self.errors = gac.Controller("gac", **options), StandardErrors(torch.device("cpu"), torch.float64)
+        self.controller, self.errors = (
+            gac.Controller("gac", **options),
+            StandardErrors(torch.device("cpu"), torch.float64),
+        )
         self.law = gac.Controller("gac", **options).law
         self.numbers = numbers_of(self.law.state)
         self.of_errors = numbers_of(self.errors.state)
@@ -103,9 +106,17 @@ class Three:
             in_floats = statistics_of(SumsOnHost(*sums), present, lone)
             power, tokens, n, nonfinite, silent, norms, by_time = (torch.tensor(x, dtype=torch.float64) for x in sums)
             total = StepSums(power, tokens, n * torch.tensor(present), nonfinite, silent, norms, by_time)
-            noise = torch.where(torch.tensor(lone), torch.where(total.n > 0, by_time, math.nan), noise_from_sums(total, total.n))
+            noise = torch.where(
+                torch.tensor(lone), torch.where(total.n > 0, by_time, math.nan), noise_from_sums(total, total.n)
+            )
             found = pair_statistics(noise=noise, norms=norms, n=total.n, nonfinite=nonfinite)
-        source = None if found is None else found.stacked() if sums is None else torch.tensor([*_flat(sums)], dtype=torch.float64)
+        source = (
+            None
+            if found is None
+            else found.stacked()
+            if sums is None
+            else torch.tensor([*_flat(sums)], dtype=torch.float64)
+        )
         if in_floats is not None:
             self.skipped += in_floats["nonfinite"] > 0
             before = self.of_errors["last"]
@@ -219,7 +230,7 @@ def test_the_vector_has_what_its_readers_call_it():
     row = ["mu", *(f"mu_{name}" if name == "raw" else name for name in step_vector.ROW[1:])]
     assert tuple(row) == NAMES
     assert step_vector.ROW[step_vector.STATISTICS] == Statistics.names()
-    assert step_vector.SUMS == tuple(SumsOnHost._fields[k] for k in (0, 1, 2, 3, 4, 5, 6))
+    assert SumsOnHost._fields == step_vector.SUMS
     sums = StepSums(*(torch.full(shape, 1.0 * k) for k, shape in enumerate([(2,), (2,), (2,), (), (), (3,), (2,)])))
     assert sums.stacked().tolist() == [0, 0, 1, 1, 2, 2, 3, 4, 5, 5, 5, 6, 6]
     assert len(sums.stacked()) == step_vector.SUMS_SIZE
@@ -303,12 +314,12 @@ def test_a_state_goes_from_one_to_the_other(first, in_torch):
 
 
 def test_a_state_of_the_host_goes_on_here(monkeypatch):
-    monkeypatch.setattr(on_device, "INTERPRETED", False)
+    monkeypatch.setattr(on_device, "ON", {"cuda"})
     states = {}
     for mixer in train("every third step", 6):
         states[mixer.controller.steps] = mixer.state_dict()
         assert isinstance(mixer.controller.law.state, HostState)
-    monkeypatch.setattr(on_device, "INTERPRETED", not ON_GPU)
+    monkeypatch.setattr(on_device, "ON", {DEVICE.type})
     for mixer in train("every third step", 2, first=4, load=states[4], device=DEVICE):  # neither is measured
         assert isinstance(mixer.controller.law.state, VectorState)
         agree(mixer.state_dict(), states[mixer.controller.steps])
@@ -386,11 +397,9 @@ def test_the_end_of_a_step_is_five_launches(case, monkeypatch):
     assert launches == 3, names
     assert launches + len(running) <= 5, running
     assert 0 < len(operations) <= 20, operations
-    print(case, len(operations), operations, launches)
     operations, launches, names, running = counts[3]
     assert launches + len(running) <= 1, running
     assert len(operations) <= 3, operations
-    print(case, len(operations), operations, launches)
 
 
 def test_steps_that_are_passed_by_are_told_when_asked():
@@ -416,6 +425,7 @@ def test_weights_are_those_of_torch():
 
 def test_what_triton_does_not_serve_is_said(monkeypatch):
     law = gac.Controller("gac").law
+    monkeypatch.setattr(on_device, "ON", {"cuda"})
     monkeypatch.setattr("gac_kernels.backends.select", lambda _: (None, "reference", "triton is not installed"))
     assert "does not serve: triton is not installed" in why_in_torch(law, torch.device("cuda"))
     assert why_in_torch(law, torch.device("mps")) == "the numbers are on mps"
