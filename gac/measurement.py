@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from gac.cadence import WARM_UP, Account, Cadence, Costs
+from gac.finishing import FinishOnDevice
 from gac.fused.state import HostState, numbers_of
 from gac.fused.statistics import attach_errors, statistics_of
 from gac.fused.statistics import has_moved as fused_has_moved
-from gac.fused.vector import OF_ERRORS, StepVector, VectorState, vector_of
 from gac.metrics import HostMirror
 from gac.observe.choice import choose_estimator, reads_running_sums
 from gac.observe.device_time import DeviceTime
@@ -31,7 +31,6 @@ from gac.statistics.coefficient import sequence_rows, statistics_from_rows
 from gac.statistics.step import NAN, Statistics, noise_from_sums, pair_statistics
 from gac.statistics.sums import StepSums
 from gac.statistics.uncertainty import StandardErrors, has_moved
-from gac.weights import Weights
 from gac_kernels.arguments import accumulator_dtype
 
 MODULE_HISTORY = 512
@@ -46,7 +45,7 @@ NOTHING_OBSERVED = (
 )
 
 
-class Measurement:
+class Measurement(FinishOnDevice):
     """Observer, estimators and the state that they carry from step to step.
 
     A step goes ``plan``, backward passes, ``post``, ``finish``; between the last two a collective may be under way.
@@ -240,52 +239,6 @@ class Measurement:
         if whole is not None:
             self.modules.append(take_apart(whole, Statistics.of(statistics), self.observer.module_labels, step + 1))
         return statistics
-
-    def finish_on_device(self, end: Callable[..., StepVector], weights: Weights, step: int) -> StepVector:
-        """:meth:`finish` by a program, without copies or waits; ``is_measured`` tells whether it had anything to take.
-
-        Args:
-            end: the program: takes the step's sums, or with ``from_statistics`` its statistics, or None, and of which
-                branches the noise is that from time (``lone``).
-            weights: of the step. step: its number, from 0.
-        """
-        self.used = self.estimator + ("+time" if self._uses_time() else "")
-        reduction, self._reduction = self._reduction, None
-        source = whole = None
-        lone = [False, False]
-        if reduction is not None:
-            lone = [self._uses_time(branch) for branch in Branch]
-            whole = reduction.finish() if self.observer.by_module or self.from_tokens else None
-            source = reduction.finish_on_device() if whole is None else whole.stacked()
-        if reduction is not None or self.is_measured:
-            self._decide(self._costs_so_far() if reduction is None else reduction.costs)
-        if source is not None and not self.confirmed:
-            silent, n_s, n_r = source[[7, 4, 5]].tolist()
-            self._confirm(silent, n_s + n_r)
-        if self.from_tokens:
-            if whole is not None and any(lone):
-                self._from_sums(whole, weights.present, step)  # for the moving means
-            self.used, lone, whole = "coefficient", [False, False], None
-            source = None if self.coefficient is None else self.coefficient.stacked()
-        vector = end(source, from_statistics=self.from_tokens, lone=lone)
-        for k, branch in enumerate(Branch):
-            if lone[k]:
-                known = (vector[COUNTS[k]] > 0) & (vector["nonfinite"] == 0)
-                take_in(branch, self.observer.ledgers, self._means, known, step)
-        self.carry(vector)
-        if source is not None and self.cadence.counts_costs:
-            self.account.moved = vector["moved"]
-        if whole is not None:
-            self.modules.append(take_apart(whole, vector.statistics(), self.observer.module_labels, step + 1))
-        return vector
-
-    def carry(self, vector: StepVector) -> None:
-        """Goes on from this vector."""
-        self._skipped, self._errors.state = vector["skipped"], VectorState(vector, OF_ERRORS)
-
-    def vector_of(self, law: Mapping[str, Tensor], averages: int) -> StepVector:
-        """The state before a step, with that of the law; see :func:`gac.fused.vector.vector_of`."""
-        return vector_of(law, self._errors.state, self.skipped, averages, self.device)
 
     @property
     def skipped_on_host(self) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gac_kernels.step_vector import SIZE, SUMS_SIZE, WEIGHTS_SIZE
-from gac_kernels.triton import launch, step_kernels
+from gac_kernels.triton import gather_kernel, launch, step_kernels
 from gac_kernels.triton.grouping import indexed
 from gac_kernels.triton.launch import Slot, kind, scalar_arguments
 from gac_kernels.triton.operations import pair_partials
@@ -67,7 +67,7 @@ def gather(
     scale_s, scale_r = scales if cells is None and scales is not None else (None, None)
     like = (device, "gather", cells is None, *map(kind, (tokens, scale_s, scale_r, time_noise)))
     launch.launch(
-        step_kernels.gather_kernel,
+        gather_kernel.gather_kernel,
         (1,),
         device,
         partials,

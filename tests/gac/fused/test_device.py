@@ -181,7 +181,7 @@ def drawn(draw, kind):
     return tuple(power), tuple(tokens), tuple(n), bad, 0.0, norms, (draw.random(), draw.random())
 
 
-KINDS = ("plain", "one branch", "none", "lone", "plain", "broken", "none", "weightless", "plain", "statistics", "plain")
+KINDS = ("plain", "plain", "one branch", "lone", "none", "broken", "plain", "weightless", "statistics")
 
 
 @pytest.mark.parametrize("case", OPTIONS)
@@ -206,7 +206,7 @@ def test_a_run_three_times(case):
 positive = below_the_end.map(abs)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     case=st.sampled_from(sorted(OPTIONS)),
     norms=st.tuples(positive, positive, below_the_end),
@@ -290,7 +290,7 @@ def test_sums_are_those_of_the_reduction(form, devices, tokens):
 # -- mixers -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("case", "steps"), [("every third step", 12), ("exact", 6), ("by module", 4), ("auto", 8)])
+@pytest.mark.parametrize(("case", "steps"), [("every third step", 9), ("exact", 4), ("by module", 3), ("auto", 6)])
 def test_both_ways_agree(case, steps, in_torch):
     in_torch(True)
     expected = [(everything(mixer), mixer.state_dict()) for mixer in train(case, steps, device=DEVICE)]
