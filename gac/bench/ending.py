@@ -29,9 +29,8 @@ PREDICTED: Mapping[str, Mapping[str, float]] = {
     "measured": {"kernels": 5, "host": 150e-6},
     "unmeasured": {"kernels": 1, "host": 40e-6},
 }
-"""Of a GPU, before any was at hand: kernels counted by the tests in Triton's interpreter, which are 3 programs and 2
-fills with zeros; seconds of the host from those of prepared launches (``docs/kernels.md``) and of the same Python on a CPU.
-"""
+"""Of a GPU, before any was at hand. Kernels: counted by the tests in Triton's interpreter, 3 programs and 2 fills with
+zeros. Seconds of the host: from those of prepared launches (``docs/kernels.md``) and of the same Python on a CPU."""
 
 PARTS: Mapping[str, tuple[type, tuple[str, ...]]] = {
     "sums": (Measurement, ("post", "finish_on_device", "finish_on_host", "finish")),
