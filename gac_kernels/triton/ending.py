@@ -24,7 +24,7 @@ NOTHING = step_kernels.NOTHING.value
 SUMS = step_kernels.SUMS.value
 STATISTICS = step_kernels.STATISTICS.value
 
-_BLOCK = 1024
+_BLOCK = 2048
 _slots: defaultdict[Any, Slot] = defaultdict(Slot)
 
 

@@ -32,6 +32,7 @@ _dtype = operator.attrgetter("dtype")
 _FINISH_SLOTS = 8
 _REDUCE_BLOCK = 2048
 _absorb_slots: defaultdict[Any, Slot] = defaultdict(Slot)
+_pair_slots: defaultdict[Any, Slot] = defaultdict(Slot)
 
 
 def _reduce(plan: Chunks, order: Sequence[int], partials: Tensor, per_tensor: bool) -> Tensor:
@@ -101,11 +102,12 @@ def _pair(a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool
 
 def pair_partials(a: Tensor, b: Tensor) -> Tensor:
     """``[3, chunks]`` float64 that add up to the pair moments of two contiguous float32 vectors. One launch."""
-    return _pair_chunks([a], [b], 1.0, mix=False, want=True)[0]
+    like = (indexed(a.device), *map(kind, (a, b)))
+    return _pair_chunks([a], [b], 1.0, mix=False, want=True, slot=_pair_slots[like])[0]
 
 
 def _pair_chunks(
-    a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool, want: bool
+    a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool, want: bool, slot: Slot | None = None
 ) -> tuple[Tensor, Chunks, Sequence[int]]:
     """The first stage: partial moments, if wanted, the chunks that they are of, and the order of the tensors."""
     device = indexed(a[0].device)
@@ -129,6 +131,7 @@ def _pair_chunks(
             partials,
             plan.count,
             *scalar_arguments(weight),
+            slot=slot,
             A=ELEMENTS[dtypes[0]],
             B=ELEMENTS[dtypes[1]],
             ACC=accumulator(*dtypes),

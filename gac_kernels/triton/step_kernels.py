@@ -93,7 +93,7 @@ def finish_kernel(
     weights,
     weights_after,
     table,
-    options,
+    settings,
     alpha,
     alpha_high,
     alpha_low,
@@ -113,7 +113,7 @@ def finish_kernel(
 
     ``source`` are sums (``[13]``) or statistics (the first ten of them), None for NOTHING. ``old`` and ``new`` are
     state vectors, ``weights`` those that the step's losses had. ``table`` ``[n, 3]`` has a row for each number of
-    measurements, of weights of averages and of the factor of a standard error; the last one stays. ``options`` are
+    measurements, of weights of averages and of the factor of a standard error; the last one stays. ``settings`` are
     :data:`gac_kernels.step_vector.OPTIONS`. ``alpha`` counts unless FOLLOWS_KL; a ``prior`` that is NaN is none, one
     that comes as a tensor is clipped to [0, 1] and counts as ``mu`` where it is not finite. ``lone_s`` and ``lone_r``
     are above 0 where noise is that from time.
@@ -125,7 +125,7 @@ def finish_kernel(
     three = idx < 3
     zero = tl.zeros([4], tl.float64)
     nan = zero + float("nan")
-    noise = tl.load(options + _NOISE + same)
+    noise = tl.load(settings + _NOISE + same)
 
     # statistics
     sigma_s2 = nan
@@ -187,7 +187,7 @@ def finish_kernel(
         squared = tl.where(use & (count >= 2.0), difference * difference / 2.0, average)
         average = _lerp(average, squared, tl.load(at + 1))
         errors = level * tl.sqrt(average) * tl.load(at + 2)
-        surprise = tl.load(options + _SURPRISE + same)
+        surprise = tl.load(settings + _SURPRISE + same)
         moved = tl.max(tl.where(tl.abs(estimate - last) > surprise * errors, 1.0, zero)) + zero
         last = tl.where(use, estimate, last)
     tl.store(new + _LAST + idx, last)
@@ -200,15 +200,15 @@ def finish_kernel(
     kept_kl = tl.load(old + _KL + same)
     if FOLLOWS_KL:
         told = _scalar(kl, kl_high, kl_low) + zero
-        decay = tl.load(options + _KL_DECAY + same)
+        decay = tl.load(settings + _KL_DECAY + same)
         smoothed = tl.where(_is_finite(kept_kl), decay * kept_kl + (1.0 - decay) * told, told)
         kept_kl = tl.where(_is_finite(told), smoothed, kept_kl)
-        drift = _clamp(kept_kl / tl.load(options + _KL_TARGET + same) - 1.0, zero - 1.0, zero + 1.0)
-        band = tl.load(options + _HYSTERESIS + same)
-        up = tl.load(options + _ETA_UP + same) * _above_0(drift - band)
-        up = up * (tl.load(options + _ALPHA_MAX + same) - kept_alpha)
-        down = tl.load(options + _ETA_DOWN + same) * _above_0(-drift - band)
-        down = down * (kept_alpha - tl.load(options + _ALPHA_MIN + same))
+        drift = _clamp(kept_kl / tl.load(settings + _KL_TARGET + same) - 1.0, zero - 1.0, zero + 1.0)
+        band = tl.load(settings + _HYSTERESIS + same)
+        up = tl.load(settings + _ETA_UP + same) * _above_0(drift - band)
+        up = up * (tl.load(settings + _ALPHA_MAX + same) - kept_alpha)
+        down = tl.load(settings + _ETA_DOWN + same) * _above_0(-drift - band)
+        down = down * (kept_alpha - tl.load(settings + _ALPHA_MIN + same))
         kept_alpha = tl.where(_is_finite(kept_kl), kept_alpha + up - down, kept_alpha)
         target_alpha = kept_alpha
     else:
@@ -237,7 +237,7 @@ def finish_kernel(
             better = apart * ((long + short) * whole - 2.0 * wanted)
             all_used = tl.min(tl.where(use | (idx == 3), 1.0, zero)) + zero
             longest = tl.max(waiting) + zero
-            keep = tl.exp(-tl.load(options + _FORGET + same) * longest)
+            keep = tl.exp(-tl.load(settings + _FORGET + same) * longest)
             known = (all_used > 0.0) & _is_finite(better)
             evidence = tl.where(known, keep * evidence + better, evidence)
             evidence2 = tl.where(known, keep * keep * evidence2 + better * better, evidence2)
@@ -261,8 +261,8 @@ def finish_kernel(
         all2 = tl.load(old + of_squares + 6, mask=three, other=0.0)
         if i < AVERAGES:
             if SOURCE != NOTHING:
-                share = tl.load(options + _RATES + 2 * i + 1 + same)
-                keep = tl.exp(-tl.load(options + _RATES + 2 * i + same) * waiting)
+                share = tl.load(settings + _RATES + 2 * i + 1 + same)
+                keep = tl.exp(-tl.load(settings + _RATES + 2 * i + same) * waiting)
                 first = weight == 0.0
                 share2 = share * share
                 keep2 = keep * keep
@@ -311,17 +311,17 @@ def finish_kernel(
     if prior is not None:
         leaning = tl.where(_is_finite(leaning), _clamp(leaning, zero, zero + 1.0), mu)
     leans = leaning == leaning
-    set_weight = tl.load(options + _PRIOR_WEIGHT + same)
-    ratio = tl.load(options + _PRIOR_SD + same) / error
+    set_weight = tl.load(settings + _PRIOR_WEIGHT + same)
+    ratio = tl.load(settings + _PRIOR_SD + same) / error
     least = 1.0 / (1.0 + ratio * ratio)
-    least = tl.where(least == least, least, tl.load(options + _UNKNOWN_WEIGHT + same))
+    least = tl.where(least == least, least, tl.load(settings + _UNKNOWN_WEIGHT + same))
     of_prior = tl.where(set_weight == set_weight, set_weight, least)
     blend = tl.where(known, _lerp(raw, leaning, of_prior), leaning)
     target = tl.where(leans, blend, tl.where(known, raw, mu))
     news = tl.where(leans, tl.where(known, news * (1.0 - of_prior), 0.0), news)
-    reach = tl.load(options + _CAP + same) + news
+    reach = tl.load(settings + _CAP + same) + news
     next_mu = mu + _clamp(target - mu, -reach, reach)
-    next_mu = _clamp(next_mu, tl.load(options + _MU_MIN + same), tl.load(options + _MU_MAX + same))
+    next_mu = _clamp(next_mu, tl.load(settings + _MU_MIN + same), tl.load(settings + _MU_MAX + same))
     mu = tl.where(healthy, next_mu, mu)
     skipped = tl.load(old + _SKIPPED + same) + tl.where(healthy, 0.0, 1.0)
     tl.store(new + _MU + same, mu)
