@@ -328,13 +328,12 @@ class Ledger:
                 found = found + rows[:, 1].sum()
         return found
 
-    @property
-    def gathers(self) -> bool:
-        """Whether :meth:`gather` serves this step."""
-        return self.layout.size > 0 and not (self.by_module or (self.lossless and len(self._scales_used()) > 2))
-
-    def _scales_used(self) -> dict[int, Tensor]:
-        return {id(scale): scale for scale in self._scales}
+    def gathers(self, branches: Sequence[int]) -> bool:
+        """Whether :meth:`gather` serves a step with these contributions."""
+        if self.by_module or self.layout.size == 0:
+            return False
+        scales = {(branch, id(scale)) for branch, scale in zip(branches, self._scales, strict=True)}
+        return not self.lossless or len(scales) == len(set(branches))  # one for each branch
 
     def gather(
         self, branches: Sequence[int], tokens: Tensor | None, time_noise: Tensor | None, broken: float, *, counts: bool

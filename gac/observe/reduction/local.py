@@ -54,9 +54,9 @@ class LocalReduction(ReplicaReduction):
 
     def finish_on_device(self) -> Tensor:
         ledgers, seen = self._observer.ledgers, self._observer.seen
-        if self._observer.by_module or not all(ledger.gathers for ledger in ledgers):
-            return self.finish().stacked()
         branches = [int(c.branch is Branch.RL) for c in seen.contributions]
+        if self._observer.by_module or not all(ledger.gathers(branches) for ledger in ledgers):
+            return self.finish().stacked()
         parts = []
         for k, ledger in enumerate(ledgers):
             first = k == 0  # what is no sum over parameters counts once
