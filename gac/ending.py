@@ -10,17 +10,19 @@ from typing import Any
 import torch
 
 from gac.cadence import BudgetCadence, Cadence, FixedCadence
+from gac.fused import device as fused_device
 from gac.fused import law as fused_law
 from gac.fused.state import HostState, Numbers, numbers_of
 from gac.fused.statistics import UNMEASURED, cosine_of
-from gac.laws.base import Law
+from gac.fused.vector import StepVector, VectorState
+from gac.laws.base import Law, Step
 from gac.laws.controller import Controller
 from gac.laws.gac import GacLaw
 from gac.measurement import Measurement
 from gac.metrics import StepMetrics
 from gac.options import Options
 from gac.statistics.step import Statistics
-from gac.weights import HostWeights, Weights
+from gac.weights import DeviceWeights, HostWeights, Weights
 
 
 class Ending:
@@ -35,25 +37,33 @@ class Ending:
     def __init__(self, measurement: Measurement, controller: Controller, metrics: StepMetrics) -> None:
         self.measurement, self._metrics = measurement, metrics
         self._controller = controller
-        self._found: Statistics | Mapping[str, float] | None = None
+        self._found: Statistics | StepVector | Mapping[str, float] | None = None
         self._left = 0  # steps to come that are not measured
         self._quiet = 0  # steps that have passed without being ended
         self._state: HostState | None = None  # the law's, where it can pass steps by itself ...
         self._mu, self._target = 0.5, 0.5  # ... and the numbers that it moves between
         self._told_by: tuple[float, float] = (0.0, 0.0)  # momentum and alpha at the last estimate
+        self._program: fused_device.DeviceProgram | None = None  # made with the first step that it ends
+        self._vector: StepVector | None = None  # of the last step that it has ended
+        self._told: StepVector | None = None  # the last one that the metrics have
 
     @property
     def statistics(self) -> Statistics | None:
         """Of the last step; None where it measured none."""
         if isinstance(self._found, Mapping):
             self._found = Statistics.of(self._found)
+        if isinstance(self._found, StepVector):
+            self._found = self._found.statistics()
         return self._found
 
     def metrics(self, *, wait: bool) -> dict[str, float | str]:
         """Those of :class:`gac.metrics.StepMetrics`."""
         if self._quiet:  # host time of the steps that were passed by, in equal parts
             seconds = self.measurement.observer.now.seconds / self._quiet
-            self._publish(UNMEASURED, self._numbers_of_law(), self._controller.steps - 1, seconds)
+            if self._vector is None:
+                self._publish(UNMEASURED, self._numbers_of_law(), self._controller.steps - 1, seconds)
+            elif self._vector is not self._told:
+                self._publish_vector(self._vector, self._controller.steps - 1, seconds)
         return self._metrics.latest(wait=wait)
 
     # -- a step -------------------------------------------------------------------------------------------------------
@@ -70,6 +80,8 @@ class Ending:
 
         Law ``gac`` then only goes on towards its estimate, for which no statistics, state or metrics have to be made.
         """
+        if isinstance(weights, DeviceWeights):
+            return self._pass_by_on_device(weights, since)
         law: Any = self._controller.law
         state = self._state
         if self._left <= 1 or state is None or law.state is not state or state.was_read:
@@ -86,11 +98,32 @@ class Ending:
             if moved != self._mu:
                 with torch.inference_mode(False):  # backward passes to come save them
                     self._mu, weights = moved, HostWeights(moved)
-        measurement, now = self.measurement, perf_counter()
-        inside = measurement.observer.now
-        inside.seconds += now - since
-        measurement.spending.clock.tick(now, inside.seconds)
+        self._tick(since)
         return weights
+
+    def _pass_by_on_device(self, weights: DeviceWeights, since: float) -> Weights | None:
+        """As :meth:`pass_by`, by one launch: where ``mu`` goes the host does not know."""
+        law: Any = self._controller.law
+        state, vector = law.state, self._vector
+        if self._left <= 1 or law.follows_kl or vector is None:
+            return None
+        if not isinstance(state, VectorState) or state.vector is not vector:
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            after = self._run(weights, Step(self._controller.steps), None)
+        self.measurement.carry(after[0])
+        self._left -= 1
+        self._quiet += 1
+        self._controller.steps += 1
+        self._found = self.measurement.coefficient = None
+        self._tick(since)
+        return after[1]
+
+    def _tick(self, since: float) -> None:
+        """A step was passed by, which took the host so long."""
+        now, inside = perf_counter(), self.measurement.observer.now
+        inside.seconds += now - since
+        self.measurement.spending.clock.tick(now, inside.seconds)
 
     def ended(self, gac: float) -> None:
         """A step has ended, and those before it that were passed by; :meth:`plan` comes next.
@@ -134,8 +167,10 @@ class Ending:
             seconds = measurement.observer.now.seconds + perf_counter() - since
             self._publish(UNMEASURED if statistics is None else statistics, state, step.number, seconds)
             return HostWeights(state["mu"])
+        if isinstance(weights, DeviceWeights):
+            return self._end_on_device(weights, self._controller.told(**told), since)
         found = measurement.finish(weights.present, number)
-        self._found, self._state = found, None
+        self._found, self._state, self._vector = found, None, None
         self._controller.update(found, **told)
         after = present_weights(self._controller, measurement.device)
         self._metrics.publish(
@@ -150,6 +185,36 @@ class Ending:
         )
         return after
 
+    def _end_on_device(self, weights: DeviceWeights, step: Step, since: float) -> Weights:
+        measurement, after = self.measurement, weights
+        measured = False
+
+        def end(source: torch.Tensor | None, **more: Any) -> StepVector:
+            nonlocal after, measured
+            vector, after = self._run(weights, step, source, **more)
+            measured = source is not None
+            return vector
+
+        vector = measurement.finish_on_device(end, weights, self._controller.steps)
+        self._found = vector if measured else None
+        self._controller.steps = step.number + 1
+        seconds = measurement.observer.now.seconds + perf_counter() - since
+        self._publish_vector(vector, step.number, seconds)
+        return after
+
+    def _run(
+        self, weights: DeviceWeights, step: Step, source: torch.Tensor | None, **more: Any
+    ) -> tuple[StepVector, DeviceWeights]:
+        """One run of the program, whose state becomes the law's."""
+        law: Any = self._controller.law
+        if self._program is None or self._program.device != self.measurement.device:
+            self._program = fused_device.DeviceProgram(law, self.measurement.device)
+        before = self.measurement.vector_of(law.state, len(law.rates))
+        vector, numbers = self._program(before, weights.numbers, step, source, **more)
+        law.state = VectorState(vector, tuple(law.state))
+        self._vector = vector
+        return vector, DeviceWeights(numbers)
+
     def _keep(self, law: GacLaw, state: Numbers, *, alone: bool) -> None:
         """Keeps the law's state; ``alone``: the law was told nothing beside statistics."""
         kept = HostState(state, functools.partial(fused_law.coast, law))
@@ -162,6 +227,16 @@ class Ending:
 
     def _numbers_of_law(self) -> Numbers:
         return numbers_of(self._controller.law.state)
+
+    def _publish_vector(self, vector: StepVector, number: int, seconds: float) -> None:
+        self._told = vector
+        self._metrics.publish_numbers(
+            number,
+            vector.row,
+            seconds=seconds,
+            estimator=self.measurement.used,
+            overhead=self.measurement.spending.account.share,
+        )
 
     def _publish(self, statistics: Mapping[str, float], state: Numbers, number: int, seconds: float) -> None:
         measurement = self.measurement
@@ -190,15 +265,15 @@ def cadence_of(options: Options, ranks: int) -> Cadence:
 
 def present_weights(controller: Controller, device: torch.device) -> Weights:
     """The weights of the step to come: those that the law begins with, or goes on with."""
-    if why_in_torch(controller.law, device) is None:
-        return HostWeights(float(controller.mu))
-    return Weights(controller.mu)
+    if why_in_torch(controller.law, device) is not None:
+        return Weights(controller.mu)
+    if fused_device.why_not(device) is None:
+        return DeviceWeights.first(controller.mu)
+    return HostWeights(float(controller.mu))
 
 
 def why_in_torch(law: Law, device: torch.device) -> str | None:
     """Why a step is ended in torch rather than in one piece; None where it is not."""
     if type(law) is not GacLaw:
         return f"law {law.name!r} is written in torch alone"
-    if device.type != "cpu":
-        return f"the numbers are on {device.type}"
-    return None
+    return None if device.type == "cpu" else fused_device.why_not(device)

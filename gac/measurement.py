@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gac.cadence import Cadence
+from gac.finishing import FinishOnDevice
 from gac.fused.state import HostState, numbers_of
 from gac.fused.statistics import attach_errors, statistics_of
 from gac.fused.statistics import has_moved as fused_has_moved
@@ -43,7 +44,7 @@ NOTHING_OBSERVED = (
 )
 
 
-class Measurement:
+class Measurement(FinishOnDevice):
     """Observer, estimators and the state that they carry from step to step.
 
     A step goes ``plan``, backward passes, ``post``, ``finish``; between the last two a collective may be under way.
@@ -90,6 +91,7 @@ class Measurement:
                 copies=topology.copies if watched else None,
                 hooks=options.hooks,
             )
+        self._no_noise = torch.zeros(2, dtype=self._dtype, device=self.device)
         self._means = [MovingMeans(ledger.device) for ledger in self.observer.ledgers]
         self.spending = Spending(cadence, self.observer.ledgers, self.device, topology.ranks)
         self._errors = StandardErrors(self.device, self._dtype)
@@ -278,10 +280,12 @@ class Measurement:
 
     def _noise_from_time(self) -> Tensor:
         """``[2]``: noise of lone contributions, of the elements that this rank holds; 0 where there are several."""
+        lone = [(k, branch) for k, branch in enumerate(Branch) if self._uses_time(branch)]
+        if not lone:
+            return self._no_noise
         found = torch.zeros(2, dtype=self._dtype, device=self.device)
-        for k, branch in enumerate(Branch):
-            if self._uses_time(branch):
-                found[k] = noise_from_time(branch, self.observer.ledgers, self._means, self.device)
+        for k, branch in lone:
+            found[k] = noise_from_time(branch, self.observer.ledgers, self._means, self.device)
         return found
 
     def _from_sums(self, sums: StepSums, present: Tensor, step: int) -> Statistics:

@@ -69,9 +69,9 @@ class StepMetrics:
         self._keep(step, torch.cat([torch.stack(numbers), measured]), seconds, estimator, overhead)
 
     def publish_numbers(
-        self, step: int, numbers: Sequence[float], *, seconds: float, estimator: str, overhead: float
+        self, step: int, numbers: Sequence[float] | Tensor, *, seconds: float, estimator: str, overhead: float
     ) -> None:
-        """:meth:`publish` for numbers that are on the host: those of :data:`NAMES`, in that order."""
+        """:meth:`publish` for numbers that are together: those of :data:`NAMES`, in that order."""
         self.latest(wait=False)
         self._keep(step, numbers, seconds, estimator, overhead)
 

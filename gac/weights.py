@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gac.statistics.branch import Branch
+from gac_kernels.step_vector import WEIGHT_STRIDE, WEIGHTS_SIZE
 
 
 class Weights:
@@ -29,6 +30,33 @@ class Weights:
         self.present = pair > 0
         self.of = dict(zip(Branch, pair.unbind(), strict=True))
         self.undone = dict(zip(Branch, torch.where(self.present, 1.0 / pair, 0.0).unbind(), strict=True))
+
+
+class DeviceWeights(Weights):
+    """The same as views of one vector on the device, which the program that ends steps has written.
+
+    Args:
+        numbers: ``[16]`` float32: ``mu``, ``1 - mu`` and what undoes them, at every fourth place.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers
+        s, r, undone_s, undone_r = numbers.view(-1, WEIGHT_STRIDE).select(1, 0).unbind()
+        self.mu = s
+        self.of = {Branch.SFT: s, Branch.RL: r}
+        self.undone = {Branch.SFT: undone_s, Branch.RL: undone_r}
+
+    @classmethod
+    def first(cls, mu: Tensor) -> DeviceWeights:
+        """Of a ``mu`` that no program has made."""
+        made = Weights(mu)
+        numbers = torch.zeros(WEIGHTS_SIZE, dtype=torch.float32, device=mu.device)
+        numbers[::WEIGHT_STRIDE] = torch.stack([*made.of.values(), *made.undone.values()])
+        return cls(numbers)
+
+    @cached_property
+    def present(self) -> Tensor:  # type: ignore[override]
+        return torch.stack(list(self.of.values())) > 0
 
 
 class HostWeights(Weights):

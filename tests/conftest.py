@@ -13,6 +13,7 @@ SLOW = (
     "gac/bench",
     "gac/cli",
     "gac/distributed",
+    "gac/fused/test_interpreter.py",
     "gac/tasks",
     "gac/trainers",
     "gac_kernels/test_aot.py",

@@ -14,7 +14,7 @@ FLOORS = (
     ("gac.laws", "gac.observe", "gac.accumulation", "gac.cadence", "gac.silence"),
     ("gac.fused", "gac.sequences"),
     ("gac.metrics", "gac.options", "gac.saved", "gac.weights"),
-    ("gac.spending",),
+    ("gac.finishing", "gac.spending"),
     ("gac.measurement",),
     ("gac.branches", "gac.ending", "gac.following"),
     ("gac.report",),  # below the mixer, whose report() makes one when asked

@@ -244,9 +244,10 @@ def launches(trainer: Trainer) -> dict:
 
 
 def _own_kernels() -> tuple[str, ...]:
-    from gac_kernels.triton import kernels
+    from gac_kernels.triton import gather_kernel, kernels, step_kernels
 
-    return tuple(name for name in vars(kernels) if name.endswith("_kernel"))
+    modules = (kernels, gather_kernel, step_kernels)
+    return tuple(name for module in modules for name in vars(module) if name.endswith("_kernel"))
 
 
 def synchronizations(trainer: Trainer) -> dict[str, str]:

@@ -14,7 +14,7 @@ from gac.bench.figures import figures
 from gac.bench.kernels import describe
 from gac.bench.report import write_json
 
-_PARTS = {"kernels": "kernels.json", "step": "step.json"}
+_PARTS = {"kernels": "kernels.json", "step": "step.json", "ending": "ending.json"}
 
 
 def _load(path: Path) -> dict | None:
@@ -50,6 +50,7 @@ def summarize(folder: Path) -> dict:
         "facts": merged.get("facts"),
         "parts": {name: {"found": part is not None, "complete": part is not None and "seconds" in part}
                   for name, part in parts.items()},
+        "ending": parts["ending"],
         "exit_codes": exit_codes(log),
         "tests": pytest_counts(_text(folder / "tests.log")),
         "red_gates": [describe(row) for row in rows if not row.get("gate", {"ok": True})["ok"]],

@@ -328,6 +328,31 @@ class Ledger:
                 found = found + rows[:, 1].sum()
         return found
 
+    def gathers(self, branches: Sequence[int]) -> bool:
+        """Whether :meth:`gather` serves a step with these contributions."""
+        if self.by_module or self.layout.size == 0:
+            return False
+        scales = {(branch, id(scale)) for branch, scale in zip(branches, self._scales, strict=True)}
+        return not self.lossless or len(scales) == len(set(branches))  # one for each branch
+
+    def gather(
+        self, branches: Sequence[int], tokens: Tensor | None, time_noise: Tensor | None, broken: float, *, counts: bool
+    ) -> Tensor:
+        """``[13]``: :meth:`powers` over branches, :meth:`nonfinite`, :meth:`inner`, on a GPU by two launches.
+
+        Arguments are those of :func:`gac_kernels.triton.ending.gather`.
+        """
+        from gac_kernels.triton.ending import gather  # it imports Triton
+
+        scales = None
+        if self.lossless and self._scales:
+            of = dict(zip(branches, self._scales, strict=True))
+            scales = of.get(0, self._scales[0]), of.get(1, self._scales[0])
+        cells = None if self.lossless else self._cells.stop - self._cells.start
+        totals = self.totals[Branch.SFT], self.totals[Branch.RL]
+        told = {"tokens": tokens, "scales": scales, "time_noise": time_noise, "broken": broken, "counts": counts}
+        return gather(totals, self._rows, cells, branches, **told)
+
     def inner(self, both_totals: Tensor) -> Tensor:
         """``[3]``: ``|G_s|^2``, ``|G_r|^2``, ``<G_s, G_r>``, of this ledger's totals or of those of all ranks."""
         return pair_moments(*both_totals.view(2, -1).unbind())

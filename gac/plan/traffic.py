@@ -24,7 +24,8 @@ LAUNCH_SECONDS = 10e-6
 """Host time of one kernel launch; the range seen for Triton is 6 to 30 us."""
 
 STEP_OPERATIONS = 215
-"""Small tensor operations of one ``mixer.step()`` that ends in torch, as on GPUs; counted by the tests."""
+"""Small tensor operations of one ``mixer.step()`` that ends in torch; counted by the tests. For law ``gac``, whose
+steps end in one piece, this is an upper bound: nobody has timed that on a GPU yet."""
 
 OPERATION_SECONDS = 7e-6
 """Host time of one of them; measured, 1.3 ms a step on the CPU of cpu.json."""

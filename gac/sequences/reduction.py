@@ -91,5 +91,9 @@ class SequenceReduction:
         """:meth:`finish` in numbers."""
         return self.finish().on_host()
 
+    def finish_on_device(self) -> Tensor:
+        """:meth:`finish` as one vector."""
+        return self.finish().stacked()
+
     def _number(self, piece: Tensor) -> Tensor:
         return piece.reshape(()).to(self._dtype)

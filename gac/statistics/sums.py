@@ -47,8 +47,12 @@ class StepSums:
     module_power: Tensor | None = None
     module_norms: Tensor | None = None
 
+    def stacked(self) -> Tensor:
+        """``[13]``: all but those by module, in this order."""
+        pieces = (self.power, self.tokens, self.n, self.nonfinite, self.silent, self.norms, self.time_noise)
+        return torch.cat([x.reshape(-1) for x in pieces])
+
     def on_host(self) -> SumsOnHost:
         """The same as numbers; the host waits for the device."""
-        pieces = (self.power, self.tokens, self.n, self.nonfinite, self.silent, self.norms, self.time_noise)
-        ps, pr, ts, tr, ns, nr, nonfinite, silent, a, b, d, vs, vr = torch.cat([x.reshape(-1) for x in pieces]).tolist()
+        ps, pr, ts, tr, ns, nr, nonfinite, silent, a, b, d, vs, vr = self.stacked().tolist()
         return SumsOnHost((ps, pr), (ts, tr), (ns, nr), nonfinite, silent, (a, b, d), (vs, vr))

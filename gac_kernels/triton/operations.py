@@ -35,6 +35,7 @@ _dtype = operator.attrgetter("dtype")
 _FINISH_SLOTS = 8
 _REDUCE_BLOCK = 2048
 _absorb_slots: defaultdict[Any, Slot] = defaultdict(Slot)
+_pair_slots: defaultdict[Any, Slot] = defaultdict(Slot)
 
 
 def _reduce(plan: Chunks, order: Sequence[int], partials: Tensor, per_tensor: bool) -> Tensor:
@@ -105,6 +106,20 @@ def moments(tensors: Any, *, per_tensor: bool = False, block_scales: Any = None)
 
 def _pair(a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool, want: bool, per_tensor: bool) -> Any:
     """``pair_moments`` and ``mix_`` on pairs of contiguous tensors of supported dtypes."""
+    partials, plan, order = _pair_chunks(a, b, weight, mix=mix, want=want)
+    return _reduce(plan, order, partials, per_tensor) if want else None
+
+
+def pair_partials(a: Tensor, b: Tensor) -> Tensor:
+    """``[3, chunks]`` float64 that add up to the pair moments of two contiguous float32 vectors. One launch."""
+    like = (indexed(a.device), *map(kind, (a, b)))
+    return _pair_chunks([a], [b], 1.0, mix=False, want=True, slot=_pair_slots[like])[0]
+
+
+def _pair_chunks(
+    a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool, want: bool, slot: Slot | None = None
+) -> tuple[Tensor, Chunks, Sequence[int]]:
+    """The first stage: partial moments, if wanted, the chunks that they are of, and the order of the tensors."""
     device = indexed(a[0].device)
     launch.check_device(device)
     order, groups = by_dtype(list(zip(map(_dtype, a), map(_dtype, b), strict=True)))
@@ -126,6 +141,7 @@ def _pair(a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool
             partials,
             plan.count,
             *scalar_arguments(weight),
+            slot=slot,
             A=ELEMENTS[dtypes[0]],
             B=ELEMENTS[dtypes[1]],
             ACC=accumulator(*dtypes),
@@ -135,7 +151,7 @@ def _pair(a: list[Tensor], b: list[Tensor], weight: Tensor | float, *, mix: bool
             MOMENTS=want,
             BITWISE_BF16=interpreted(),
         )
-    return _reduce(plan, order, partials, per_tensor) if want else None
+    return partials, plan, order
 
 
 def pair_moments(a: Any, b: Any, *, per_tensor: bool = False) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import gac
+from gac.ending import why_in_torch
 from gac.observe import pending
 
 pytestmark = [
@@ -60,6 +61,28 @@ def test_launches_of_a_backward_pass(estimator, monkeypatch):
         with mixer.sft():
             added = kernels_of(lambda: mixer.backward(losses(model, inputs)[0])) - without
     assert 2 <= added <= 2 * math.ceil(size / (size // 4)) + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [({"estimator": "sketch"}, 5), ({"estimator": "exact"}, 5), ({"alpha": "kl", "prior": 0.3}, 5)],
+)
+def test_launches_of_the_end_of_a_step(options, most):
+    model = network()
+    inputs = torch.randn(64, 512, device="cuda", dtype=torch.bfloat16)
+    told = {"kl": 0.02} if "alpha" in options else {}
+    counts = []
+    with gac.patch(model, interval=3, report_interval=None, **options) as mixer:
+        for _ in range(6):
+            for _ in range(2):
+                with mixer.sft():
+                    mixer.backward(losses(model, inputs)[0])
+                with mixer.rl():
+                    mixer.backward(losses(model, inputs)[1])
+            counts.append(kernels_of(lambda: mixer.step(**told)))
+        assert why_in_torch(mixer.controller.law, mixer.device) is None
+    assert counts[3] <= most, counts  # the second measured step
+    assert counts[4] <= 1, counts
 
 
 @pytest.mark.parametrize("estimator", ["sketch", "exact"])

@@ -23,7 +23,8 @@ from triton.compiler import ASTSource
 
 from gac_kernels import SketchLayout
 from gac_kernels import triton as operations
-from gac_kernels.triton import config
+from gac_kernels.step_vector import SIZE, WEIGHTS_SIZE
+from gac_kernels.triton import config, ending
 from gac_kernels.triton import launch as starting
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -116,6 +117,20 @@ def recorded_launches() -> dict[str, tuple]:
     operations.absorb_(m, m.clone(), m.clone(), mu)
     label = "/no_previous"
     operations.absorb_(m, None, m.clone(), 0.5, into=torch.zeros(3, dtype=torch.float64))
+    totals, rows, number = (torch.zeros(3000), torch.zeros(3000)), torch.zeros(8, 6, dtype=torch.float64), mu.double()
+    label = "/sketch"
+    ending.gather(totals, rows, 3, [0, 0, 1], tokens=torch.zeros(3, dtype=torch.float64), time_noise=rows[0, :2])
+    label = "/exact"
+    ending.gather(totals, rows, None, [0, 0, 1], scales=(mu, mu))
+    state, options = torch.zeros(SIZE, dtype=torch.float64), {"table": rows, "options": rows, "averages": 2}
+    told = {"alpha": number, "prior": number, "kl": number, "follows_kl": True}
+    weights = torch.zeros(WEIGHTS_SIZE)
+    label = "/sums"
+    ending.finish(rows, state, weights, **options, **told)
+    label = "/statistics"
+    ending.finish(rows, state, weights, from_statistics=True, **options)
+    label = "/nothing"
+    ending.finish(None, state, weights, **options | {"averages": 1})
     label = ""
     mask = torch.ones(3, 9, dtype=torch.bool)
     operations.token_moments(torch.zeros(3, 9), torch.zeros(3), mask, torch.zeros(3, dtype=torch.bool))
@@ -149,7 +164,15 @@ def _wide_accesses(ptx: str, kind: str) -> int:
     return len(re.findall(rf"{kind}\.global[\w.:]*\.(?:v4\.[bfus]32|v2\.[bfus]64)", ptx))
 
 
-_HEAVIEST = ("sketch_kernel/", "/running", "mix+moments", "token_kernel", "kronecker_kernel/")
+_HEAVIEST = (
+    "sketch_kernel/",
+    "/running",
+    "mix+moments",
+    "token_kernel",
+    "kronecker_kernel/",
+    "gather_kernel/sketch",
+    "/sums",
+)
 _LIGHTER = ("fp16", "bf16/bf16", "fp64/fp64")
 
 

@@ -19,7 +19,8 @@ from triton.runtime import driver
 
 from gac_kernels import SketchLayout, cpu
 from gac_kernels import triton as operations
-from gac_kernels.triton import config, kernels
+from gac_kernels.step_vector import SIZE, WEIGHTS_SIZE
+from gac_kernels.triton import config, ending, gather_kernel, kernels, step_kernels
 from gac_kernels.triton import launch as starting
 
 reached: list[tuple] = []
@@ -153,6 +154,8 @@ def main() -> dict:
     watched = ("sketch_kernel", "sketch_finish_kernel", "sketch_absorb_kernel", "accumulate_kernel", "reduce_kernel")
     for name in (*watched, "absorb_kernel"):
         watch(getattr(kernels, name))
+    for kernel in (kernels.pair_kernel, gather_kernel.gather_kernel, step_kernels.finish_kernel):
+        watch(kernel)
     if "--unprepared" in sys.argv:
         starting.PREPARED_VERSIONS = ((99, 0), (99, 9))
         starting._KNOBS = starting._runtime_knobs()
@@ -178,6 +181,17 @@ def main() -> dict:
     calls = (("sketch", sketched(scale=mu)), ("accumulate_", accumulated), ("absorb_", absorbed))
     for name, call in (*calls, ("absorb_sketch_", absorb(vectors[0]))):
         found[name] = [observed(call) for _ in range(3)]
+    numbers, totals = torch.zeros(8, 6, dtype=torch.float64), torch.zeros(2, 4096)
+    state, weights = torch.zeros(SIZE, dtype=torch.float64), torch.zeros(WEIGHTS_SIZE)
+    common = {"table": numbers, "options": numbers, "averages": 2}
+    gathered = lambda: ending.gather((totals[0], totals[1]), numbers, 4, [0, 1])
+    found["gather"] = [observed(gathered) for _ in range(3)]
+    found["finish"] = [observed(lambda: ending.finish(numbers, state, weights, **common)) for _ in range(3)]
+    found["nothing"] = [observed(lambda: ending.finish(None, state, weights, **common)) for _ in range(2)]
+    told = {"alpha": mu.double(), "prior": 0.3}
+    found["told"] = [observed(lambda: ending.finish(numbers, state, weights, **common, **told)) for _ in range(2)]
+    rows = torch.zeros(16, 4, dtype=torch.float64)  # other sizes, the same program
+    found["longer"] = [observed(lambda: ending.gather((totals[0], totals[1]), rows, 1, [0] * 16))]
     moved = [t.clone() for t in gradients]
     found["moved"] = [observed(sketched(moved, scale=mu)) for _ in range(2)]
     found["other scale"] = [observed(sketched(scale=scales[0])), observed(sketched(scale=scales[4]))]

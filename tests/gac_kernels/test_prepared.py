@@ -39,7 +39,7 @@ def launched(call: dict) -> list:
 
 
 def test_repeated_calls_go_to_the_launcher(prepared):
-    counts = {"sketch": 2, "accumulate_": 2, "absorb_": 1, "absorb_sketch_": 2}
+    counts = {"sketch": 2, "accumulate_": 2, "absorb_": 1, "absorb_sketch_": 2, "gather": 2, "finish": 1}
     for name, count in (counts | {"weighted": 2, "absorbed weighted": 2, "no into": 2}).items():
         first, second, third = prepared[name]
         assert len(first["reached"]) == count
@@ -50,6 +50,19 @@ def test_repeated_calls_go_to_the_launcher(prepared):
     assert [call["ordinary"] for call in moved] == [[], []]  # another table of addresses, nothing else
     table = lambda call: call["reached"][0][4][0]
     assert table(moved[0]) == table(moved[1]) != table(prepared["sketch"][2])
+
+
+def test_the_end_of_a_step_has_a_program_for_each_kind_of_step(prepared):
+    for name in ("nothing", "told"):
+        first, second = prepared[name]
+        assert first["ordinary"] == ["finish_kernel"], name
+        assert second["ordinary"] == [], name
+    (longer,) = prepared["longer"]
+    assert longer["ordinary"] == []
+    assert [name for name, *_ in longer["reached"]] == ["pair_kernel", "gather_kernel"]
+    assert longer["reached"][1][1] == [1, 1, 1]  # one program
+    numbers = longer["reached"][1][4]
+    assert [numbers[k] for k in (3, 4, 5, 6)] == ["4", "16", "16", "1"]  # stride, rows, contributions, cells
 
 
 def test_arguments_of_another_kind_are_compiled_for(prepared):

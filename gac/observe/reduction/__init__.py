@@ -24,6 +24,6 @@ __all__ = ["LocalReduction", "Reduction", "ReplicaReduction", "ShardReduction", 
 def reduce_step(observer: Observer, device: torch.device, topology: Topology, **more: Any) -> Reduction:
     """Posts the sums of a step that has ended; arguments and all else are those of :class:`Reduction`."""
     kind: type[Reduction] = ShardReduction if topology.sharded else ReplicaReduction
-    if topology.ranks == 1 and not topology.sharded and device.type == "cpu":
+    if topology.ranks == 1 and not topology.sharded and device.type in ("cpu", "cuda"):
         kind = LocalReduction
     return kind(observer, device, topology, **more)

@@ -67,6 +67,10 @@ class Reduction(ABC):
         """The sums as numbers, without those by module; the host waits."""
         return self.finish().on_host()
 
+    def finish_on_device(self) -> Tensor:
+        """The sums as one vector, ``[13]``, without those by module: :meth:`gac.statistics.sums.StepSums.stacked`."""
+        return self.finish().stacked()
+
     @abstractmethod
     def _pack(self) -> dict[str, Tensor]:
         """What this rank adds to the message, by name."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gac.observe.observer import Observer
 from gac.observe.reduction.replica import ReplicaReduction
+from gac.observe.reduction.weights import scalar
 from gac.statistics.branch import Branch
 from gac.statistics.sums import StepSums, SumsOnHost
 
@@ -18,6 +21,7 @@ class LocalReduction(ReplicaReduction):
     def __init__(self, observer: Observer, device: torch.device, *arguments: Any, **more: Any) -> None:
         self._begin = lambda: super(LocalReduction, self).__init__(observer, device, *arguments, **more)
         self._observer, self._time_noise = observer, more["time_noise"]
+        self._device = device
         self.costs = more.get("costs")
 
     def finish(self) -> StepSums:
@@ -47,3 +51,27 @@ class LocalReduction(ReplicaReduction):
             norms=(norms[0], norms[1], norms[2]),
             time_noise=tuple(self._time_noise.tolist()),
         )
+
+    def finish_on_device(self) -> Tensor:
+        ledgers, seen = self._observer.ledgers, self._observer.seen
+        branches = [int(c.branch is Branch.RL) for c in seen.contributions]
+        if self._observer.by_module or not all(ledger.gathers(branches) for ledger in ledgers):
+            return self.finish().stacked()
+        parts = []
+        for k, ledger in enumerate(ledgers):
+            first = k == 0  # what is no sum over parameters counts once
+            noise = self._time_noise if first else None
+            tokens = self._tokens(ledger.device)
+            parts.append(ledger.gather(branches, tokens, noise, float(seen.broken and first), counts=first))
+        return functools.reduce(torch.add, (part.to(self._device, non_blocking=True) for part in parts))
+
+    def _tokens(self, device: torch.device) -> Tensor | None:
+        """``[K]``: what each contribution counts for; None where all count 1."""
+        told = [c.tokens for c in self._observer.seen.contributions]
+        if all(t is None for t in told):
+            return None
+        if not any(isinstance(t, Tensor) for t in told):
+            from gac_kernels.triton.ending import upload  # it imports Triton
+
+            return upload([1.0 if t is None else float(t) for t in told], device)
+        return torch.stack([scalar(t, device, torch.float64) for t in told])

@@ -32,23 +32,28 @@ class Model(torch.nn.Module):
 
     def loss(self, draw: random.Random) -> torch.Tensor:
         generator = torch.Generator().manual_seed(draw.randrange(2**31))
-        x = torch.randn(4, 6, generator=generator)
-        return (self.layers(x) - torch.randn(4, 3, generator=generator)).square().mean()
+        device = next(self.parameters()).device
+        x, y = torch.randn(4, 6, generator=generator), torch.randn(4, 3, generator=generator)
+        return (self.layers(x.to(device)) - y.to(device)).square().mean()
 
 
-def train(case: str, steps: int, *, load: dict | None = None, first: int = 0):
+KINDS = ("plain", "plain", "tokens", "lone", "no demonstrations", "broken", "mixed")
+
+
+def train(case: str, steps: int, *, load: dict | None = None, first: int = 0, device="cpu", kinds=KINDS):
     """The mixer after each step, on draws that depend on the step alone."""
-    model = Model()
+    model = Model().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
     with gac.patch(model, **{"interval": 1} | CASES[case]) as mixer:
         if load is not None:
             mixer.load_state_dict(load)
         for step in range(first, first + steps):
             draw = random.Random(f"{case} {step}")
-            kind = draw.choice(["plain", "plain", "tokens", "lone", "no demonstrations", "broken", "mixed"])
+            kind = draw.choice(kinds)
             if kind == "mixed" and case == "auto":
-                rows = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
-                mixer.observe_tokens(-rows.abs(), rows[:, 0], torch.ones(5, 3), torch.arange(5) < 2)
+                rows = torch.randn(5, 3, generator=torch.Generator().manual_seed(step)).to(device)
+                experts = (torch.arange(5) < 2).to(device)
+                mixer.observe_tokens(-rows.abs(), rows[:, 0], torch.ones_like(rows), experts)
                 mixer.mixed_loss(sft_loss=model.loss(draw), rl_loss=model.loss(draw)).backward()
             else:
                 for branch in (mixer.sft, mixer.rl):

@@ -1,0 +1,45 @@
+"""The end of a step, timed by part."""
+
+import json
+from time import sleep
+
+import pytest
+import torch
+
+from gac.bench import ending
+
+
+def test_the_parts_of_a_step(tmp_path):
+    assert ending.main(["--rounds", "3", "--out", str(tmp_path / "ending.json")]) == 0
+    found = json.loads((tmp_path / "ending.json").read_text())
+    assert set(found) == {"sketch", "exact", "seconds"}
+    for estimator in ("sketch", "exact"):
+        measured, unmeasured = found[estimator]["measured"], found[estimator]["unmeasured"]
+        assert set(measured["parts"]) == set(ending.PARTS)
+        assert measured["parts"]["sums"] > 0 < measured["parts"]["metrics"]
+        assert sum(measured["parts"].values()) < measured["host"]
+        assert not any(unmeasured["parts"].values())  # it is passed by
+        assert 0 < unmeasured["host"] < measured["host"]
+
+
+def test_a_part_has_no_time_of_those_within_it():
+    parts = ending.Parts()
+    inner = parts._timed("inner", lambda: sleep(0.05))
+    outer = parts._timed("outer", lambda: (inner(), sleep(0.02)))
+    outer()
+    assert parts.seconds["inner"] >= 0.05
+    assert 0.02 <= parts.seconds["outer"] < 0.05
+
+
+def test_steps_are_as_before_once_they_were_watched():
+    before = [getattr(owner, name) for owner, names in ending.PARTS.values() for name in names]
+    with pytest.raises(RuntimeError, match="stop"), ending.Parts().watching():
+        raise RuntimeError("stop")
+    assert [getattr(owner, name) for owner, names in ending.PARTS.values() for name in names] == before
+
+
+def test_what_is_predicted_is_what_the_program_starts():
+    """3 programs and 2 fills; ``tests/gac/fused/test_device.py`` counts them."""
+    assert ending.PREDICTED["measured"]["kernels"] == 5
+    assert ending.PREDICTED["unmeasured"]["kernels"] == 1
+    assert ending.Steps(torch.device("cpu")).mixer.estimator == "sketch"
