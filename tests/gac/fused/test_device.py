@@ -301,7 +301,9 @@ def test_a_branch_whose_contributions_differ_in_scale():
 # -- mixers -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("case", "steps"), [("every third step", 9), ("exact", 4), ("by module", 3), ("auto", 6)])
+@pytest.mark.parametrize(
+    ("case", "steps"), [("every third step", 9), ("exact", 4), ("by module", 3), ("auto", 6), ("coefficient", 3)]
+)
 def test_both_ways_agree(case, steps, in_torch):
     in_torch(True)
     expected = [(everything(mixer), mixer.state_dict()) for mixer in train(case, steps, device=DEVICE)]

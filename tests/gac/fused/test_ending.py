@@ -21,6 +21,7 @@ CASES = {
     "kl": {"alpha": "kl"},
     "one half-life": {"half_life": 10, "cap": 0.3, "mu_min": 0.0, "mu_max": 1.0},
     "auto": {"estimator": "auto"},
+    "coefficient": {"estimator": "coefficient", "interval": 2, "momentum": 0.9},
 }
 
 
@@ -50,7 +51,7 @@ def train(case: str, steps: int, *, load: dict | None = None, first: int = 0, de
         for step in range(first, first + steps):
             draw = random.Random(f"{case} {step}")
             kind = draw.choice(kinds)
-            if kind == "mixed" and case == "auto":
+            if (kind == "mixed" and case == "auto") or case == "coefficient":
                 rows = torch.randn(5, 3, generator=torch.Generator().manual_seed(step)).to(device)
                 experts = (torch.arange(5) < 2).to(device)
                 mixer.observe_tokens(-rows.abs(), rows[:, 0], torch.ones_like(rows), experts)
