@@ -33,6 +33,7 @@ FLOORS = (
         "benchmarks.conftest",
         "benchmarks.fallback",
         "benchmarks.kill_and_resume",
+        "benchmarks.on_device",
         "benchmarks.overhead",
         "benchmarks.sequences",
         "benchmarks.study",
