@@ -270,7 +270,13 @@ def test_function_modes_do_not_change_results(made):
 def test_a_list_is_described_as_python_sees_it(monkeypatch):
     describe = cpu_builtins.builtins_for(LIBRARY.quick, {cpu_builtins.DESCRIBE: lambda tensors: None})["describe"]
     plain = [values(n, dtype=d, seed=n) for n in (0, 1, 7, 300) for d in arguments.KNOWN_DTYPES]
-    lists = [[], plain, plain[:: len(arguments.KNOWN_DTYPES)], [torch.nn.Parameter(values(3, 5)), values(2, 1, 4)], [values()]]
+    lists = [
+        [],
+        plain,
+        plain[:: len(arguments.KNOWN_DTYPES)],
+        [torch.nn.Parameter(values(3, 5)), values(2, 1, 4)],
+        [values()],
+    ]
     for tensors in lists:
         numbers = memoryview(describe(tensors)).cast("q").tolist()
         dtypes = [arguments.KNOWN_DTYPES.index(t.dtype) for t in tensors]
