@@ -1,6 +1,8 @@
 // Contiguous elements whose type is known at run time: to float64 and back, and the count of non-finite ones.
 #pragma once
 
+#include <array>
+
 #include "types.h"
 
 namespace gac {
@@ -32,6 +34,18 @@ void convert(const void* data, int64_t n, A* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(to_double(x[i]));
 }
 
+// The same of 8 bits: there are no more than 256 of them.
+template <class T, class A>
+void look_up(const void* data, int64_t n, A* out) {
+  static const std::array<float, 256> numbers = [] {
+    std::array<float, 256> all{};
+    for (int code = 0; code < 256; ++code) all[code] = to_float(T{static_cast<uint8_t>(code)});
+    return all;
+  }();
+  const T* x = static_cast<const T*>(data);
+  for (int64_t i = 0; i < n; ++i) out[i] = numbers[x[i].bits];
+}
+
 // A is double, or float for what is no float64.
 template <class A>
 void widen(int dtype, const void* x, int64_t n, A* out) {
@@ -39,8 +53,8 @@ void widen(int dtype, const void* x, int64_t n, A* out) {
     case kFloat32: return convert<float>(x, n, out);
     case kBFloat16: return convert<bf16>(x, n, out);
     case kFloat16: return convert<fp16>(x, n, out);
-    case kFloat8E4M3: return convert<e4m3>(x, n, out);
-    case kFloat8E5M2: return convert<e5m2>(x, n, out);
+    case kFloat8E4M3: return look_up<e4m3>(x, n, out);
+    case kFloat8E5M2: return look_up<e5m2>(x, n, out);
     default: return convert<double>(x, n, out);
   }
 }

@@ -117,6 +117,8 @@ def scalar_arguments(value: Tensor | float) -> tuple[Tensor | None, float, float
     """A checked scalar as kernel arguments: a pointer, or two float32 parts."""
     if isinstance(value, Tensor):
         return value, 0.0, 0.0
+    if value == 1.0:  # what is usual costs nothing
+        return None, 1.0, 0.0
     return (None, *split(value))
 
 

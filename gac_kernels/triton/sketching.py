@@ -81,8 +81,10 @@ def _direct_sketch(
     one, factor, vectors = None, 1.0 if scale is None else scale, []
     if block_scales is None and not per_tensor and isinstance(out, Tensor):
         vectors = [out, out if into is None else into]
+        if isinstance(factor, Tensor):
+            vectors.append(factor)
         options = (layout, listed(regions), listed(starts), seed, bool(accumulate), into is None, eps, type(factor))
-        one = seen(tensors, second_moments, vectors + [factor] * isinstance(factor, Tensor), options)
+        one = seen(tensors, second_moments, vectors, options)
     if one is not None:
         known = _sketches.get(one.key)
         if known is not None and known.ready(one):
@@ -109,8 +111,7 @@ def _direct_sketch(
     plan, read, seconds = _planned(call, into is None)
     result = plan.finish(call, *plan.start(call, read, seconds))
     if one is not None:
-        count = len(vectors) + isinstance(factor, Tensor)
-        remembered(_sketches, plan, plan.eps(call), plan.finish_slot(call), plan.finish_programs, one, count)
+        remembered(_sketches, plan, plan.eps(call), plan.finish_slot(call), plan.finish_programs, one, len(vectors))
     return result
 
 

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2")
+ONE_LIST = ("moments", "sketch", "accumulate_", "absorb_sketch_")
+"""Operations that read 8-bit floats as they are, and scales of their blocks."""
+
 SIZES = (0, 1, 2, 3, 7, 31, 32, 33, 64, 127, 255, 257, 1023, 1024, 1025, 2049, 3000)
 VIEWS = ("plain", "plain", "offset", "step", "turned", "columns", "expanded", "scalar", "parameter")
 OPERATIONS = (
@@ -58,6 +62,18 @@ class Tensors:
             made[(0,) * made.dim()] = float(self.poison)
         return made
 
+    def scales(self, made: Tensor) -> Tensor | None:
+        """Scales of the blocks of what :meth:`make` gave; None where it can have none."""
+        whole = made.dim() == 1 or (made.dim() > 1 and made.shape[-1] % 32 == 0)
+        if self.dtype not in EIGHT_BITS or not whole:
+            return None
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (*made.shape[:-1], -(-made.shape[-1] // 32))
+        found = torch.randint(117, 138, shape, generator=generator, dtype=torch.uint8)
+        if self.poison and self.seed % 3 == 0:
+            found[..., -1:] = 255
+        return found
+
 
 @dataclass(frozen=True)
 class Call:
@@ -79,11 +95,12 @@ def drawn(seed: int, number: int) -> Call:
     rare = lambda share: r.random() < share
     operation = r.choice(OPERATIONS)
     count = r.choice((0, 1, 1, 2, 3, 5, 12))
-    same, ill = r.choice(DTYPES), rare(0.1)
+    dtypes = DTYPES + EIGHT_BITS if operation in ONE_LIST else DTYPES
+    same, ill = r.choice(dtypes), rare(0.1)
     tensors = tuple(
         Tensors(
             numel=r.choice(SIZES),
-            dtype=same if rare(0.6) else r.choice(DTYPES),
+            dtype=same if rare(0.6) else r.choice(dtypes),
             view=r.choice(VIEWS),
             seed=r.randrange(100),
             size=r.choice((1.0, 1.0, 2.0**-6, 64.0)),
@@ -138,5 +155,7 @@ def drawn(seed: int, number: int) -> Call:
             "strided": rare(0.3),
         }
         tensors = (Tensors(1, same, seed=r.randrange(100)),)
+    if operation in ONE_LIST:
+        options["scales"] = rare(0.4) and not options.get("second")
     wrong = r.choice(WRONG) if rare(0.08) and tensors and operation in ("moments", "pair_moments", "sketch") else None
     return Call(operation, tensors, options, wrong)

@@ -25,6 +25,7 @@ def accumulate(call: Call, backend: ModuleType, name: str) -> str | None:
     """What is off in a call of ``accumulate_``."""
     o, tensors = call.options, [spec.make() for spec in call.tensors]
     numels = [t.numel() for t in tensors]
+    scales = [spec.scales(t) for spec, t in zip(call.tensors, tensors, strict=True)] if o["scales"] else None
     ends = [sum(numels[:k]) for k in range(len(numels) + 1)]
     arguments: dict = {"scale": _scale(call), "per_tensor": o["per_tensor"]}
     offsets, size = ends[:-1], ends[-1]
@@ -34,10 +35,14 @@ def accumulate(call: Call, backend: ModuleType, name: str) -> str | None:
     elif o["layout"] == "pieces":  # of the second of two regions, the last first, with gaps
         starts = [ends[k] + 5 * k for k in range(len(numels))]
         tensors, numels, starts = tensors[::-1], numels[::-1], starts[::-1]
+        scales = None if scales is None else scales[::-1]
         layout = SketchLayout((7, ends[-1] + 5 * len(numels) + 1), 1, o["seed"], o["lanes"])
         arguments |= {"layout": layout, "regions": [1] * len(numels), "starts": starts}
         offsets, size = [7 + s for s in starts], layout.size
-    taken, units = [truth.flat(t) for t in tensors], [0.0] * len(tensors)
+    taken = truth.scaled(tensors, [None] * len(tensors) if scales is None else scales)
+    units = [0.0] * len(tensors)
+    if scales is not None:
+        arguments["block_scales"] = scales
     if o["second"]:
         seconds = truth.second_moments(tensors)
         arguments |= {"second_moments": seconds, "eps": o["eps"]}
@@ -94,6 +99,9 @@ def absorb_sketch(call: Call, backend: ModuleType, name: str) -> str | None:
     else:
         layout = SketchLayout(tuple(numels), o["rows"], o["seed"], o["lanes"])
     taken, error = tensors, 0.0
+    if o["scales"]:
+        scales = [spec.scales(t) for spec, t in zip(call.tensors, tensors, strict=True)]
+        arguments["block_scales"], taken = scales, truth.scaled(tensors, scales)
     if o["second"]:
         seconds = truth.second_moments(tensors)
         arguments |= {"second_moments": seconds, "eps": o["eps"]}

@@ -6,6 +6,8 @@ from who adds what): see there.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,20 @@ def far(what: str, got: Tensor, want: Tensor, bound: Tensor) -> str | None:
 
 def second_moments(tensors: list[Tensor]) -> list[Tensor]:
     """One for each tensor, of its dtype, some elements 0."""
-    return [t.detach().abs().contiguous() * (torch.arange(t.numel()).view(t.shape) % 7 != 0) for t in tensors]
+    wide = [t.detach().double().abs() * (torch.arange(t.numel()).view(t.shape) % 7 != 0) for t in tensors]
+    return [v.to(t.dtype) for v, t in zip(wide, tensors, strict=True)]
+
+
+def scaled(tensors: list[Tensor], scales: list[Tensor | None]) -> list[Tensor]:
+    """``[n]`` each: elements times ``2**(e - 127)`` with the ``e`` of their 32; NaN where that is 255."""
+    found = []
+    for x, s in zip(tensors, scales, strict=True):
+        values = flat(x)
+        if s is not None:
+            powers = torch.tensor([math.nan if e == 255 else 2.0 ** (e - 127) for e in s.reshape(-1).tolist()])
+            values = values * powers.double()[torch.arange(len(values)) // 32]
+        found.append(values)
+    return found
 
 
 def moments(tensors: list[Tensor]) -> Tensor:

@@ -100,9 +100,13 @@ def _refused(call: Call, backend: ModuleType) -> str | None:
 def _moments(call: Call, backend: ModuleType, name: str) -> str | None:
     tensors = [spec.make() for spec in call.tensors]
     copies = [t.detach().clone() for t in tensors]
-    rows = truth.moments(tensors)
-    want = rows if call.options["per_tensor"] else rows.sum(0)
-    got = backend.moments(tensors, **call.options)
+    scales = [spec.scales(t) if call.options["scales"] else None for spec, t in zip(call.tensors, tensors, strict=True)]
+    rows = truth.moments(truth.scaled(tensors, scales))
+    per_tensor = call.options["per_tensor"]
+    want = rows if per_tensor else rows.sum(0)
+    got = backend.moments(
+        tensors, per_tensor=per_tensor, **({"block_scales": scales} if call.options["scales"] else {})
+    )
     bound = truth.sums_bound(want[..., 0], tensors, name)
     found = far("squares", got[..., 0], want[..., 0], bound)
     if found is None and not torch.equal(got[..., 1], want[..., 1]):
@@ -111,7 +115,8 @@ def _moments(call: Call, backend: ModuleType, name: str) -> str | None:
 
 
 def _changed(tensors: list[Tensor], copies: list[Tensor]) -> str | None:
-    same = [bool(((t == c) | (t.isnan() & c.isnan())).all()) for t, c in zip(tensors, copies, strict=True)]
+    wide = [(t.detach().double(), c.double()) for t, c in zip(tensors, copies, strict=True)]
+    same = [bool(((t == c) | (t.isnan() & c.isnan())).all()) for t, c in wide]
     return None if all(same) else "an input was changed"
 
 
@@ -190,6 +195,9 @@ def _sketch(call: Call, backend: ModuleType, name: str) -> str | None:
         arguments |= {"second_moments": seconds, "eps": o["eps"]}
         taken = [truth.weighted(x, v, o["eps"]) for x, v in zip(tensors, seconds, strict=True)]
         error = 7.01 * (U64 if wide and name != "triton" else U32)
+    if o["scales"] and o["layout"] == "own":  # elsewhere tensors begin anywhere
+        scales = [spec.scales(t) for spec, t in zip(call.tensors, tensors, strict=True)]
+        arguments["block_scales"], taken = scales, truth.scaled(tensors, scales)
     scale = 1.0 if o["scale"] is None else o["scale"]
     if o["scale"] is not None:
         arguments["scale"] = torch.tensor(scale, dtype=torch.float64) if o["tensor"] else scale

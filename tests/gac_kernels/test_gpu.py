@@ -92,6 +92,28 @@ def test_the_same_bits_every_time_on_large_lists(dtype):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_repeated_calls_give_what_checked_ones_do(weighted):
+    """The second and third call go straight to the launches: with the same tensors, and with others elsewhere."""
+    layout = SketchLayout.per_tensor([t.numel() for t in gradients(count=20)], size=50_000, seed=5)
+    lists = [gradients(count=20), [t.roll(1) for t in gradients(count=20)]]
+    mu = torch.tensor(MU, device="cuda")
+    found = []
+    for k in (0, 0, 1):
+        options = {"layout": layout, "second_moments": [t.float().square() for t in lists[k]] if weighted else None}
+        out, previous, total = (torch.zeros(layout.size, device="cuda") for _ in range(3))
+        into, sums = (torch.zeros(n, dtype=torch.float64, device="cuda") for n in (2, 2 + layout.cells))
+        gac_kernels.sketch(lists[k], out, scale=mu, into=into, **options)
+        gac_kernels.absorb_sketch_(lists[k], previous, total, mu, into=sums, **options)
+        alone = torch.zeros_like(out)
+        moments = gac_kernels.sketch(lists[k], alone, scale=mu, per_tensor=True, **options)  # always checked
+        assert torch.equal(alone, out)
+        torch.testing.assert_close(into, moments.sum(0), rtol=1e-12, atol=0)
+        found.append((out, into, previous, total, sums))
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
+    assert not torch.equal(found[0][0], found[2][0])
+
+
 def test_the_same_sketch_as_the_reference_on_the_host():
     tensors = gradients(count=20)
     layout = SketchLayout.per_tensor([t.numel() for t in tensors], size=50_000, seed=5)
