@@ -24,7 +24,7 @@ from gac.sequences.alignment import Alignments
 from gac.sequences.check import GradientCheck
 from gac.sequences.layers import Layer, find_layers
 from gac.sequences.options import SequenceOptions
-from gac.sequences.rows import Given, Rows
+from gac.sequences.rows import Chosen, Given, Rows
 from gac.sequences.sources import StepOfSources
 from gac.sequences.step import Signs, Sketches, StepSums
 from gac.sequences.supported import check_supported
@@ -203,6 +203,20 @@ class SequenceObserver(Observer):
         finally:
             self._drop()
             self._rows = None
+
+    @contextmanager
+    def selected(self, chosen: Chosen) -> Iterator[None]:
+        """Layers called inside may get these tokens of the batch's sequences alone."""
+        if self._rows is not None and len(chosen.bounds) != self._rows.count + 1:
+            raise ValueError(
+                f"lengths must have a number for each of the {self._rows.count} rows of the batch, got "
+                f"{len(chosen.bounds) - 1}"
+            )
+        self._taps.chosen = chosen
+        try:
+            yield
+        finally:
+            self._taps.chosen = None
 
     @property
     def in_batch(self) -> bool:

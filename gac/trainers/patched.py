@@ -72,6 +72,7 @@ class PatchedGRPOTrainer(GroupedGRPOTrainer):
             report_interval=self.args.gac_report_interval,
             scaler=self.accelerator.scaler,  # of fp16=True, else None
             carries_out_rules=True,
+            **self._of_sequences(),
             **options,
         )
         self.mixer.follow(self.optimizer)  # the trainer ends the mixer's steps itself
@@ -79,6 +80,12 @@ class PatchedGRPOTrainer(GroupedGRPOTrainer):
         if self._mixer_state is not None:
             self.mixer.load_state_dict(self._mixer_state)
         return prepared
+
+    def _of_sequences(self) -> dict[str, Any]:
+        """Options of :func:`gac.patch` for ``estimator="sequence"``."""
+        options = dict(cast("dict[str, Any]", self.args.gac_sequences or {}))
+        size = {"sketch_size": options.pop("sketch_size")} if "sketch_size" in options else {}
+        return size | ({"sequences": options} if options else {})
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         try:
