@@ -70,7 +70,7 @@ class Mixer(SequenceMethods):
         """Puts hooks on what is trainable now, and begins a measurement of it."""
         model, options = self._model, self._options
         parameters = trainable(model, owner=self)
-        topology = topology_of(model, parameters, options.process_group)
+        topology = topology_of(model, parameters, options.process_group, of_layers=options.estimator == "sequence")
         if topology.managed:
             deepspeed.check(model, optimizer=options.optimizer, in_optimizer_space=options.in_optimizer_space)
         if cadence is None:

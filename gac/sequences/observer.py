@@ -27,7 +27,7 @@ from gac.sequences.options import SequenceOptions
 from gac.sequences.rows import Chosen, Given, Rows
 from gac.sequences.sources import StepOfSources
 from gac.sequences.step import Signs, Sketches, StepSums
-from gac.sequences.supported import check_supported
+from gac.sequences.supported import WRAPPER, check_supported
 from gac.sequences.taps import Kept, Taps
 from gac.statistics.branch import Branch
 
@@ -64,7 +64,8 @@ class SequenceObserver(Observer):
         options: SequenceOptions,
         topology: Topology,
     ) -> None:
-        check_supported(model, parameters, topology)
+        check_supported(model, parameters)
+        parameters = [(name.replace(WRAPPER, ""), p) for name, p in parameters]
         self.layers = find_layers(model, parameters, options.sketch_size)
         if not self.layers.slots:
             raise ValueError(
@@ -89,7 +90,7 @@ class SequenceObserver(Observer):
         self._given: Given | None = None  # what the pass under way began with
         self._lost: set[str] = set()  # that were named
         self._unexplained: set[int] = set()  # numbers of slots that are left out
-        self._check = GradientCheck(self.layers, parameters) if topology.ranks == 1 else None
+        self._check = GradientCheck(self.layers, parameters) if topology.ranks == 1 and not topology.managed else None
         self._undone: Tensor | None = None  # of the branch under way
         self.sources: deque[StepOfSources] = deque(maxlen=HISTORY)
         self.alignments = Alignments()
