@@ -134,6 +134,11 @@ class SequenceMethods:
             raise RuntimeError("mixer.sources() has nothing to tell yet: pass sources= to mixer.batch")
         return table_of(observer.sources)
 
+    def _known_sources(self) -> SourceTable | None:
+        """The table of sources; None where there is none."""
+        observer = self._measurement.observer  # type: ignore[attr-defined]
+        return table_of(observer.sources) if isinstance(observer, SequenceObserver) and observer.sources else None
+
     def alignment(self, index: Sequence[int] | None = None) -> Alignment:
         """How demonstrations point, compared with the RL gradient: of those of ``index``, or of all that were seen.
 

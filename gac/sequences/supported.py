@@ -18,8 +18,8 @@ def check_supported(model: nn.Module, parameters: Sequence[tuple[str, nn.Paramet
     """Raises ValueError where layers do not see whole sequences, or have no parameters of their own."""
     if any(not wrapped._use_orig_params for wrapped in fsdp1_modules(model)):  # type: ignore[operator]
         raise ValueError(
-            'estimator="sequence" under FSDP1 needs FullyShardedDataParallel(use_orig_params=True): otherwise layers have '
-            "no parameters of their own"
+            'estimator="sequence" under FSDP1 needs FullyShardedDataParallel(use_orig_params=True) '
+            "(accelerate's fsdp_use_orig_params): otherwise layers have no parameters of their own"
         )
     split = [name for name, p in parameters if is_dtensor(p) and _shards(p) > 1]
     sharded = [name for name, p in parameters if is_dtensor(p)]

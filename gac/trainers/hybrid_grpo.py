@@ -57,7 +57,7 @@ class HybridGRPOTrainer(LoggedGRPOTrainer):
 
     Raises:
         ValueError: empty `sft_dataset` or missing columns; a law that follows KL with ``beta=0``, or whose options do
-            not fit ``num_generations``; DeepSpeed or FSDP1 (the message says why).
+            not fit ``num_generations``; DeepSpeed or FSDP1, except with ``estimator="sequence"`` (the message says why).
         TypeError: `args` is not a `HybridGRPOConfig`.
     """
 

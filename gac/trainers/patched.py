@@ -24,7 +24,7 @@ class PatchedGRPOTrainer(GroupedGRPOTrainer):
         mixer: of the run under way; after it, the same one with its last values. None before the first run.
 
     Raises:
-        ValueError: DeepSpeed or FSDP1.
+        ValueError: DeepSpeed or FSDP1, except with ``estimator="sequence"``.
     """
 
     optimizer: torch.optim.Optimizer  # while training runs
@@ -39,15 +39,18 @@ class PatchedGRPOTrainer(GroupedGRPOTrainer):
         self.callback_handler.callbacks.insert(0, _MixerStep(self))
 
     def _require_measurable_engine(self) -> None:
+        if self.args.estimator == "sequence":  # one backward pass, at layers: whatever becomes of gradients in it
+            return
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError(
                 "under accelerate, DeepSpeed takes its optimizer step within the last backward pass, and a branch "
-                "would still be to come: use DDP (accelerate launch --multi_gpu) or FSDP2 (--use_fsdp --fsdp_version 2)"
+                "would still be to come: use estimator='sequence', which has one pass for both, or use DDP (accelerate "
+                "launch --multi_gpu) or FSDP2 (--use_fsdp --fsdp_version 2)"
             )
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
             raise ValueError(
                 "FSDP1 flattens parameters and frees their gradients, so that branches cannot be measured; use FSDP2 "
-                "(accelerate launch --use_fsdp --fsdp_version 2)"
+                "(accelerate launch --use_fsdp --fsdp_version 2), or estimator='sequence'"
             )
 
     @property
