@@ -323,7 +323,8 @@ class Mixer(SequenceMethods):
 
         It averages over the steps that were taken apart (every ``report_interval`` measured steps, the last 512 at
         most), with a part for each source of data where :meth:`batch` was told ``sources``, and waits for the device.
-        ``print`` it; ``options`` are those of :class:`gac.report.Report`, such as ``sizes`` and ``unit``. Raises RuntimeError where no step was taken apart yet.
+        ``print`` it; ``options`` are those of :class:`gac.report.Report`, such as ``sizes`` and ``unit``. Raises
+        RuntimeError where no step was taken apart yet.
         """
         from gac.report import Report
 

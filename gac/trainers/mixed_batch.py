@@ -1,15 +1,18 @@
 """One loss over a batch of demonstrations and rollouts, for trainers that run one backward pass over both.
 
-Such a pass adds both branches into one gradient, so mu comes from the coefficient estimator, which reads
-log-probabilities and advantages and no gradient: it works under any engine, sharded parameters or not. Data parallelism
-costs one small exchange per optimizer step, and every rank takes part in it whatever its batches held.
+Such a pass adds both branches into one gradient. By default mu comes from the coefficient estimator, which reads
+log-probabilities and advantages and no gradient: it works under any engine, sharded parameters or not. With
+``estimator="sequence"`` it comes from the gradients of the single sequences, taken at the layers of a model that
+:meth:`MixedBatch.watch` was told. Data parallelism costs one exchange per optimizer step, and every rank takes part in it
+whatever its batches held.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +22,17 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import gac
 from gac.laws.controller import Controller
+from gac.observe.topology import fsdp2_modules
 from gac.saved import MixerState, read_state
+from gac.sequences.options import SequenceOptions
 from gac.state import Maybe
 
 METRICS = ("mu", "mu_raw", "mu_se", "sigma_s2", "sigma_r2", "delta_g2", "n_s", "n_r", "skipped")
 """What :meth:`MixedBatch.metrics` holds, each under ``gac/``."""
+
+
+ESTIMATORS = ("coefficient", "sequence")
+"""Those that can tell the branches of a mixed batch apart."""
 
 
 class StepCounts(NamedTuple):
@@ -97,7 +106,8 @@ class MixedBatch:
         law: how mu follows from the statistics; a name of :func:`gac.laws.available`, except those that follow KL or
             entropy.
         phi: weight each demonstration token's loss with its detached ``p * (1 - p)``.
-        interval, coefficient: as for :func:`gac.patch`.
+        estimator: ``"coefficient"``, or ``"sequence"`` for the gradients of the model given to :meth:`watch`.
+        interval, coefficient, sketch_size, sequences: as for :func:`gac.patch`; the last two belong to ``"sequence"``.
         follow_optimizer: False where the trainer calls :meth:`step` itself.
         **law_options: options of the law.
 
@@ -110,8 +120,11 @@ class MixedBatch:
         *,
         law: str = "gac",
         phi: bool = False,
+        estimator: str = "coefficient",
         interval: int = 1,
         coefficient: Mapping | None = None,
+        sketch_size: int = 32,
+        sequences: Mapping | None = None,
         follow_optimizer: bool = True,
         **law_options: Any,
     ) -> None:
@@ -121,11 +134,18 @@ class MixedBatch:
                 f"law={law!r} follows {' and '.join(controller.law.needs)}, which a mixed batch does not give; "
                 "use 'gac', 'paper', 'fixed' or a schedule"
             )
-        self.phi = phi
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"estimator of a mixed batch must be {' or '.join(ESTIMATORS)}, got {estimator!r}")
+        SequenceOptions(sketch_size=sketch_size, **(sequences or {}))
+        self.phi, self.estimator = phi, estimator
         self._start = float(controller.mu)
         self._law_options = law_options
         self._options = dict(law=law, interval=interval, coefficient=coefficient, report_interval=None, **law_options)
+        if estimator == "sequence":
+            self._options |= {"sketch_size": sketch_size, "sequences": sequences}
         self._follow = follow_optimizer
+        self._model: nn.Module | None = None
+        self._rows = contextlib.ExitStack()  # the batch whose backward pass may be under way
         self._mixer: gac.Mixer | None = None
         self._hook = None
         self._pending = False
@@ -144,6 +164,23 @@ class MixedBatch:
         """The SFT weight of this step: a 0-dim tensor on the device, a number before the first loss."""
         return self._start if self._mixer is None else self._mixer.mu
 
+    def watch(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> MixedBatch:
+        """Patches the model that the losses are of, for ``estimator="sequence"``: as it is trained, in DDP, FSDP or an
+        engine, before its first forward pass. Nothing happens with another estimator. Returns itself.
+
+        Args:
+            group: see :meth:`open`.
+
+        Raises:
+            RuntimeError: another model is watched already. ValueError: what :func:`gac.patch` does not serve.
+        """
+        if self.estimator == "sequence":
+            if self._mixer is not None and model is not self._model:
+                raise RuntimeError("MixedBatch.watch: another model is watched already; call close() first")
+            self._model = model
+            self.open(next(model.parameters()).device, group)
+        return self
+
     def open(self, device: torch.device, group: dist.ProcessGroup | None = None) -> gac.Mixer:
         """Makes the mixer unless it exists, and returns it.
 
@@ -152,13 +189,26 @@ class MixedBatch:
             group: ranks whose batches are parts of one step: the data-parallel ones. Default group when None.
         """
         if self._mixer is None:
-            self._mixer = coefficient_mixer(device, process_group=group, **self._options)
+            self._mixer = self._make(device, group)
             if self._restored is not None:
                 self._mixer.load_state_dict(self._restored)
             if self._follow:
                 reference = weakref.ref(self)
                 self._hook = register_optimizer_step_post_hook(lambda optimizer, *_: _step(reference, optimizer))
         return self._mixer
+
+    def _make(self, device: torch.device, group: dist.ProcessGroup | None) -> gac.Mixer:
+        if self.estimator == "coefficient":
+            return coefficient_mixer(device, process_group=group, **self._options)
+        if self._model is None:
+            raise RuntimeError(
+                'estimator="sequence" reads the gradients at the layers of a model: call watch(model) before the first '
+                "loss, where the model is; where it cannot be reached, use estimator=\"coefficient\""
+            )
+        sharded = bool(fsdp2_modules(self._model))  # whose device mesh says which ranks take part
+        return gac.patch(
+            self._model, estimator="sequence", process_group=None if sharded else group, **self._options
+        )
 
     def loss(
         self,
@@ -172,6 +222,11 @@ class MixedBatch:
         sft_tokens: float | Tensor,
         ranks: int = 1,
         group: dist.ProcessGroup | None = None,
+        groups: Tensor | Sequence[int] | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        tokens: Tensor | None = None,
+        sources: Sequence[Any] | None = None,
+        index: Sequence[int] | None = None,
     ) -> MixedLoss:
         """``mu * sft_loss + (1 - mu) * rl_loss`` of one micro-batch, and feeds the estimator.
 
@@ -193,6 +248,10 @@ class MixedBatch:
             ranks: factor against the average that data parallelism takes of gradients (its size), given that
                 ``sft_tokens`` counts all ranks.
             group: see :meth:`open`; used at the first loss only.
+            groups, lengths, sources, index: of the rows, for ``estimator="sequence"``, as for :meth:`gac.Mixer.batch`:
+                which rollouts share a prompt, tokens of packed sequences as the model got them, labels, numbers. The
+                backward pass has to run before the next loss and the optimizer's step.
+            tokens: likewise, what each row counts for; None: demonstrations by their tokens, rollouts alike.
 
         Raises:
             ValueError: shapes that do not belong together.
@@ -206,15 +265,27 @@ class MixedBatch:
         expert, rollout = kept & is_expert[:, None], kept & ~is_expert[:, None]
         sft_loss = _sft_loss(logprobs, expert, self.phi) / _at_least_one(sft_tokens) * ranks
         rl_loss = _rl_loss(logprobs, old_logprobs, advantages, mask, rollout, policy_loss)
-        if torch.is_grad_enabled():
+        if self.estimator == "sequence":
+            self._rows.close()  # its backward pass is over
+            if not torch.is_grad_enabled() or not len(is_expert):
+                return MixedLoss(mixer.mu * sft_loss + (1 - mixer.mu) * rl_loss, sft_loss, rl_loss)
+            if tokens is None:
+                tokens = torch.where(is_expert, kept.sum(1), 1)
+            told = {"groups": groups, "lengths": lengths, "tokens": tokens, "sources": sources, "index": index}
+            self._rows.enter_context(mixer.batch(is_expert=is_expert, **told))
+            self._pending = True
+        elif torch.is_grad_enabled():
             self.observe(logprobs, advantages, mask, is_expert)
         return MixedLoss(mixer.mixed_loss(sft_loss=sft_loss, rl_loss=rl_loss), sft_loss, rl_loss)
 
     def observe(self, logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor) -> None:
         """Feeds the estimator with a micro-batch whose loss the trainer weights itself; arguments as for :meth:`loss`.
 
-        Every rank calls it at least once in every step, if need be with no rows.
+        Every rank calls it at least once in every step, if need be with no rows. Raises RuntimeError with
+        ``estimator="sequence"``, which has to know when the rows' loss is made.
         """
+        if self.estimator == "sequence":
+            raise RuntimeError('MixedBatch.observe feeds estimator="coefficient"; "sequence" goes with MixedBatch.loss')
         mixer = self.open(logprobs.device)
         expert = is_expert.to(device=logprobs.device, dtype=torch.bool)
         per_row = expert if advantages.dim() == 1 else expert[:, None]
@@ -230,9 +301,12 @@ class MixedBatch:
         """
         if self._pending:
             self._pending = False
+            self._rows.close()
             if optimizer is not None:
                 self.mixer.follow(optimizer)
             self.mixer.step()
+            if self.estimator == "sequence" and self._options["interval"] > 1:
+                _ = self.mixer.mu  # hooks are there, or not, before the next forward pass
             self._metrics = self.mixer.metrics()
 
     def metrics(self) -> dict[str, float]:
@@ -265,6 +339,8 @@ class MixedBatch:
             self.close()
             self._metrics = {}
         elif self._mixer is not None:
+            with contextlib.suppress(RuntimeError):  # of a step that is forgotten
+                self._rows.close()
             self._mixer.load_state_dict(state)
         self._restored, self._pending = taken, False
 
@@ -272,6 +348,8 @@ class MixedBatch:
         """Stops following the optimizer."""
         if self._hook is not None:
             self._hook.remove()
+        with contextlib.suppress(RuntimeError):  # a loss without its backward pass
+            self._rows.close()
         if self._mixer is not None:
             self._mixer.unpatch()
         self._hook = self._mixer = None

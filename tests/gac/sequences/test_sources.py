@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import gac
-from gac.sequences.alignment import Alignments
 from gac.report import Report
 from gac.report.by_source import norm_of, source_sentence, source_table
 from gac.report.estimates import Estimate
+from gac.sequences.alignment import Alignments
 from gac.sequences.sources import SourceRow, SourceTable, StepOfSources, table_of
 from gac.statistics.branch import Branch
 from tests.gac.models import tiny_model
