@@ -73,8 +73,8 @@ def topology_of(
         of_layers: whether layers are watched instead of parameters: whatever FSDP1 does with these is then the same.
 
     Raises:
-        ValueError: FSDP1 where parameters are watched, Megatron's tensor or pipeline parallelism, parameters on unrelated device meshes, parameters
-            that FSDP2 leaves out, or a process group beside DTensors.
+        ValueError: FSDP1 where parameters are watched, Megatron's tensor or pipeline parallelism, parameters on
+            unrelated device meshes, parameters that FSDP2 leaves out, or a process group beside DTensors.
     """
     if of_layers and (wrapped := fsdp1_modules(model)):
         return _of_fsdp1(wrapped, len(parameters), process_group)

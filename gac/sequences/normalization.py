@@ -34,8 +34,8 @@ def normalization_of(module: nn.Module, shapes: Mapping[int, torch.Size] = _AS_T
     """The formula of a layer that scales (and shifts) normalized vectors elementwise; None where none of them fits.
 
     Such a layer has no parts, a ``weight`` ``[d]`` and perhaps a ``bias`` ``[d]``. Its gradients on random numbers have
-    to be those of the formula: ``sum g * x_hat`` and ``sum g``. ``shapes`` has those of parameters, by their ``id``, that
-    are something else while a model is sharded.
+    to be those of the formula: ``sum g * x_hat`` and ``sum g``. ``shapes`` has those of parameters, by their ``id``,
+    that are something else while a model is sharded.
     """
     own = {name: shapes.get(id(p), p.shape) for name, p in module._parameters.items() if p is not None}
     shape = own.get("weight")

@@ -156,8 +156,8 @@ def table_of(history: Sequence[StepOfSources]) -> SourceTable:
         found = torch.tensor(alone[source], dtype=torch.float64).reshape(-1, 3)
         cosine, error = _cosine(pairs.get((source, None), []))
         (noise, noise_se), (signal, signal_se) = (_mean(found[:, k]) for k in (0, 1))
-        numbers = len(found), int(found[:, 2].sum()), noise, signal, cosine, error, noise_se, signal_se
-        rows.append(SourceRow(*source, *numbers))
+        counts = len(found), int(found[:, 2].sum())
+        rows.append(SourceRow(*source, *counts, noise, signal, cosine, error, noise_se, signal_se))
     between = torch.full((2, len(sources), len(sources)), math.nan, dtype=torch.float64)
     for k, source in enumerate(sources):
         for j, other in enumerate(sources):

@@ -36,7 +36,7 @@ class HybridGRPOConfig(GRPOConfig):
     gac_source_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column of sft_dataset (and of train_dataset, where it has it) with the label of each row's source, "
+            "help": "Column of sft_dataset (and of train_dataset, where it has it) that labels the source of each row, "
             "for mixer.sources(); with estimator='sequence'."
         },
     )

@@ -75,7 +75,7 @@ class SelectedHead:
 
     @contextmanager
     def only(self, chosen: Tensor) -> Iterator[None]:
-        """Calls of the model inside give logits ``[1, n, V]`` of the positions ``chosen``, ``[R, W]`` bool, in order."""
+        """Calls of the model inside give logits ``[1, n, V]`` of the positions ``chosen``: ``[R, W]`` bool."""
         self._chosen = chosen
         try:
             yield
@@ -102,8 +102,8 @@ def scores(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor,
     """Log-probabilities of tokens, and entropies of the distributions that they were drawn from, with a graph.
 
     Args:
-        logits: ``[n, V]``, any float dtype; read in float32 (float64 for float64), a chunk of tokens at a time, and once
-            more in the backward pass. targets: ``[n]`` int64. temperature: what logits are divided by.
+        logits: ``[n, V]``, any float dtype; read in float32 (float64 for float64), a chunk of tokens at a time, and
+            once more in the backward pass. targets: ``[n]`` int64. temperature: what logits are divided by.
 
     Returns:
         ``[n]`` and ``[n]``, float32 (float64).

@@ -3,8 +3,8 @@
 Such a pass adds both branches into one gradient. By default mu comes from the coefficient estimator, which reads
 log-probabilities and advantages and no gradient: it works under any engine, sharded parameters or not. With
 ``estimator="sequence"`` it comes from the gradients of the single sequences, taken at the layers of a model that
-:meth:`MixedBatch.watch` was told. Data parallelism costs one exchange per optimizer step, and every rank takes part in it
-whatever its batches held.
+:meth:`MixedBatch.watch` was told. Data parallelism costs one exchange per optimizer step, and every rank takes part in
+it whatever its batches held.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from gac.observe.topology import fsdp2_modules
 from gac.saved import MixerState, read_state
 from gac.sequences.options import SequenceOptions
 from gac.state import Maybe
+from gac.trainers.mixed_losses import at_least_one, check_shapes, nll, rollout_loss
 
 METRICS = ("mu", "mu_raw", "mu_se", "sigma_s2", "sigma_r2", "delta_g2", "n_s", "n_r", "skipped")
 """What :meth:`MixedBatch.metrics` holds, each under ``gac/``."""
@@ -203,12 +204,10 @@ class MixedBatch:
         if self._model is None:
             raise RuntimeError(
                 'estimator="sequence" reads the gradients at the layers of a model: call watch(model) before the first '
-                "loss, where the model is; where it cannot be reached, use estimator=\"coefficient\""
+                'loss, where the model is; where it cannot be reached, use estimator="coefficient"'
             )
         sharded = bool(fsdp2_modules(self._model))  # whose device mesh says which ranks take part
-        return gac.patch(
-            self._model, estimator="sequence", process_group=None if sharded else group, **self._options
-        )
+        return gac.patch(self._model, estimator="sequence", process_group=None if sharded else group, **self._options)
 
     def loss(
         self,
@@ -256,15 +255,15 @@ class MixedBatch:
         Raises:
             ValueError: shapes that do not belong together.
         """
-        _check_shapes(logprobs, old_logprobs, advantages, mask, is_expert)
+        check_shapes(logprobs, old_logprobs, advantages, mask, is_expert)
         mixer = self.open(logprobs.device, group)
         if advantages.dim() == 1:
             advantages = advantages[:, None].expand_as(logprobs)
         is_expert = is_expert.to(device=logprobs.device, dtype=torch.bool)
         kept = mask != 0
         expert, rollout = kept & is_expert[:, None], kept & ~is_expert[:, None]
-        sft_loss = _sft_loss(logprobs, expert, self.phi) / _at_least_one(sft_tokens) * ranks
-        rl_loss = _rl_loss(logprobs, old_logprobs, advantages, mask, rollout, policy_loss)
+        sft_loss = nll(logprobs, expert, self.phi) / at_least_one(sft_tokens) * ranks
+        rl_loss = rollout_loss(logprobs, old_logprobs, advantages, mask, rollout, policy_loss)
         if self.estimator == "sequence":
             self._rows.close()  # its backward pass is over
             if not torch.is_grad_enabled() or not len(is_expert):
@@ -360,54 +359,3 @@ def _step(reference: weakref.ref, optimizer: torch.optim.Optimizer) -> None:
     batch = reference()
     if batch is not None:
         batch.step(optimizer)
-
-
-def _sft_loss(logprobs: Tensor, expert: Tensor, phi: bool) -> Tensor:
-    """Sum of the demonstrations' NLL."""
-    nll = torch.where(expert, -logprobs, 0.0)
-    if phi:
-        p = torch.where(expert, logprobs.detach().exp(), 0.0)
-        nll = nll * (p * (1 - p))
-    return nll.sum()
-
-
-def _rl_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    rollout: Tensor,
-    policy_loss: Callable[..., Tensor],
-) -> Tensor:
-    """The trainer's loss of the rollouts, 0 without them."""
-    if not logprobs.numel():
-        return logprobs.sum()
-    # zeros, so that nothing behind the mask can turn a product with it into NaN
-    logprobs, old_logprobs, advantages = (
-        torch.where(rollout, x, 0.0) for x in (logprobs, old_logprobs.detach(), advantages.detach())
-    )
-    empty = ~rollout.any()
-    stand_in = torch.zeros_like(rollout)
-    stand_in[0, 0] = True
-    rollout = rollout | (stand_in & empty)
-    loss = policy_loss(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=rollout.to(mask.dtype))
-    return torch.where(empty, 0.0, loss)
-
-
-def _at_least_one(tokens: float | Tensor) -> float | Tensor:
-    return tokens.clamp(min=1) if isinstance(tokens, Tensor) else max(tokens, 1)
-
-
-def _check_shapes(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor) -> None:
-    shape = tuple(logprobs.shape)
-    if len(shape) != 2:
-        raise ValueError(f"logprobs must be [B, T], got {shape}")
-    for name, tensor, allowed in (
-        ("old_logprobs", old_logprobs, (shape,)),
-        ("advantages", advantages, (shape, shape[:1])),
-        ("mask", mask, (shape,)),
-        ("is_expert", is_expert, (shape[:1],)),
-    ):
-        if tuple(tensor.shape) not in allowed:
-            wanted = " or ".join(map(str, allowed))
-            raise ValueError(f"{name} must have the shape {wanted} of these logprobs, got {tuple(tensor.shape)}")

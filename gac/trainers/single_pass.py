@@ -1,8 +1,8 @@
-"""``estimator="sequence"`` in the hybrid trainer: one forward and backward pass over a micro-step's rollouts and demonstrations.
+"""``estimator="sequence"`` in the hybrid trainer: one pass over the rollouts and demonstrations of a micro-step.
 
 Rows are the contributions: a demonstration, or the rollouts of a prompt. Losses are those of two passes, divided by the
-same numbers (`branches`), and so are gradients, to rounding. Being the only backward pass of a micro-step, it may reduce
-gradients, free them or take the optimizer's step, as engines do that shard them.
+same numbers (`branches`), and so are gradients, to rounding. Being the only backward pass of a micro-step, it may
+reduce gradients, free them or take the optimizer's step, as engines do that shard them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import warnings
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from gac.losses import target_token_loss
@@ -40,8 +39,8 @@ class SinglePassGRPOTrainer(BranchedGRPOTrainer):
             return
         if self._rule.from_prompts:
             raise ValueError(
-                f"law={self.args.law!r} gives prompts to one branch or the other, estimator='sequence' measures rows of "
-                "both: use estimator='auto'"
+                f"law={self.args.law!r} gives prompts to one branch or the other, and estimator='sequence' has rows "
+                "of both: use estimator='auto'"
             )
         if self.aux_loss_enabled:
             raise ValueError(
@@ -63,8 +62,8 @@ class SinglePassGRPOTrainer(BranchedGRPOTrainer):
         return prepared
 
     def _output_embeddings(self) -> nn.Module:
-        model = self.accelerator.unwrap_model(self.model)
-        found = (model.get_base_model() if isinstance(model, PeftModel) else model).get_output_embeddings()
+        model: Any = self.accelerator.unwrap_model(self.model)
+        found = (model.get_base_model() if hasattr(model, "get_base_model") else model).get_output_embeddings()
         if not isinstance(found, nn.Module):
             raise ValueError(f"{type(model).__name__} has no output embeddings: estimator='sequence' does not serve it")
         return found

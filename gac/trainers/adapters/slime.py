@@ -55,8 +55,8 @@ def mixed_batch(args: Any) -> MixedBatch:
         mixed = MixedBatch(**(getattr(args, "gac", None) or {}))
         if mixed.estimator == "sequence":
             raise ValueError(
-                'estimator="sequence" reads gradients at torch\'s layers, and a loss of slime is handed neither the model '
-                'nor are its layers these, but Megatron\'s: use estimator="coefficient"'
+                'estimator="sequence" reads gradients at torch\'s layers, and a loss of slime is handed no model, '
+                'whose layers are Megatron\'s anyway: use estimator="coefficient"'
             )
         _Run.mixed = mixed
     return _Run.mixed

@@ -157,7 +157,7 @@ def _layers(engine: Any) -> nn.Module:
     if not isinstance(module, nn.Module) or parallel > 1:
         what = type(engine).__name__ if parallel <= 1 else f"ulysses_sequence_parallel_size={parallel}"
         raise ValueError(
-            f'estimator="sequence" reads gradients at the layers of a model in one piece, as verl\'s FSDP engines have it, '
+            f'estimator="sequence" reads gradients at the layers of a model in one piece as verl\'s FSDP engines have, '
             f'and not with {what}: use estimator="coefficient"'
         )
     return module

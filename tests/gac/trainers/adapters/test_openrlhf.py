@@ -213,5 +213,5 @@ def test_sequences_are_measured_at_the_actors_layers(packing):
 def test_parts_of_sequences_are_refused():
     trainer = ByModel([experience(samples())], packing=True)
     trainer.strategy.ring_attn_group = object()
-    with pytest.raises(ValueError, match="ring attention.*coefficient"):
+    with pytest.raises(ValueError, match=r"ring attention.*coefficient"):
         adapter.attach(trainer, estimator="sequence")

@@ -365,9 +365,7 @@ if INSTALLED:
 def packed_batch(s, ids, **options):
     """Rows packed end to end, as the engines call the model; the fields that tell of it."""
     rows = list(torch.cat([ids, ids.new_zeros(len(ids), 0)], 1))
-    return Batch(
-        StandIn.batch(None, s), input_ids=torch.nested.nested_tensor(rows, layout=torch.jagged), **options
-    )
+    return Batch(StandIn.batch(None, s), input_ids=torch.nested.nested_tensor(rows, layout=torch.jagged), **options)
 
 
 def test_sequences_are_measured_in_the_packed_pass(package):
@@ -398,7 +396,7 @@ def test_sequences_are_measured_in_the_packed_pass(package):
 def test_engines_and_options_whose_layers_do_not_tell_are_refused(package):
     verl, s = StandIn(package), samples()
     made = worker(verl, estimator="sequence")
-    with pytest.raises(ValueError, match="not with Engine.*coefficient"):
+    with pytest.raises(ValueError, match=r"not with Engine.*coefficient"):
         made.train_batch(verl.batch(s))
     made.engine.module, made.engine.engine_config = Policy(), SimpleNamespace(ulysses_sequence_parallel_size=2)
     with pytest.raises(ValueError, match="ulysses_sequence_parallel_size=2"):
