@@ -87,18 +87,20 @@ def test_a_micro_step_is_one_pass_that_sees_the_whole_model_and_scores_labelled_
     assert not run.model.get_output_embeddings()._forward_pre_hooks
 
 
-def test_groups_give_the_noise_that_whole_passes_do(trainer):
-    """Where every micro-batch is one prompt's rollouts, a group is what a backward pass was before."""
+def test_rows_and_groups_give_the_noise_that_whole_passes_do(trainer):
+    """Where a micro-batch is one prompt's rollouts and one demonstration, they are what backward passes were before."""
     found = {}
+    long = [{"prompt": "1+1=", "completion": str(10**6 + 7919 * k)} for k in range(20)]
+    common = {"mu": 0.5, "max_steps": 1, "gradient_accumulation_steps": 6, "sft_batch_size": 1, "sft_dataset": long}
     for estimator in ("exact", "sequence"):
         options = SEQUENCE if estimator == "sequence" else {"estimator": "exact", "gac_interval": 1}
-        run = trainer(mu=0.5, max_steps=1, gradient_accumulation_steps=6, **options)
+        run = trainer(**common, **options)
         run.train()
         found[estimator] = run.state.log_history[0]
-    for name in ("sigma_r2", "norm_s2", "norm_r2"):
+    for name in ("sigma_s2", "sigma_r2", "norm_s2", "norm_r2"):
         # sketches of 64 x 64 take all but the tied embedding as it is
-        assert found["sequence"][f"gac/{name}"] == pytest.approx(found["exact"][f"gac/{name}"], rel=0.15), name
-    assert (found["sequence"]["gac/n_s"], found["exact"]["gac/n_s"]) == (24, 6)
+        assert found["sequence"][f"gac/{name}"] == pytest.approx(found["exact"][f"gac/{name}"], rel=0.1), name
+    assert (found["sequence"]["gac/n_s"], found["exact"]["gac/n_s"]) == (6, 6)
 
 
 def test_sources_and_demonstrations_are_told_apart(trainer):
