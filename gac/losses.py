@@ -96,7 +96,19 @@ def sft_token_loss(
             f"{tuple(labels.shape)}. Pass unshifted labels, one per input position."
         )
     targets = rearrange(shift_labels(labels), "... -> (...)")
-    total = _TokenLoss.apply(rearrange(logits, "... vocabulary -> (...) vocabulary"), targets, phi)
+    flat = rearrange(logits, "... vocabulary -> (...) vocabulary")
+    return target_token_loss(flat, targets, num_tokens=num_tokens, phi=phi)
+
+
+def target_token_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    num_tokens: float | torch.Tensor | None = None,
+    phi: bool = False,
+) -> torch.Tensor:
+    """:func:`sft_token_loss` of logits ``[N, V]`` and what follows them, ``[N]`` int64; -100 carries no loss."""
+    total = _TokenLoss.apply(logits, targets, phi)
     if num_tokens is None:
         num_tokens = (targets != IGNORE_INDEX).sum()
     if isinstance(num_tokens, torch.Tensor):

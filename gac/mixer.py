@@ -70,7 +70,7 @@ class Mixer(SequenceMethods):
         """Puts hooks on what is trainable now, and begins a measurement of it."""
         model, options = self._model, self._options
         parameters = trainable(model, owner=self)
-        topology = topology_of(model, parameters, options.process_group)
+        topology = topology_of(model, parameters, options.process_group, of_layers=options.estimator == "sequence")
         if topology.managed:
             deepspeed.check(model, optimizer=options.optimizer, in_optimizer_space=options.in_optimizer_space)
         cadence = cadence or cadence_of(options, topology.ranks)
@@ -326,13 +326,15 @@ class Mixer(SequenceMethods):
         """What the gradients say so far, overall and by module: signal-to-noise ratio, noise scale, disagreement.
 
         It averages over the steps that were taken apart (every ``report_interval`` measured steps, the last 512 at
-        most) and waits for the device. ``print`` it; ``options`` are those of :class:`gac.report.Report`, such as
-        ``sizes`` and ``unit``. Raises RuntimeError where no step was taken apart yet.
+        most), with a part for each source of data where :meth:`batch` was told ``sources``, and waits for the device.
+        ``print`` it; ``options`` are those of :class:`gac.report.Report`, such as ``sizes`` and ``unit``. Raises
+        RuntimeError where no step was taken apart yet.
         """
         from gac.report import Report
 
         self._settle()
-        return Report(self._measurement.taken_apart(self.controller.steps), **options)
+        history = self._measurement.taken_apart(self.controller.steps)
+        return Report(history, sources=self._known_sources(), **options)
 
     @property
     def interval(self) -> int:

@@ -17,8 +17,7 @@ ESTIMATORS = ("auto", "sketch", "exact", "coefficient", "sequence")
 """How statistics are obtained."""
 
 OF_TRAINERS = ("auto", "sketch", "exact", "coefficient")
-"""Those that trainers serve which run branches one after the other: they do not say which rollouts share a prompt, and
-sequences taken as independent would make the noise of the RL branch read low."""
+"""Those that measure contributions of whole backward passes, or none."""
 
 METRICS = ("gradient", "optimizer")
 """The spaces in which gradients are measured: as they are, or divided by Adam's ``sqrt(v) + eps``."""

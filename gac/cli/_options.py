@@ -62,7 +62,7 @@ def add_training_options(parser: argparse.ArgumentParser, *, leave_out: tuple[st
         metavar="NUMBER|W,D,P,V",
     )  # fmt: skip
     add(mix, "--law-option", "another option of the law; may be repeated", action="append", metavar="KEY=VALUE")
-    add(mix, "--estimator", "how gradients are measured: auto, exact, sketch or coefficient", metavar="NAME")
+    add(mix, "--estimator", "how gradients are measured: auto, exact, sketch, coefficient or sequence", metavar="NAME")
     add(mix, "--overhead", "share of a step's time that measuring may take (default: 0.01)", type=share, metavar="X")
     add(mix, "--interval", "measure in every N-th step instead; repeats to the bit", type=positive, metavar="N")
     add(

@@ -61,14 +61,23 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def topology_of(
-    model: nn.Module, parameters: Sequence[tuple[str, nn.Parameter]], process_group: dist.ProcessGroup | None
+    model: nn.Module,
+    parameters: Sequence[tuple[str, nn.Parameter]],
+    process_group: dist.ProcessGroup | None,
+    *,
+    of_layers: bool = False,
 ) -> Topology:
     """Reads the topology off the parameters.
 
+    Args:
+        of_layers: whether layers are watched instead of parameters: whatever FSDP1 does with these is then the same.
+
     Raises:
-        ValueError: FSDP1, Megatron's tensor or pipeline parallelism, parameters on unrelated device meshes, parameters
-            that FSDP2 leaves out, or a process group beside DTensors.
+        ValueError: FSDP1 where parameters are watched, Megatron's tensor or pipeline parallelism, parameters on
+            unrelated device meshes, parameters that FSDP2 leaves out, or a process group beside DTensors.
     """
+    if of_layers and (wrapped := fsdp1_modules(model)):
+        return _of_fsdp1(wrapped, len(parameters), process_group)
     _refuse_fsdp1(model)
     _refuse_megatron_pieces(parameters)
     sharded = [(name, p) for name, p in parameters if is_dtensor(p)]
@@ -149,10 +158,24 @@ def _refuse_megatron_pieces(parameters: Sequence[tuple[str, nn.Parameter]]) -> N
         )
 
 
-def _refuse_fsdp1(model: nn.Module) -> None:
+def fsdp1_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that are wrapped in ``FullyShardedDataParallel``, the outermost first."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+    return [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FullyShardedDataParallel)]
+
+
+def _of_fsdp1(wrapped: Sequence[nn.Module], count: int, process_group: dist.ProcessGroup | None) -> Topology:
+    """Ranks with rows of their own: those over which the model is sharded, with hybrid sharding all of them."""
+    own: Any = wrapped[0]
+    if process_group is None and not hasattr(own, "_inter_node_pg"):
+        process_group = own.process_group
+    ranks = dist.get_world_size(process_group)
+    return Topology(ranks, (process_group,) if ranks > 1 else (), True, (1,) * count)
+
+
+def _refuse_fsdp1(model: nn.Module) -> None:
+    if fsdp1_modules(model):
         raise ValueError(
             "the model is wrapped in FullyShardedDataParallel (FSDP1), which flattens parameters and frees their "
-            "gradients: use torch.distributed.fsdp.fully_shard (FSDP2)"
+            'gradients: use torch.distributed.fsdp.fully_shard (FSDP2), or estimator="sequence"'
         )

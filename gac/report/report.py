@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gac.report.by_source import from_json, source_sentence, source_table, to_json
 from gac.report.estimates import FEWEST
 from gac.report.history import read_history
 from gac.report.sentences import TITLES, Findings, sentences
@@ -46,6 +47,7 @@ from gac.report.signals import (
     summaries,
 )
 from gac.report.text_table import share_text, text_table
+from gac.sequences.sources import SourceTable
 from gac.statistics.by_module import ModuleStatistics
 
 
@@ -61,6 +63,7 @@ class Report:
         batch: for ``"sft"`` and ``"rl"`` the batch of a step in that unit, averaged as everything else; NaN where
             the branch was absent.
         informative_groups: share of the groups of rollouts whose rewards differ, averaged alike; NaN: not told.
+        sources: what each source of data gives; None where rows were not told theirs.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Report:
         half_life: float = 200.0,
         sizes: Mapping[str, float] | None = None,
         unit: str | None = None,
+        sources: SourceTable | None = None,
     ) -> None:
         """
         Args:
@@ -78,6 +82,7 @@ class Report:
             sizes: for ``"sft"`` and ``"rl"`` how many of ``unit`` a contribution holds (sequences or tokens of a
                 micro-batch of one rank). Without it noise scales are in contributions.
             unit: the name of what ``sizes`` counts, in the plural.
+            sources: what each source of data gives, of :meth:`gac.Mixer.sources`.
 
         Raises:
             ValueError: no steps, steps of different models, or an impossible option.
@@ -99,6 +104,7 @@ class Report:
                     f"steps {statistics.step} and {self.history[-1].step} have different modules: "
                     "make a report of the steps of one model"
                 )
+        self.sources = sources
         self.half_life = float(half_life)
         self.sizes = dict(sizes) if sizes else None
         self._counts = contribution_counts(self.history)
@@ -194,7 +200,7 @@ class Report:
         return text + ("" if count >= FEWEST else "; too few for standard errors")
 
     def tables(self) -> list[tuple[list[str], list[list[str]]]]:
-        """Columns and rows of the two tables: both branches of the whole model, and the modules."""
+        """Columns and rows of the tables: both branches of the whole model, the modules, sources of data."""
         present = [name for name in BRANCHES.values() if getattr(self.whole, name).norm.known]
         both = len(present) == 2
         overall = [
@@ -217,12 +223,14 @@ class Report:
                 cells += [branch.snr.text(), branch.noise_scale.text(), share_text(branch.noise_share)]
             rows.append(cells + ([row.cosine.text(), row.disagreement_share.text(percent=True)] if both else []))
         head = ["branch", "signal |g|^2", "noise sigma^2", "SNR", f"batch ({self.unit})", "noise scale"]
-        return [(head, overall), (columns, rows)]
+        return [(head, overall), (columns, rows), *([] if self.sources is None else [source_table(self.sources)])]
 
     def reading(self) -> list[str]:
         """What the numbers mean, a sentence or two each."""
         unit = self.unit if self.counted else None
-        return sentences(Findings(self.whole, self.modules, self.batch, unit, self.informative_groups))
+        found = sentences(Findings(self.whole, self.modules, self.batch, unit, self.informative_groups))
+        of_sources = "" if self.sources is None else source_sentence(self.sources)
+        return [*found, of_sources] if of_sources else found
 
     def __str__(self) -> str:
         text = (textwrap.fill(sentence, 110) for sentence in self.reading())
@@ -265,6 +273,7 @@ class Report:
             "informative_groups": None if math.isnan(self.informative_groups) else self.informative_groups,
             "whole": row(self.whole),
             "modules": {r.label: row(r) for r in self.modules},
+            "sources": None if self.sources is None else to_json(self.sources),
             "reading": self.reading(),
         }
 
@@ -292,5 +301,7 @@ class Report:
         if not isinstance(content, dict) or not {"options", "history"} <= set(content):
             raise ValueError(f"{path} is not a saved report: pass a file that Report.save wrote")
         options = dict(content["options"])
+        sources = content.get("report", {}).get("sources")  # None in files of before
+        options["sources"] = None if sources is None else from_json(sources)
         options["half_life"] = math.inf if options["half_life"] is None else options["half_life"]
         return cls([ModuleStatistics.from_record(record) for record in content["history"]], **options)

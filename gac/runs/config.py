@@ -89,7 +89,7 @@ def changed_flags(wanted: TrainConfig, stored: Mapping[str, Any], *, may_change:
 def check(config: TrainConfig) -> None:
     """Raises `UsageError` for anything that would fail later; knows tasks, laws and estimators by name."""
     from gac.laws.controller import Controller
-    from gac.options import OF_TRAINERS
+    from gac.options import ESTIMATORS
     from gac.tasks.problems import parse_task
     from gac.trainers.rules import rule_of
 
@@ -104,8 +104,8 @@ def check(config: TrainConfig) -> None:
             f"--law {config.law} follows the KL divergence from the starting model, which is measured only with --beta "
             "above 0; --beta 1e-6 measures it and hardly pulls"
         )
-    if config.estimator not in OF_TRAINERS:
-        raise UsageError(f"unknown estimator {config.estimator!r}; known: {', '.join(OF_TRAINERS)}")
+    if config.estimator not in ESTIMATORS:
+        raise UsageError(f"unknown estimator {config.estimator!r}; known: {', '.join(ESTIMATORS)}")
     if config.overhead is not None and config.interval is not None:
         raise UsageError("--overhead and --interval: measure as much as a share of the time pays for, or every N steps")
     if config.generations < 2:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import nn
 
-from gac.observe.deepspeed import whole_numel
 from gac.observe.module_names import group_parameters
 from gac.sequences.normalization import Normalize, normalization_of
+from gac.sequences.supported import WRAPPER, whole_shapes
 
 
 class Kind(Enum):
@@ -122,7 +124,8 @@ def find_layers(model: nn.Module, parameters: Sequence[tuple[str, nn.Parameter]]
     """
     labels, modules = group_parameters([name for name, _ in parameters])
     place = {id(p): (name, label) for (name, p), label in zip(parameters, modules, strict=True)}
-    uses, unseen, users = _uses(model, place)
+    shapes = whole_shapes(model, parameters)
+    uses, unseen, users = _uses(model, place, shapes)
     dims: dict[int, tuple[int, ...]] = {}
     columns: set[int] = set()
     for use in uses:
@@ -146,7 +149,7 @@ def find_layers(model: nn.Module, parameters: Sequence[tuple[str, nn.Parameter]]
     found = Layers([use.layer for use in uses if use.layer.slots], _in_order(slots.values()), labels)
     found.segments = [_segment(found.slots, label) for label in range(len(labels))]
     found.unseen = [name for name, p in parameters if id(p) not in slots and id(p) not in columns]
-    found.elements = {name: whole_numel(p) for name, p in parameters}
+    found.elements = {name: math.prod(shapes[id(p)]) for name, p in parameters}
     found.leave_out([])
     return found
 
@@ -190,7 +193,9 @@ class _Use:
         return found
 
 
-def _uses(model: nn.Module, place: Mapping[int, object]) -> tuple[list[_Use], set[int], dict[int, int]]:
+def _uses(
+    model: nn.Module, place: Mapping[int, object], shapes: Mapping[int, torch.Size]
+) -> tuple[list[_Use], set[int], dict[int, int]]:
     """Layers with trainable parameters; parameters that others have; and how many modules have each."""
     uses: list[_Use] = []
     unseen: set[int] = set()
@@ -199,7 +204,7 @@ def _uses(model: nn.Module, place: Mapping[int, object]) -> tuple[list[_Use], se
         own = {key: p for key, p in module._parameters.items() if p is not None and id(p) in place}
         for p in own.values():
             users[id(p)] += 1
-        use = _use(name, module, own) if own else None
+        use = _use(name.replace(WRAPPER, ""), module, own, shapes) if own else None
         if use is not None:
             uses.append(use)
         else:
@@ -207,7 +212,7 @@ def _uses(model: nn.Module, place: Mapping[int, object]) -> tuple[list[_Use], se
     return uses, unseen, users
 
 
-def _use(name: str, module: Any, own: dict[str, nn.Parameter]) -> _Use | None:
+def _use(name: str, module: Any, own: dict[str, nn.Parameter], shapes: Mapping[int, torch.Size]) -> _Use | None:
     if set(own) - {"weight", "bias"}:
         return None
     weight, bias = own.get("weight"), own.get("bias")
@@ -223,7 +228,12 @@ def _use(name: str, module: Any, own: dict[str, nn.Parameter]) -> _Use | None:
         return _Use(Layer(name, module, Kind.LINEAR), weight, bias, (module.out_features, module.in_features))
     if type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int) and hasattr(module, "nx"):
         return _Use(Layer(name, module, Kind.LINEAR), weight, bias, (module.nf, module.nx))
-    normalize = normalization_of(module)
+    normalize = normalization_of(module, shapes)
     if normalize is None:
         return None
-    return _Use(Layer(name, module, Kind.NORM, normalize=normalize), weight, bias, tuple(module.weight.shape))
+    return _Use(
+        Layer(name, module, Kind.NORM, normalize=normalize),
+        weight,
+        bias,
+        tuple(shapes.get(id(module.weight), module.weight.shape)),
+    )

@@ -12,7 +12,7 @@ from gac.observe.observer import Observer
 from gac.sequences.alignment import Alignment
 from gac.sequences.layers import Layers
 from gac.sequences.observer import SequenceObserver
-from gac.sequences.rows import rows_of
+from gac.sequences.rows import chosen_of, rows_of
 from gac.sequences.sources import SourceTable, table_of
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ class SequenceMethods:
     """What :class:`gac.Mixer` has for ``estimator="sequence"``, and the memory of every estimator."""
 
     def _sequences(self, call: str) -> SequenceObserver:
-        observer = self._observer  # type: ignore[attr-defined]
+        """The observer, an unpatched mixer's too."""
+        observer = self._measurement.observer  # type: ignore[attr-defined]
         if not isinstance(observer, SequenceObserver):
             raise RuntimeError(
                 f'{call} needs gac.patch(model, estimator="sequence"); this mixer has estimator={self.estimator!r}'  # type: ignore[attr-defined]
@@ -92,6 +93,32 @@ class SequenceMethods:
         with branches.batch(observer, rows):
             yield self  # type: ignore[misc]
 
+    @contextmanager
+    def selected(self, lengths: Tensor | Sequence[int]) -> Iterator[None]:
+        """Context of a forward pass in which some layers get chosen tokens alone, such as a head that is called on the
+        positions whose loss counts::
+
+            with mixer.batch(is_expert=is_expert):
+                hidden = backbone(ids)
+                with mixer.selected(labelled.sum(1)):  # [B, T] bool
+                    logits = head(hidden[labelled])
+
+        They come in the order of the batch's sequences, those of each side by side, flattened to ``[tokens, ...]`` or
+        ``[1, tokens, ...]``. What else is called inside is told apart by its shape, as it is outside.
+
+        Args:
+            lengths: ``[B]``, how many of each sequence. Read on the host: keep them there.
+
+        Raises:
+            RuntimeError: another estimator. TypeError, ValueError: ``lengths`` is wrong.
+        """
+        observer = self._sequences("mixer.selected")
+        if not observer.measuring:
+            yield
+            return
+        with observer.selected(chosen_of(lengths, observer.device)):
+            yield
+
     def sources(self) -> SourceTable:
         """What each source of data gives to the gradient: noise, signal, cosine with the RL gradient and with others.
 
@@ -106,6 +133,11 @@ class SequenceMethods:
         if not observer.sources:
             raise RuntimeError("mixer.sources() has nothing to tell yet: pass sources= to mixer.batch")
         return table_of(observer.sources)
+
+    def _known_sources(self) -> SourceTable | None:
+        """The table of sources; None where there is none."""
+        observer = self._measurement.observer  # type: ignore[attr-defined]
+        return table_of(observer.sources) if isinstance(observer, SequenceObserver) and observer.sources else None
 
     def alignment(self, index: Sequence[int] | None = None) -> Alignment:
         """How demonstrations point, compared with the RL gradient: of those of ``index``, or of all that were seen.

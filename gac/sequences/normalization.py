@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.func import functional_call
 Normalize = Callable[[Tensor], Tensor]
 """From a layer's input to what its weight multiplies, both ``[..., d]``; float32."""
 
+_AS_THEY_ARE: Mapping[int, torch.Size] = {}
 _EPS = ("eps", "variance_epsilon", "epsilon", "layer_norm_epsilon")
 _AGREE = 1e-3
 """Relative difference of a weight's gradient on random numbers below which a formula is a layer's own: with another one
@@ -29,24 +30,26 @@ def standardized(x: Tensor, eps: float) -> Tensor:
     return nn.functional.layer_norm(x.float(), x.shape[-1:], eps=eps)
 
 
-def normalization_of(module: nn.Module) -> Normalize | None:
+def normalization_of(module: nn.Module, shapes: Mapping[int, torch.Size] = _AS_THEY_ARE) -> Normalize | None:
     """The formula of a layer that scales (and shifts) normalized vectors elementwise; None where none of them fits.
 
     Such a layer has no parts, a ``weight`` ``[d]`` and perhaps a ``bias`` ``[d]``. Its gradients on random numbers have
-    to be those of the formula: ``sum g * x_hat`` and ``sum g``.
+    to be those of the formula: ``sum g * x_hat`` and ``sum g``. ``shapes`` has those of parameters, by their ``id``,
+    that are something else while a model is sharded.
     """
-    own = {name: p for name, p in module._parameters.items() if p is not None}
-    weight = own.get("weight")
-    if list(module.children()) or not set(own) <= {"weight", "bias"} or weight is None or weight.dim() != 1:
+    own = {name: shapes.get(id(p), p.shape) for name, p in module._parameters.items() if p is not None}
+    shape = own.get("weight")
+    if list(module.children()) or not set(own) <= {"weight", "bias"} or shape is None or len(shape) != 1:
         return None
-    if any(p.shape != weight.shape for p in own.values()):
+    if any(other != shape for other in own.values()):
         return None
+    device = next(p.device for p in module._parameters.values() if p is not None)
     eps = next((getattr(module, name) for name in _EPS if isinstance(getattr(module, name, None), float)), None)
     if eps is None:
         eps = torch.finfo(torch.float32).eps  # what nn.RMSNorm takes for None
     for formula in (root_mean_square, standardized):
         normalize = functools.partial(formula, eps=eps)
-        if _agrees(module, normalize, {name: p.shape for name, p in own.items()}, weight.device):
+        if _agrees(module, normalize, own, device):
             return normalize
     return None
 

@@ -24,10 +24,10 @@ from gac.sequences.alignment import Alignments
 from gac.sequences.check import GradientCheck
 from gac.sequences.layers import Layer, find_layers
 from gac.sequences.options import SequenceOptions
-from gac.sequences.rows import Given, Rows
+from gac.sequences.rows import Chosen, Given, Rows
 from gac.sequences.sources import StepOfSources
 from gac.sequences.step import Signs, Sketches, StepSums
-from gac.sequences.supported import check_supported
+from gac.sequences.supported import WRAPPER, check_supported
 from gac.sequences.taps import Kept, Taps
 from gac.statistics.branch import Branch
 
@@ -64,7 +64,8 @@ class SequenceObserver(Observer):
         options: SequenceOptions,
         topology: Topology,
     ) -> None:
-        check_supported(model, parameters, topology)
+        check_supported(model, parameters)
+        parameters = [(name.replace(WRAPPER, ""), p) for name, p in parameters]
         self.layers = find_layers(model, parameters, options.sketch_size)
         if not self.layers.slots:
             raise ValueError(
@@ -89,7 +90,7 @@ class SequenceObserver(Observer):
         self._given: Given | None = None  # what the pass under way began with
         self._lost: set[str] = set()  # that were named
         self._unexplained: set[int] = set()  # numbers of slots that are left out
-        self._check = GradientCheck(self.layers, parameters) if topology.ranks == 1 else None
+        self._check = GradientCheck(self.layers, parameters) if topology.ranks == 1 and not topology.managed else None
         self._undone: Tensor | None = None  # of the branch under way
         self.sources: deque[StepOfSources] = deque(maxlen=HISTORY)
         self.alignments = Alignments()
@@ -203,6 +204,20 @@ class SequenceObserver(Observer):
         finally:
             self._drop()
             self._rows = None
+
+    @contextmanager
+    def selected(self, chosen: Chosen) -> Iterator[None]:
+        """Layers called inside may get these tokens of the batch's sequences alone."""
+        if self._rows is not None and len(chosen.bounds) != self._rows.count + 1:
+            raise ValueError(
+                f"lengths must have a number for each of the {self._rows.count} rows of the batch, got "
+                f"{len(chosen.bounds) - 1}"
+            )
+        self._taps.chosen = chosen
+        try:
+            yield
+        finally:
+            self._taps.chosen = None
 
     @property
     def in_batch(self) -> bool:

@@ -11,12 +11,29 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Some tokens of each sequence, end to end.
+
+    Attributes:
+        bounds: ``[B + 1]`` int64. tokens: of all sequences. longest: no sequence has more.
+    """
+
+    bounds: Tensor
+    tokens: int
+    longest: int
+
+
 @dataclass(frozen=True)
 class Given:
-    """What a model was last called with: the first two sizes of its ids or embeddings."""
+    """What a model was last called with: the first two sizes of its ids or embeddings.
+
+    ``chosen`` are the tokens that some of its layers get, as they were told; None.
+    """
 
     rows: int
     tokens: int
+    chosen: Chosen | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +116,22 @@ def rows_of(
     )
 
 
+def chosen_of(lengths: Any, device: torch.device) -> Chosen:
+    """What :meth:`gac.Mixer.selected` was told, on ``device``. The host reads lengths.
+
+    Raises:
+        TypeError, ValueError: with the argument's name, what it was and what it must be.
+    """
+    found = _vector(lengths, "lengths", None)
+    if found.is_floating_point() or found.dtype == torch.bool:
+        raise TypeError(f"lengths must be whole numbers, the chosen tokens of each sequence, got {found.dtype}")
+    numbers = found.tolist()
+    if any(length < 0 for length in numbers):
+        raise ValueError(f"lengths of the chosen tokens must not be negative, got {numbers}")
+    bounds = torch.nn.functional.pad(found.to(torch.int64).cumsum(0), (1, 0))
+    return Chosen(bounds.to(device, non_blocking=True), sum(numbers), max(numbers, default=0))
+
+
 def _vector(value: Any, name: str, length: int | None) -> Tensor:
     if not isinstance(value, Tensor):
         try:
@@ -160,6 +193,13 @@ class Places:
             shape: of the activation, without its last dimension.
             given: what the model was called with.
         """
+        found = self._find(shape, given, device)
+        chosen = None if given is None else given.chosen
+        if found is None and chosen is not None and math.prod(shape) == chosen.tokens:
+            return Found(chosen.bounds.to(device, non_blocking=True), chosen.longest, False)
+        return found
+
+    def _find(self, shape: Sequence[int], given: Given | None, device: torch.device) -> Found | None:
         count, n = self._rows.count, math.prod(shape)
         if self._rows.bounds is not None:
             if given is not None and n != given.rows * given.tokens:

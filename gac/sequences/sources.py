@@ -76,6 +76,7 @@ class SourceRow:
     Attributes:
         label, branch: which. steps: of them. n: contributions in all.
         noise: of a single contribution, ``E |x - g|^2``. signal: ``|g|^2`` of its mean, unbiased; may be negative.
+        noise_se, signal_se: standard errors of their means over steps; NaN below two.
         cosine: of its mean gradient with that of the RL branch (of its other rows, for a source of rollouts), from
             unbiased inner products and norms. cosine_se: its standard error, a jackknife over steps; NaN below three.
     """
@@ -88,6 +89,8 @@ class SourceRow:
     signal: float
     cosine: float
     cosine_se: float
+    noise_se: float = math.nan
+    signal_se: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -152,8 +155,9 @@ def table_of(history: Sequence[StepOfSources]) -> SourceTable:
     for source in sources:
         found = torch.tensor(alone[source], dtype=torch.float64).reshape(-1, 3)
         cosine, error = _cosine(pairs.get((source, None), []))
-        noise, signal = (float(found[:, k].mean()) if len(found) else math.nan for k in (0, 1))
-        rows.append(SourceRow(*source, len(found), int(found[:, 2].sum()), noise, signal, cosine, error))
+        (noise, noise_se), (signal, signal_se) = (_mean(found[:, k]) for k in (0, 1))
+        counts = len(found), int(found[:, 2].sum())
+        rows.append(SourceRow(*source, *counts, noise, signal, cosine, error, noise_se, signal_se))
     between = torch.full((2, len(sources), len(sources)), math.nan, dtype=torch.float64)
     for k, source in enumerate(sources):
         for j, other in enumerate(sources):
@@ -171,6 +175,14 @@ class _Mean:
         if self.n >= 2:
             self.noise = float(power - total2 / self.n) / (self.n - 1)
             self.square = float(total2) / self.n**2 - self.noise / self.n
+
+
+def _mean(values: Tensor) -> tuple[float, float]:
+    """Over steps, and its standard error."""
+    if not len(values):
+        return math.nan, math.nan
+    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return float(values.mean()), error
 
 
 def _cosine(steps: Sequence[tuple[float, float, float]]) -> tuple[float, float]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gac.sequences.layers import Kind, Layer
-from gac.sequences.rows import Given
+from gac.sequences.rows import Chosen, Given
 
 Take = Callable[[Layer, "Kept", Tensor], None]
 """Takes a layer's input, and the gradient of its output."""
@@ -120,6 +120,7 @@ class Taps:
     def __init__(self, model: nn.Module, layers: list[Layer], take: Take) -> None:
         self._model, self._layers, self._take = model, layers, take
         self._given: tuple[int, int] | None = None
+        self.chosen: Chosen | None = None  # of calls under way
         self._number = next(_numbers)
         _keep_in_compiled_code()
         _places[self._number] = self
@@ -127,7 +128,7 @@ class Taps:
     @property
     def given(self) -> Given | None:
         """What the model was last called with."""
-        return None if self._given is None else Given(*self._given)
+        return None if self._given is None else Given(*self._given, self.chosen)
 
     def take(self, number: int, x: Tensor, gradient: Tensor) -> None:
         """What a layer saw, from compiled code."""

@@ -31,7 +31,7 @@ from gac.trainers.rules import LossTerms
 from gac.trainers.token_stats import label_logprobs
 from gac.trainers.window import Window
 
-_BYPASSED = (
+BYPASSED = (
     "the RL loss did not pass through compute_loss, so it was not weighted; this version of TRL or one of its options "
     "(a fused loss?) is not supported"
 )
@@ -59,6 +59,7 @@ class BranchedGRPOTrainer(PatchedGRPOTrainer):
                 sft_dataset,
                 completion_only=options.sft_completion_only,
                 max_length=options.sft_max_length,
+                source_column=options.gac_source_column,
             )
             seed = options.seed if options.sft_seed is None else options.sft_seed
             self._sampler = EpochSampler(len(sft_dataset), seed)
@@ -142,12 +143,15 @@ class BranchedGRPOTrainer(PatchedGRPOTrainer):
         with self._mixer_of_run.rl(tokens=tokens), self._no_sync(model, last=not self._rule.supervises):
             self._rl_weighted = False
             try:
-                loss = super().training_step(model, inputs, num_items_in_batch)
+                loss = self._step_of_trl(model, inputs, num_items_in_batch)
             except UnweightedLoss as error:
-                raise RuntimeError(_BYPASSED) from error
+                raise RuntimeError(BYPASSED) from error
         if not self._rl_weighted:  # in a step without hooks nobody else says so
-            raise RuntimeError(_BYPASSED)
+            raise RuntimeError(BYPASSED)
         return loss
+
+    def _step_of_trl(self, model: Any, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None) -> Any:
         """TRL's loss, with the rule's terms and weighted with ``1 - mu`` in training, as it is in evaluation."""

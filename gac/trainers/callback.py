@@ -1,9 +1,11 @@
 """GAC in a transformers ``Trainer``: a callback that owns the mixer, its steps, its metrics and its checkpoints.
 
-A callback never sees a loss, so weighting it stays in the trainer's ``compute_loss``, two ways:
+A callback never sees a loss, so weighting it stays in the trainer's ``compute_loss``, three ways:
 
 - one loss over a mixed batch: ``callback.mixer.mixed_loss(sft_loss=..., rl_loss=...)`` and ``observe_tokens(...)``; the
   coefficient estimator is used;
+- one loss over a mixed batch with ``estimator="sequence"``: ``training_step`` runs forward and backward pass inside
+  ``with callback.mixer.batch(is_expert=..., groups=...):``; statistics are measured on the gradients of sequences;
 - one pass per branch: ``training_step`` runs each inside ``with callback.mixer.sft():`` or ``.rl():``, and
   ``compute_loss`` returns ``callback.mixer.weight * loss``; statistics are measured on the gradients.
 
@@ -71,6 +73,7 @@ class GacCallback(TrainerCallback):
         if estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
         of_patch = {"overhead", "interval", "process_group", "metric", "report_interval", "coefficient"}
+        of_patch |= {"sketch_size", "sequences"}
         self._of_controller = {"law": law} | {k: v for k, v in options.items() if k not in of_patch}
         controller = Controller(**self._of_controller)
         self.resume_from = resume_from

@@ -13,8 +13,8 @@ from accelerate.utils import send_to_device
 from gac.files import load_state, save_whole, sync_tree
 from gac.saved import MixerState
 from gac.state import ListOf, Table, Unchanged, Whole
-from gac.trainers.branches import BranchedGRPOTrainer
 from gac.trainers.resume import IMAGES, Batching, Position, redistribute
+from gac.trainers.single_pass import SinglePassGRPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,8 @@ THEN = (
 """What to do about a checkpoint that cannot be read."""
 
 
-class CheckpointedGRPOTrainer(BranchedGRPOTrainer):
-    """`BranchedGRPOTrainer` whose checkpoints continue exactly, on other ranks and batch sizes too.
+class CheckpointedGRPOTrainer(SinglePassGRPOTrainer):
+    """`SinglePassGRPOTrainer` whose checkpoints continue exactly, on other ranks and batch sizes too.
 
     `HybridGRPOTrainer` says what they hold.
     """

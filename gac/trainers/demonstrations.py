@@ -13,16 +13,25 @@ _FORMATS = "columns 'prompt' and 'completion' (text or message lists), or 'input
 
 @dataclasses.dataclass
 class DemonstrationBatch:
-    """Right-padded int64 tensors ``[B, T]``; ``labels`` are -100 where there is no loss."""
+    """Right-padded int64 tensors ``[B, T]``; ``labels`` are -100 where there is no loss.
+
+    Rows of a data set have their numbers in ``index``, and their labels in ``sources`` where it has such a column.
+    """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
+    index: tuple[int, ...] | None = None
+    sources: tuple[Any, ...] | None = None
 
     def to(self, device: torch.device | str) -> "DemonstrationBatch":
         """The same batch on another device."""
-        return DemonstrationBatch(
-            *(getattr(self, field.name).to(device, non_blocking=True) for field in dataclasses.fields(self))
+        move = lambda tensor: tensor.to(device, non_blocking=True)
+        return dataclasses.replace(
+            self,
+            input_ids=move(self.input_ids),
+            attention_mask=move(self.attention_mask),
+            labels=move(self.labels),
         )
 
     def count_tokens(self) -> int:
@@ -68,6 +77,7 @@ class DemonstrationCollator:
             lists: the chat template renders both; the completion is what it adds to the rendered prompt.
         completion_only: loss on the completion only (default), else on every token. Ignored for 'labels'.
         max_length: longer rows keep their first `max_length` tokens.
+        source_column: has a label for each row.
 
     Raises:
         ValueError: empty or unsized set, missing columns, a first row that cannot be encoded.
@@ -80,6 +90,7 @@ class DemonstrationCollator:
         *,
         completion_only: bool = True,
         max_length: int | None = None,
+        source_column: str | None = None,
     ) -> None:
         if not hasattr(demonstrations, "__len__") or not hasattr(demonstrations, "__getitem__"):
             raise ValueError(
@@ -108,6 +119,11 @@ class DemonstrationCollator:
         self.pretokenized = {"input_ids", "labels"} <= set(first)
         if not self.pretokenized and not {"prompt", "completion"} <= set(first):
             raise ValueError(f"sft_dataset needs {_FORMATS}; it has the columns {sorted(map(str, first))}")
+        if source_column is not None and source_column not in first:
+            raise ValueError(
+                f"gac_source_column={source_column!r} is no column of sft_dataset, which has {sorted(map(str, first))}"
+            )
+        self.source_column = source_column
         self._encode(0)
 
     def __len__(self) -> int:
@@ -115,7 +131,10 @@ class DemonstrationCollator:
 
     def __call__(self, indices: Sequence[int]) -> DemonstrationBatch:
         """The batch of the rows at `indices`, padded to its longest row."""
-        return pad_demonstrations([self._encode(index) for index in indices], self._pad)
+        batch = pad_demonstrations([self._encode(index) for index in indices], self._pad)
+        column = self.source_column
+        sources = None if column is None else tuple(self.demonstrations[index][column] for index in indices)
+        return dataclasses.replace(batch, index=tuple(indices), sources=sources)
 
     def _encode(self, index: int) -> tuple[list[int], list[int]]:
         row = self.demonstrations[index]

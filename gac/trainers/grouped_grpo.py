@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
 from gac.losses import IGNORE_INDEX
-from gac.trainers.groups import GroupLayout, take_rows
+from gac.trainers.groups import GroupLayout, origins, take_rows
 from gac.trainers.hybrid_config import HybridGRPOConfig
 from gac.trainers.prompts import COLUMN, TOKENS, beside_rollouts, encode_demonstration, has_demonstration, with_labels
 from gac.trainers.rules import LossTerms, Rule, ScoredBatch
@@ -63,7 +63,10 @@ class GroupedGRPOTrainer(GRPOTrainer):
             return super()._prepare_inputs(generation_batch)
         if self._step % (self._steps_per_generation * self.num_iterations) == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
-            batch = take_rows(split_pixel_values_by_grid(batch), self._layout(len(generation_batch)).shuffled())
+            layout = self._layout(len(generation_batch))
+            if self.args.estimator == "sequence":
+                batch |= origins(layout, generation_batch, self.args.gac_source_column)
+            batch = take_rows(split_pixel_values_by_grid(batch), layout.shuffled())
             parts: list[Any] = split_tensor_dict(batch, self._steps_per_generation)
             self._buffered_inputs = [unsplit_pixel_values_by_grid(part) for part in parts]
         return self._buffered_inputs[self._step % self._steps_per_generation]
@@ -156,10 +159,14 @@ class GroupedGRPOTrainer(GRPOTrainer):
     # -- losses -------------------------------------------------------------------------------------------------------
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
-        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        result = self._scores(*args, **kwargs)
         if self._capturing:
             self._captured = result[:2]
         return result
+
+    def _scores(self, *args: Any, **kwargs: Any) -> tuple:
+        """Log-probabilities and entropies of rollouts, as TRL has them."""
+        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def policy_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, LossTerms]:
         """TRL's loss plus the rule's terms, both normalised alike, and what the policy said about the rollouts."""

@@ -1,7 +1,7 @@
 """Which rollouts answer the same prompt, and an order of rollouts that keeps them together."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,25 @@ class GroupLayout:
         """
         _, inverse, counts = self.ids().unique_consecutive(return_inverse=True, return_counts=True)
         return torch.randperm(len(counts))[inverse].argsort(stable=True)
+
+
+GROUP, SOURCE = "gac_group", "gac_source"
+"""Keys of a generation batch: ``[rows]`` int64, the number of each rollout's prompt; a list with its source's label."""
+
+ROLLOUTS = "rollouts"
+"""The source of rollouts whose prompts name none."""
+
+
+def origins(layout: GroupLayout, prompts: Sequence[Mapping[str, Any]], column: str | None) -> dict[str, Any]:
+    """Where each rollout comes from, as entries of the generation batch, which follow it through shuffling and saving.
+
+    Args:
+        prompts: the row of the training set that each rollout answers. column: of labels; None for none.
+    """
+    if column is None:
+        return {GROUP: layout.ids()}
+    labels = [row.get(column) for row in prompts]
+    return {GROUP: layout.ids(), SOURCE: [ROLLOUTS if label is None else label for label in labels]}
 
 
 def take_rows(batch: Mapping[str, Any], order: torch.Tensor) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from typing import Any, cast
 from trl import GRPOConfig
 
 from gac.laws.controller import Controller
-from gac.options import METRICS, OF_TRAINERS
+from gac.options import ESTIMATORS, METRICS
+from gac.sequences.options import SequenceOptions
 
 SFT_LOSSES = ("nll", "phi")
 
@@ -27,7 +28,17 @@ class HybridGRPOConfig(GRPOConfig):
         default=None, metadata={"help": "Options of the law, such as {'half_life': 20.0, 'cap': 0.02}."}
     )
     estimator: str = field(
-        default="auto", metadata={"help": "'auto', 'sketch', 'exact' or 'coefficient'; see gac.patch."}
+        default="auto", metadata={"help": "'auto', 'sketch', 'exact', 'coefficient' or 'sequence'; see gac.patch."}
+    )
+    gac_sequences: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of estimator='sequence', such as {'sketch_size': 16}; see gac.patch."}
+    )
+    gac_source_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of sft_dataset (and of train_dataset, where it has it) that labels the source of each row, "
+            "for mixer.sources(); with estimator='sequence'."
+        },
     )
     observe_tokens: bool = field(
         default=False,
@@ -71,14 +82,15 @@ class HybridGRPOConfig(GRPOConfig):
 
     # TrainingArguments parses dict options given as JSON text for the fields named here; no annotation, or it would
     # become a field
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "law_options"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "law_options", "gac_sequences"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sft_loss not in SFT_LOSSES:
             raise ValueError(f"unknown sft_loss {self.sft_loss!r}; known: {', '.join(SFT_LOSSES)}")
-        if self.estimator not in OF_TRAINERS:
-            raise ValueError(f"unknown estimator {self.estimator!r}; known: {', '.join(OF_TRAINERS)}")
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"unknown estimator {self.estimator!r}; known: {', '.join(ESTIMATORS)}")
+        self._check_sequences()
         if self.gac_metric not in METRICS:
             raise ValueError(f"unknown gac_metric {self.gac_metric!r}; known: {', '.join(METRICS)}")
         for name in ("sft_batch_size", "gac_interval", "gac_report_interval"):
@@ -90,6 +102,18 @@ class HybridGRPOConfig(GRPOConfig):
                 f"gac_overhead must be in (0, 1], without gac_interval; got {self.gac_overhead} and {self.gac_interval}"
             )
         self.build_controller()
+
+    def _check_sequences(self) -> None:
+        try:
+            SequenceOptions(**cast("dict[str, Any]", self.gac_sequences or {}))
+        except TypeError as error:
+            raise ValueError(f"gac_sequences: {error}") from error
+        if self.estimator == "sequence" and self.gac_metric == "optimizer":
+            raise ValueError("gac_metric='optimizer' reads gradients of parameters, estimator='sequence' of layers")
+        if self.estimator != "sequence":
+            for name in ("gac_sequences", "gac_source_column"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} belongs to estimator='sequence', got estimator={self.estimator!r}")
 
     def law_and_options(self) -> tuple[str, dict[str, Any]]:
         """Name and options of the law, with `mu` folded in."""

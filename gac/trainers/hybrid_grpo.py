@@ -57,7 +57,8 @@ class HybridGRPOTrainer(LoggedGRPOTrainer):
 
     Raises:
         ValueError: empty `sft_dataset` or missing columns; a law that follows KL with ``beta=0``, or whose options do
-            not fit ``num_generations``; DeepSpeed or FSDP1 (the message says why).
+            not fit ``num_generations``; DeepSpeed or FSDP1 (the message says why), except with
+            ``estimator="sequence"``.
         TypeError: `args` is not a `HybridGRPOConfig`.
     """
 

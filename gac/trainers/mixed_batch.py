@@ -1,15 +1,18 @@
 """One loss over a batch of demonstrations and rollouts, for trainers that run one backward pass over both.
 
-Such a pass adds both branches into one gradient, so mu comes from the coefficient estimator, which reads
-log-probabilities and advantages and no gradient: it works under any engine, sharded parameters or not. Data parallelism
-costs one small exchange per optimizer step, and every rank takes part in it whatever its batches held.
+Such a pass adds both branches into one gradient. By default mu comes from the coefficient estimator, which reads
+log-probabilities and advantages and no gradient: it works under any engine, sharded parameters or not. With
+``estimator="sequence"`` it comes from the gradients of the single sequences, taken at the layers of a model that
+:meth:`MixedBatch.watch` was told. Data parallelism costs one exchange per optimizer step, and every rank takes part in
+it whatever its batches held.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +22,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import gac
 from gac.laws.controller import Controller
+from gac.observe.topology import fsdp2_modules
 from gac.saved import MixerState, read_state
+from gac.sequences.options import SequenceOptions
 from gac.state import Maybe
+from gac.trainers.mixed_losses import at_least_one, check_shapes, nll, rollout_loss
 
 METRICS = ("mu", "mu_raw", "mu_se", "sigma_s2", "sigma_r2", "delta_g2", "n_s", "n_r", "skipped")
 """What :meth:`MixedBatch.metrics` holds, each under ``gac/``."""
+
+
+ESTIMATORS = ("coefficient", "sequence")
+"""Those that can tell the branches of a mixed batch apart."""
 
 
 class StepCounts(NamedTuple):
@@ -97,7 +107,8 @@ class MixedBatch:
         law: how mu follows from the statistics; a name of :func:`gac.laws.available`, except those that follow KL or
             entropy.
         phi: weight each demonstration token's loss with its detached ``p * (1 - p)``.
-        interval, coefficient: as for :func:`gac.patch`.
+        estimator: ``"coefficient"``, or ``"sequence"`` for the gradients of the model given to :meth:`watch`.
+        interval, coefficient, sketch_size, sequences: as for :func:`gac.patch`; the last two belong to ``"sequence"``.
         follow_optimizer: False where the trainer calls :meth:`step` itself.
         **law_options: options of the law.
 
@@ -110,8 +121,11 @@ class MixedBatch:
         *,
         law: str = "gac",
         phi: bool = False,
+        estimator: str = "coefficient",
         interval: int = 1,
         coefficient: Mapping | None = None,
+        sketch_size: int = 32,
+        sequences: Mapping | None = None,
         follow_optimizer: bool = True,
         **law_options: Any,
     ) -> None:
@@ -121,11 +135,18 @@ class MixedBatch:
                 f"law={law!r} follows {' and '.join(controller.law.needs)}, which a mixed batch does not give; "
                 "use 'gac', 'paper', 'fixed' or a schedule"
             )
-        self.phi = phi
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"estimator of a mixed batch must be {' or '.join(ESTIMATORS)}, got {estimator!r}")
+        SequenceOptions(sketch_size=sketch_size, **(sequences or {}))
+        self.phi, self.estimator = phi, estimator
         self._start = float(controller.mu)
         self._law_options = law_options
         self._options = dict(law=law, interval=interval, coefficient=coefficient, report_interval=None, **law_options)
+        if estimator == "sequence":
+            self._options |= {"sketch_size": sketch_size, "sequences": sequences}
         self._follow = follow_optimizer
+        self._model: nn.Module | None = None
+        self._rows = contextlib.ExitStack()  # the batch whose backward pass may be under way
         self._mixer: gac.Mixer | None = None
         self._hook = None
         self._pending = False
@@ -144,6 +165,23 @@ class MixedBatch:
         """The SFT weight of this step: a 0-dim tensor on the device, a number before the first loss."""
         return self._start if self._mixer is None else self._mixer.mu
 
+    def watch(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> MixedBatch:
+        """Patches the model that the losses are of, for ``estimator="sequence"``: as it is trained, in DDP, FSDP or an
+        engine, before its first forward pass. Nothing happens with another estimator. Returns itself.
+
+        Args:
+            group: see :meth:`open`.
+
+        Raises:
+            RuntimeError: another model is watched already. ValueError: what :func:`gac.patch` does not serve.
+        """
+        if self.estimator == "sequence":
+            if self._mixer is not None and model is not self._model:
+                raise RuntimeError("MixedBatch.watch: another model is watched already; call close() first")
+            self._model = model
+            self.open(next(model.parameters()).device, group)
+        return self
+
     def open(self, device: torch.device, group: dist.ProcessGroup | None = None) -> gac.Mixer:
         """Makes the mixer unless it exists, and returns it.
 
@@ -152,13 +190,24 @@ class MixedBatch:
             group: ranks whose batches are parts of one step: the data-parallel ones. Default group when None.
         """
         if self._mixer is None:
-            self._mixer = coefficient_mixer(device, process_group=group, **self._options)
+            self._mixer = self._make(device, group)
             if self._restored is not None:
                 self._mixer.load_state_dict(self._restored)
             if self._follow:
                 reference = weakref.ref(self)
                 self._hook = register_optimizer_step_post_hook(lambda optimizer, *_: _step(reference, optimizer))
         return self._mixer
+
+    def _make(self, device: torch.device, group: dist.ProcessGroup | None) -> gac.Mixer:
+        if self.estimator == "coefficient":
+            return coefficient_mixer(device, process_group=group, **self._options)
+        if self._model is None:
+            raise RuntimeError(
+                'estimator="sequence" reads the gradients at the layers of a model: call watch(model) before the first '
+                'loss, where the model is; where it cannot be reached, use estimator="coefficient"'
+            )
+        sharded = bool(fsdp2_modules(self._model))  # whose device mesh says which ranks take part
+        return gac.patch(self._model, estimator="sequence", process_group=None if sharded else group, **self._options)
 
     def loss(
         self,
@@ -172,6 +221,11 @@ class MixedBatch:
         sft_tokens: float | Tensor,
         ranks: int = 1,
         group: dist.ProcessGroup | None = None,
+        groups: Tensor | Sequence[int] | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        tokens: Tensor | None = None,
+        sources: Sequence[Any] | None = None,
+        index: Sequence[int] | None = None,
     ) -> MixedLoss:
         """``mu * sft_loss + (1 - mu) * rl_loss`` of one micro-batch, and feeds the estimator.
 
@@ -193,28 +247,44 @@ class MixedBatch:
             ranks: factor against the average that data parallelism takes of gradients (its size), given that
                 ``sft_tokens`` counts all ranks.
             group: see :meth:`open`; used at the first loss only.
+            groups, lengths, sources, index: of the rows, for ``estimator="sequence"``, as for :meth:`gac.Mixer.batch`:
+                which rollouts share a prompt, tokens of packed sequences as the model got them, labels, numbers. The
+                backward pass has to run before the next loss and the optimizer's step.
+            tokens: likewise, what each row counts for; None: demonstrations by their tokens, rollouts alike.
 
         Raises:
             ValueError: shapes that do not belong together.
         """
-        _check_shapes(logprobs, old_logprobs, advantages, mask, is_expert)
+        check_shapes(logprobs, old_logprobs, advantages, mask, is_expert)
         mixer = self.open(logprobs.device, group)
         if advantages.dim() == 1:
             advantages = advantages[:, None].expand_as(logprobs)
         is_expert = is_expert.to(device=logprobs.device, dtype=torch.bool)
         kept = mask != 0
         expert, rollout = kept & is_expert[:, None], kept & ~is_expert[:, None]
-        sft_loss = _sft_loss(logprobs, expert, self.phi) / _at_least_one(sft_tokens) * ranks
-        rl_loss = _rl_loss(logprobs, old_logprobs, advantages, mask, rollout, policy_loss)
-        if torch.is_grad_enabled():
+        sft_loss = nll(logprobs, expert, self.phi) / at_least_one(sft_tokens) * ranks
+        rl_loss = rollout_loss(logprobs, old_logprobs, advantages, mask, rollout, policy_loss)
+        if self.estimator == "sequence":
+            self._rows.close()  # its backward pass is over
+            if not torch.is_grad_enabled() or not len(is_expert):
+                return MixedLoss(mixer.mu * sft_loss + (1 - mixer.mu) * rl_loss, sft_loss, rl_loss)
+            if tokens is None:
+                tokens = torch.where(is_expert, kept.sum(1), 1)
+            told = {"groups": groups, "lengths": lengths, "tokens": tokens, "sources": sources, "index": index}
+            self._rows.enter_context(mixer.batch(is_expert=is_expert, **told))
+            self._pending = True
+        elif torch.is_grad_enabled():
             self.observe(logprobs, advantages, mask, is_expert)
         return MixedLoss(mixer.mixed_loss(sft_loss=sft_loss, rl_loss=rl_loss), sft_loss, rl_loss)
 
     def observe(self, logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor) -> None:
         """Feeds the estimator with a micro-batch whose loss the trainer weights itself; arguments as for :meth:`loss`.
 
-        Every rank calls it at least once in every step, if need be with no rows.
+        Every rank calls it at least once in every step, if need be with no rows. Raises RuntimeError with
+        ``estimator="sequence"``, which has to know when the rows' loss is made.
         """
+        if self.estimator == "sequence":
+            raise RuntimeError('MixedBatch.observe feeds estimator="coefficient"; "sequence" goes with MixedBatch.loss')
         mixer = self.open(logprobs.device)
         expert = is_expert.to(device=logprobs.device, dtype=torch.bool)
         per_row = expert if advantages.dim() == 1 else expert[:, None]
@@ -230,9 +300,12 @@ class MixedBatch:
         """
         if self._pending:
             self._pending = False
+            self._rows.close()
             if optimizer is not None:
                 self.mixer.follow(optimizer)
             self.mixer.step()
+            if self.estimator == "sequence" and self._options["interval"] > 1:
+                _ = self.mixer.mu  # hooks are there, or not, before the next forward pass
             self._metrics = self.mixer.metrics()
 
     def metrics(self) -> dict[str, float]:
@@ -265,6 +338,8 @@ class MixedBatch:
             self.close()
             self._metrics = {}
         elif self._mixer is not None:
+            with contextlib.suppress(RuntimeError):  # of a step that is forgotten
+                self._rows.close()
             self._mixer.load_state_dict(state)
         self._restored, self._pending = taken, False
 
@@ -272,6 +347,8 @@ class MixedBatch:
         """Stops following the optimizer."""
         if self._hook is not None:
             self._hook.remove()
+        with contextlib.suppress(RuntimeError):  # a loss without its backward pass
+            self._rows.close()
         if self._mixer is not None:
             self._mixer.unpatch()
         self._hook = self._mixer = None
@@ -282,54 +359,3 @@ def _step(reference: weakref.ref, optimizer: torch.optim.Optimizer) -> None:
     batch = reference()
     if batch is not None:
         batch.step(optimizer)
-
-
-def _sft_loss(logprobs: Tensor, expert: Tensor, phi: bool) -> Tensor:
-    """Sum of the demonstrations' NLL."""
-    nll = torch.where(expert, -logprobs, 0.0)
-    if phi:
-        p = torch.where(expert, logprobs.detach().exp(), 0.0)
-        nll = nll * (p * (1 - p))
-    return nll.sum()
-
-
-def _rl_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    rollout: Tensor,
-    policy_loss: Callable[..., Tensor],
-) -> Tensor:
-    """The trainer's loss of the rollouts, 0 without them."""
-    if not logprobs.numel():
-        return logprobs.sum()
-    # zeros, so that nothing behind the mask can turn a product with it into NaN
-    logprobs, old_logprobs, advantages = (
-        torch.where(rollout, x, 0.0) for x in (logprobs, old_logprobs.detach(), advantages.detach())
-    )
-    empty = ~rollout.any()
-    stand_in = torch.zeros_like(rollout)
-    stand_in[0, 0] = True
-    rollout = rollout | (stand_in & empty)
-    loss = policy_loss(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=rollout.to(mask.dtype))
-    return torch.where(empty, 0.0, loss)
-
-
-def _at_least_one(tokens: float | Tensor) -> float | Tensor:
-    return tokens.clamp(min=1) if isinstance(tokens, Tensor) else max(tokens, 1)
-
-
-def _check_shapes(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor) -> None:
-    shape = tuple(logprobs.shape)
-    if len(shape) != 2:
-        raise ValueError(f"logprobs must be [B, T], got {shape}")
-    for name, tensor, allowed in (
-        ("old_logprobs", old_logprobs, (shape,)),
-        ("advantages", advantages, (shape, shape[:1])),
-        ("mask", mask, (shape,)),
-        ("is_expert", is_expert, (shape[:1],)),
-    ):
-        if tuple(tensor.shape) not in allowed:
-            wanted = " or ".join(map(str, allowed))
-            raise ValueError(f"{name} must have the shape {wanted} of these logprobs, got {tuple(tensor.shape)}")

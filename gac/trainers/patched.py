@@ -24,7 +24,7 @@ class PatchedGRPOTrainer(GroupedGRPOTrainer):
         mixer: of the run under way; after it, the same one with its last values. None before the first run.
 
     Raises:
-        ValueError: DeepSpeed or FSDP1.
+        ValueError: DeepSpeed or FSDP1, except with ``estimator="sequence"``.
     """
 
     optimizer: torch.optim.Optimizer  # while training runs
@@ -39,15 +39,18 @@ class PatchedGRPOTrainer(GroupedGRPOTrainer):
         self.callback_handler.callbacks.insert(0, _MixerStep(self))
 
     def _require_measurable_engine(self) -> None:
+        if self.args.estimator == "sequence":  # one backward pass, at layers: whatever becomes of gradients in it
+            return
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError(
                 "under accelerate, DeepSpeed takes its optimizer step within the last backward pass, and a branch "
-                "would still be to come: use DDP (accelerate launch --multi_gpu) or FSDP2 (--use_fsdp --fsdp_version 2)"
+                "would still be to come: use estimator='sequence', which has one pass for both, or use DDP (accelerate "
+                "launch --multi_gpu) or FSDP2 (--use_fsdp --fsdp_version 2)"
             )
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
             raise ValueError(
                 "FSDP1 flattens parameters and frees their gradients, so that branches cannot be measured; use FSDP2 "
-                "(accelerate launch --use_fsdp --fsdp_version 2)"
+                "(accelerate launch --use_fsdp --fsdp_version 2), or estimator='sequence'"
             )
 
     @property
@@ -72,6 +75,7 @@ class PatchedGRPOTrainer(GroupedGRPOTrainer):
             report_interval=self.args.gac_report_interval,
             scaler=self.accelerator.scaler,  # of fp16=True, else None
             carries_out_rules=True,
+            **self._of_sequences(),
             **options,
         )
         self.mixer.follow(self.optimizer)  # the trainer ends the mixer's steps itself
@@ -79,6 +83,12 @@ class PatchedGRPOTrainer(GroupedGRPOTrainer):
         if self._mixer_state is not None:
             self.mixer.load_state_dict(self._mixer_state)
         return prepared
+
+    def _of_sequences(self) -> dict[str, Any]:
+        """Options of :func:`gac.patch` for ``estimator="sequence"``."""
+        options = dict(cast("dict[str, Any]", self.args.gac_sequences or {}))
+        size = {"sketch_size": options.pop("sketch_size")} if "sketch_size" in options else {}
+        return size | ({"sequences": options} if options else {})
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         try:

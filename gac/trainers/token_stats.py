@@ -58,6 +58,15 @@ def masked_row_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(kept, values, 0.0).sum(1) / kept.sum(1).clamp(min=1)
 
 
+def token_chunks(flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """``[N, V]`` in pieces of so many tokens that one of them in float32 takes 32 MiB; at least one piece."""
+    return flat.split(_chunk_size(flat))
+
+
 def _chunks(flat: torch.Tensor) -> Any:
-    size = max(1, _CHUNK_BYTES // (4 * max(1, flat.shape[1])))
+    size = _chunk_size(flat)
     return (slice(begin, begin + size) for begin in range(0, flat.shape[0], size))
+
+
+def _chunk_size(flat: torch.Tensor) -> int:
+    return max(1, _CHUNK_BYTES // (4 * max(1, flat.shape[1])))

@@ -50,6 +50,8 @@ def attach(trainer: Any, *, is_expert: Callable[[Any], Tensor] = expert_rows, **
         raise RuntimeError("attach: this trainer mixes both losses already")
     mixed = MixedBatch(**options)
     group = _data_parallel_group(trainer.strategy)
+    if mixed.estimator == "sequence":
+        mixed.watch(_layers(trainer), group)
     loss_fn = trainer.actor_loss_fn = MixedPolicyLoss(trainer.actor_loss_fn, mixed, group)
     ppo_train, training_step = trainer.ppo_train, trainer.training_step
 
@@ -62,10 +64,12 @@ def attach(trainer: Any, *, is_expert: Callable[[Any], Tensor] = expert_rows, **
 
     def labelled_training_step(experience: Any, *args: Any, **kwargs: Any) -> dict:
         loss_fn.is_expert = is_expert(experience)
+        if mixed.estimator == "sequence":
+            loss_fn.told = _rows(experience, packed=bool(getattr(trainer.strategy.args, "packing_samples", False)))
         try:
             status = training_step(experience, *args, **kwargs)
         finally:
-            loss_fn.is_expert = None
+            loss_fn.is_expert, loss_fn.told = None, {}
         for name, value in mixed.metrics().items():
             status["metrics"][name], status["weights"][name] = value, None
         return status
@@ -93,6 +97,7 @@ class MixedPolicyLoss(nn.Module):
         self.mixed = mixed
         self.group = group
         self.is_expert: Tensor | None = None
+        self.told: dict[str, Any] = {}
         self.counts: StepCounts | None = None
 
     def forward(
@@ -143,6 +148,7 @@ class MixedPolicyLoss(nn.Module):
             sft_tokens=sft_tokens,
             ranks=dp_size,
             group=self.group,
+            **self.told,
         )
         return (result.loss, *others)
 
@@ -158,6 +164,26 @@ class MixedPolicyLoss(nn.Module):
             at_least(counts.sft_rows) * row,
             at_least(counts.rl_rows) * row,
         )
+
+
+def _layers(trainer: Any) -> nn.Module:
+    """What the actor hands its (perhaps packed) rows to. Raises ValueError where a rank sees parts of sequences."""
+    strategy = trainer.strategy
+    parts = getattr(strategy, "ring_attn_group", None) is not None
+    if parts or getattr(getattr(strategy, "args", None), "ds_tensor_parallel_size", 1) > 1:
+        raise ValueError(
+            'estimator="sequence" needs whole sequences and layers on every rank: switch ring attention and tensor '
+            'parallelism off, or use estimator="coefficient"'
+        )
+    return trainer.actor.model
+
+
+def _rows(experience: Any, *, packed: bool) -> dict[str, Any]:
+    """What ``estimator="sequence"`` is told: whose rollouts share a prompt, and where packed rows begin."""
+    prompts = getattr(experience, "prompts", None)
+    numbers: dict[str, int] = {}
+    groups = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts] if prompts else None
+    return {"groups": groups, "lengths": experience.attention_mask.sum(1) if packed else None}
 
 
 def _data_parallel_group(strategy: Any) -> dist.ProcessGroup | None:

@@ -52,7 +52,13 @@ def mixed_batch(args: Any) -> MixedBatch:
                 raise ValueError(f"--{name.replace('_', '-')} does not go with a mixed loss: {reason}; switch it off")
         if getattr(args, "context_parallel_size", 1) > 1:
             raise ValueError("context parallelism does not go with a mixed loss: a rank sees parts of sequences")
-        _Run.mixed = MixedBatch(**(getattr(args, "gac", None) or {}))
+        mixed = MixedBatch(**(getattr(args, "gac", None) or {}))
+        if mixed.estimator == "sequence":
+            raise ValueError(
+                'estimator="sequence" reads gradients at torch\'s layers, and a loss of slime is handed no model, '
+                'whose layers are Megatron\'s anyway: use estimator="coefficient"'
+            )
+        _Run.mixed = mixed
     return _Run.mixed
 
 

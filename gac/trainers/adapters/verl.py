@@ -12,13 +12,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gac.files import load_state, save_whole
 from gac.trainers.mixed_batch import MixedBatch, StepCounts, count_step
 
 EXPERT = "is_expert"
 """Field of the batch, or key of a row's ``extra_fields``, that is true for demonstrations."""
+
+UID = "uid"
+"""Field of the batch that rollouts of one prompt share."""
 
 _COUNTS = {name: f"gac_{name}" for name in StepCounts._fields}
 STATE_FILE = "gac_state_rank_{rank}.pt"
@@ -61,6 +64,8 @@ def training_worker(base: type | None = None, **options: Any) -> type:
             from verl.utils import tensordict_utils as tu
             from verl.utils.device import get_device_id
 
+            if self._mixed.estimator == "sequence":
+                self._mixed.watch(_layers(self.engine), self.engine.get_data_parallel_group())
             device = get_device_id()
             mask = _padded(data, "response_mask").to(device)
             counts = count_step([mask], [expert_rows(data)], self.engine.get_data_parallel_group())
@@ -128,6 +133,7 @@ class MixedPpoLoss:
             metrics.update(found)
             return loss
 
+        told = _rows(data, tu) if self.mixed.estimator == "sequence" else {}
         logprobs = no_padding_2_padding(model_output["log_probs"], data)
         result = self.mixed.loss(
             logprobs=logprobs,
@@ -139,8 +145,38 @@ class MixedPpoLoss:
             sft_tokens=counts.sft_tokens,
             ranks=data["dp_size"],
             group=dp_group,
+            **told,
         )
         return result.loss, metrics | self.mixed.metrics()
+
+
+def _layers(engine: Any) -> nn.Module:
+    """The engine's model. Raises ValueError where its layers do not see whole sequences, or are not torch's."""
+    module = getattr(engine, "module", None)
+    parallel = getattr(getattr(engine, "engine_config", None), "ulysses_sequence_parallel_size", 1)
+    if not isinstance(module, nn.Module) or parallel > 1:
+        what = type(engine).__name__ if parallel <= 1 else f"ulysses_sequence_parallel_size={parallel}"
+        raise ValueError(
+            f'estimator="sequence" reads gradients at the layers of a model in one piece as verl\'s FSDP engines have, '
+            f'and not with {what}: use estimator="coefficient"'
+        )
+    return module
+
+
+def _rows(data: Any, tu: Any) -> dict[str, Any]:
+    """What ``estimator="sequence"`` is told: whose rollouts share a prompt, and where packed rows begin."""
+    if tu.get(data, "use_fused_kernels", False):
+        raise ValueError(
+            'use_fused_kernels applies the head without calling it, so estimator="sequence" does not see its gradient: '
+            'switch it off, or use estimator="coefficient"'
+        )
+    ids = data["input_ids"] if "input_ids" in set(data.keys()) else None
+    packed = ids is not None and ids.is_nested and tu.get(data, "use_remove_padding", True)
+    groups = None
+    if UID in set(data.keys()):
+        numbers: dict[Any, int] = {}
+        groups = [numbers.setdefault(uid, len(numbers)) for uid in _listed(data[UID])]
+    return {"groups": groups, "lengths": ids.offsets().diff() if packed else None}
 
 
 def expert_rows(data: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,8 @@ from torch import nn
 
 import gac
 from tests.gac.models import VOCABULARY
-from tests.gac.sequences.truth import assert_close, expected, losses, mixed
+from tests.gac.sequences.truth import assert_close, expected, losses, mixed, row_losses
+from tests.gac.truth import statistics as truth_of
 
 WIDTH = 16
 
@@ -228,4 +230,62 @@ def test_options_are_checked():
             gac.patch(Base(), estimator="sequence", **options)
     mixer = gac.patch(Base())
     with wrong('needs gac.patch\\(model, estimator="sequence"\\)', RuntimeError), mixer.batch(is_expert=[True]):
+        pass
+
+
+class ChosenHead(Base):
+    """Its head gets every other position, and the last row none but one."""
+
+    def forward(self, input_ids):
+        hidden = self.embed(input_ids)
+        chosen = torch.zeros(input_ids.shape, dtype=torch.bool)
+        chosen[:, 1::2] = True
+        chosen[-1] = False
+        chosen[-1, 3] = True
+        with self.mixer.selected(chosen.sum(1)) if self.mixer else nullcontext():
+            scores = self.head(hidden[chosen])
+        logits = hidden.new_zeros(*input_ids.shape, VOCABULARY)
+        logits[chosen] = scores
+        return SimpleNamespace(logits=logits)
+
+    mixer = None
+
+
+def test_a_head_that_gets_chosen_positions_is_seen_where_they_are_told():
+    batch, model = mixed(), ChosenHead()
+    wanted = expected_together(batch)
+    mixer = patched(model)
+    model.mixer = mixer
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with mixer.batch(is_expert=batch.is_expert):
+            mixer.mixed_loss(**losses(model, batch)).backward()
+    mixer.step()
+    assert mixer.coverage.share == 1
+    assert_close(mixer.statistics, wanted)
+    in_batch = mixer.batch(is_expert=batch.is_expert)
+    with pytest.raises(ValueError, match="a number for each of the 6 rows"), in_batch, mixer.selected([1, 2]):
+        pass
+
+
+def expected_together(batch):
+    """Of rows whose gradients are taken one by one from a call with all of them."""
+    model = ChosenHead()
+    per_row = row_losses(model, batch.ids) * batch.weights
+    parameters = list(model.parameters())
+    found = {True: [], False: []}
+    for k, loss in enumerate(per_row):
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+        found[bool(batch.is_expert[k])].append(torch.cat([g.double().flatten() for g in gradients]))
+    return truth_of(found[True], found[False])
+
+
+def test_lengths_of_chosen_positions_are_checked():
+    mixer = patched(Base())
+    with pytest.raises(TypeError, match="whole numbers"), mixer.selected([0.5]):
+        pass
+    with pytest.raises(ValueError, match="must not be negative"), mixer.selected([1, -1]):
+        pass
+    other = gac.patch(Base(), estimator="sketch")
+    with pytest.raises(RuntimeError, match=r"mixer\.selected needs"), other.selected([1]):
         pass

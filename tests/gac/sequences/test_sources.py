@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 import gac
+from gac.report import Report
+from gac.report.by_source import norm_of, source_sentence, source_table
+from gac.report.estimates import Estimate
 from gac.sequences.alignment import Alignments
-from gac.sequences.sources import StepOfSources, table_of
+from gac.sequences.sources import SourceRow, SourceTable, StepOfSources, table_of
 from gac.statistics.branch import Branch
 from tests.gac.models import tiny_model
 from tests.gac.sequences.truth import Batch, losses, mixed, row_gradients
@@ -70,13 +73,13 @@ class Mean(nn.Module):
         return self.layer(x)
 
 
-def simulated(steps: int, seed: int, *, width: int = 40, rows: int = 4):
+def simulated(steps: int, seed: int, *, width: int = 40, rows: int = 4, report_interval=None):
     """Sources with the cosines .5 and 0 with the policy, in noise of 1.5 times their size; the sketch loses nothing."""
     generator = torch.Generator().manual_seed(seed)
     e = torch.eye(width)
     means = {"near": 0.5 * e[0] + math.sqrt(0.75) * e[1], "far": e[2], "policy": e[0]}
     model = Mean(width)
-    mixer = gac.patch(model, estimator="sequence", sketch_size=64, law="fixed", mu=0.5, report_interval=None)
+    mixer = gac.patch(model, estimator="sequence", sketch_size=64, law="fixed", mu=0.5, report_interval=report_interval)
     for _ in range(steps):
         data, labels = [], []
         for label, mean in means.items():
@@ -94,10 +97,13 @@ def simulated(steps: int, seed: int, *, width: int = 40, rows: int = 4):
 def test_errors_hold_the_truth():
     """Over 40 runs of 25 steps: cosines are right on average, and their errors are those of repetition."""
     found = {"near": [], "far": [], "between": []}
+    alone = {"noise": [], "signal": []}
     for seed in range(40):
         table = simulated(25, seed).sources()
         for label in ("near", "far"):
             found[label].append((table[label].cosine, table[label].cosine_se))
+        for name, values in alone.items():
+            values.append((getattr(table["near"], name), getattr(table["near"], f"{name}_se")))
         found["between"].append((float(table.cosines[0, 1]), float(table.cosine_errors[0, 1])))
     for label, truth in (("near", 0.5), ("far", 0.0), ("between", 0.0)):
         values = torch.tensor(found[label], dtype=torch.float64)
@@ -108,6 +114,47 @@ def test_errors_hold_the_truth():
         assert abs(float(z.mean())) < 4 / math.sqrt(40)
         assert 0.6 < float(values[:, 1].mean() / values[:, 0].std()) < 1.6, "4 standard errors of a deviation of 40"
         assert 15 <= inside <= 39, "27.3 of 40 expected, 4 standard deviations of a binomial below"
+    # each row is a fourth of its mean plus noise of 1.5^2, in a mean over 8 demonstrations
+    for name, truth in (("noise", 1.5**2 / 64), ("signal", 1 / 64)):
+        values = torch.tensor(alone[name], dtype=torch.float64)
+        z = (values[:, 0] - truth) / values[:, 1]
+        assert abs(float(z.mean())) < 4 / math.sqrt(40), name
+        assert 0.6 < float(values[:, 1].mean() / values[:, 0].std()) < 1.6, name
+
+
+def test_a_report_tells_of_sources(tmp_path):
+    mixer = simulated(25, 0, report_interval=1)
+    table, report = mixer.sources(), mixer.report()
+    columns, rows = report.tables()[2]
+    assert [row[:2] for row in rows] == [["near", "sft"], ["far", "sft"], ["policy", "rl"]]
+    assert columns[4:8] == ["noise of one", "signal |g|^2", "norm |g|", "cosine with RL"]
+    near = rows[0]
+    assert near[4] == Estimate(table["near"].noise, table["near"].noise_se).text()
+    assert near[7] == Estimate(table["near"].cosine, table["near"].cosine_se).text()
+    assert (
+        near[columns.index("with far")]
+        == Estimate(*(float(x[0, 1]) for x in (table.cosines, table.cosine_errors))).text()
+    )
+    assert "near point the way of the RL gradient; far are not told apart" in str(report).replace("\n", " ")
+    report.save(tmp_path / "report.json")
+    loaded = Report.load(tmp_path / "report.json")
+    assert loaded.tables()[2] == report.tables()[2]
+    assert loaded.as_json()["sources"] == report.as_json()["sources"]
+    norm = report.as_json()["sources"]["rows"][0]["norm"]
+    assert norm["value"] == pytest.approx(math.sqrt(table["near"].signal))
+    assert norm["se"] == pytest.approx(table["near"].signal_se / 2 / norm["value"])
+
+
+def test_many_sources_are_cut_short_and_opposite_ones_named():
+    """As groups or lengths are labels: no cosines with each other, and those of the most contributions."""
+    rows = [SourceRow(k, Branch.SFT, 5, 100 - k, 1.0, 0.5, -0.5, 0.1) for k in range(25)]
+    nothing = torch.full((25, 25), math.nan, dtype=torch.float64)
+    table = SourceTable((*rows, SourceRow(3, Branch.RL, 5, 9, 1.0, -0.5, 0.5, math.nan)), nothing, nothing)
+    columns, lines = source_table(table)
+    assert len(columns) == 8
+    assert [line[0] for line in lines] == [*("3 (sft)" if k == 3 else str(k) for k in range(20)), "and 6 more"]
+    assert source_sentence(table).endswith("0, 1, 2, 3 (sft), 4 and 20 more point against the RL gradient.")
+    assert norm_of(table.rows[-1]).text() == "-"
 
 
 def test_single_demonstrations_have_errors_over_steps():

@@ -71,17 +71,25 @@ class Kept(TrainerCallback):
         }
 
 
-def shard(trainer) -> None:
+def shard(trainer, version: int) -> None:
     """accelerate shards on accelerators alone; everything else of its way there is taken."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=version, use_orig_params=True if version == 1 else None)
     AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
-    AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2)
+    if version == 1:  # it holds the device, "cpu:0", against those of parameters
+        AcceleratorState._shared_state["device"] = trainer.accelerator.state.device = torch.device("cpu")
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
     trainer.is_fsdp_enabled = True
+    trainer._dist = type(trainer._dist)(trainer.accelerator)  # TRL's own, which looks at these once
 
 
 def train(
     folder: str, *, resume: str | None = None, prompts=PROMPTS, sharded=False, peft_config=None, **options
 ) -> dict:
     """One rank's part of a run, or a whole one; returns what it saw, or the error that it met."""
+    if "deepspeed" in options:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or a compiler is needed
     kept = Kept()
     defaults = TINY_RUN | {"output_dir": folder, "gradient_accumulation_steps": 1, "law": "gac"}
     trainer = HybridGRPOTrainer(
@@ -96,7 +104,7 @@ def train(
     )
     kept.attach(trainer)
     if sharded:
-        shard(trainer)
+        shard(trainer, version=int(sharded) if sharded is not True else 2)
     trainer.train(resume_from_checkpoint=resume)
     return kept.found()
 
@@ -120,7 +128,9 @@ def fork(world: int, folder: str, runs: dict, *, seconds: float) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    # DeepSpeed hangs in processes that are forked
+    method = "spawn" if any("deepspeed" in options for options in runs.values()) else "fork"
+    context = multiprocessing.get_context(method)
     ranks = [context.Process(target=work, args=(rank, world, port, folder, runs)) for rank in range(world)]
     for process in ranks:
         process.start()

@@ -35,6 +35,12 @@ def test_the_coefficient_estimator(tmp_path):
     assert all(record["gac/sigma_s2"] > 0 for record in records)
 
 
+def test_the_sequence_estimator(tmp_path):
+    records = train(tmp_path / "run", "--estimator", "sequence", "--interval", "1", steps=2)
+    assert {record["estimator"] for record in records} == {"sequence"}
+    assert all(record["gac/sigma_s2"] > 0 for record in records)
+
+
 @pytest.mark.parametrize(
     ("law", "message"), [("hpt:gate=4", "gate=4 with num_generations=4"), ("relift:queue=0", "queue must be")]
 )

@@ -14,7 +14,7 @@ from tests.gac.trainers.adapters import test_openrlhf as openrlhf_tests
 from tests.gac.trainers.adapters import test_swift as swift_tests
 from tests.gac.trainers.adapters import test_verl as verl_tests
 from tests.gac.trainers.adapters.conftest import package  # noqa: F401 - a fixture
-from tests.gac.trainers.adapters.samples import samples
+from tests.gac.trainers.adapters.samples import Policy, samples
 
 PAGES = Path(__file__).parents[3] / "docs" / "trainers"
 
@@ -58,20 +58,25 @@ def test_transformers(tmp_path):
 
 
 def test_mixed_batch():
-    s = samples()
+    s, model, ids = samples(), Policy(), torch.arange(20).view(4, 5)
     batch = {name: getattr(s, name) for name in ("old_logprobs", "advantages", "mask", "is_expert")}
-    names = run(
-        "mixed-batch",
-        {
-            "model": None,
-            "logprobs_of": lambda model, batch: s.logprobs,
-            "optimizer": torch.optim.SGD([s.logprobs], lr=0.1),
-            "ranks": 1,
-        },
-    )
+    batch["groups"] = [-1, 0, 1, -1]
+    names = {
+        "model": model,
+        "logprobs_of": lambda model, batch: model(ids),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "ranks": 1,
+    }
+    by_tokens, by_gradients = snippets("mixed-batch")
+    exec(by_tokens, names)
     first, second = names["train_step"]([batch]), names["train_step"]([batch])
     assert first["gac/mu"] != second["gac/mu"]
     names["mixed"].close()
+    exec(by_gradients, names)
+    names["gradient_step"](batch)
+    found = names["gradient_step"](batch)
+    assert (found["gac/n_s"], found["gac/n_r"]) == (2, 2)
+    names["by_gradients"].close()
 
 
 def test_verl(package):  # noqa: F811

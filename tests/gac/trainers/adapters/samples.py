@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 CLIP, RESPONSE = 0.2, 5
 
@@ -63,3 +63,29 @@ def token_mean(rows: list[list[Tensor]]) -> Tensor:
 def row_mean(rows: list[list[Tensor]]) -> Tensor:
     """Mean over rows of the mean over a row's tokens."""
     return sum(sum(row) / len(row) for row in rows) / len(rows)
+
+
+class Policy(nn.Module):
+    """Token ids ``[B, T]`` or packed ``[1, N]`` to log-probabilities of as many tokens, each by itself; has layers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(60, 4)
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return -self.head(self.embed(ids).tanh())[..., 0].exp()
+
+
+def row_gradients(s: Samples, ids: Tensor, tokens: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Each row's part of its branch's gradient, which ``tokens`` (of demonstrations, of rollouts) divide."""
+    found = []
+    for b in range(len(ids)):
+        model = Policy()
+        logprobs = model(ids[b])[-RESPONSE:]
+        row = Samples(logprobs[None], *(getattr(s, f.name)[b : b + 1] for f in fields(s)[1:]))
+        losses = losses_by_hand(row)[0 if s.is_expert[b] else 1]
+        (sum(losses[0]) / tokens[0 if s.is_expert[b] else 1]).backward()
+        found.append(torch.cat([p.grad.double().flatten() for p in model.parameters()]))
+    return found

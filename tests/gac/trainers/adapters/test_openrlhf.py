@@ -17,7 +17,15 @@ import torch
 from torch import nn
 
 from gac.trainers.adapters import openrlhf as adapter
-from tests.gac.trainers.adapters.samples import CLIP, clipped, losses_by_hand, samples, token_mean
+from tests.gac.trainers.adapters.samples import (
+    CLIP,
+    Policy,
+    clipped,
+    losses_by_hand,
+    row_gradients,
+    samples,
+    token_mean,
+)
 
 INSTALLED = importlib.util.find_spec("openrlhf") is not None
 
@@ -162,3 +170,48 @@ def test_errors(policy_loss):
         trainer.actor_loss_fn(*torch.zeros(3, 2, 2))
     with pytest.raises(KeyError, match="is_expert"):
         adapter.expert_rows(SimpleNamespace(info={}))
+
+
+class ByModel(Trainer):
+    """Whose log-probabilities are a model's, called as ``Actor`` does: packed, or a row for each sequence."""
+
+    def __init__(self, experiences, *, packing):
+        super().__init__(PolicyLoss(), experiences, 1)
+        self.actor = SimpleNamespace(model=Policy())
+        self.strategy.args = SimpleNamespace(packing_samples=packing)
+        self.optimizer = torch.optim.SGD(self.actor.model.parameters(), lr=0.0)
+
+    def training_step(self, experience, *args):
+        ids = experience.sequences
+        packed = self.strategy.args.packing_samples
+        out = self.actor.model(ids.flatten()[None])[0].view(ids.shape) if packed else self.actor.model(ids)
+        experience.logprobs = out[:, -experience.action_mask.shape[1] :]
+        return super().training_step(experience, *args)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_sequences_are_measured_at_the_actors_layers(packing):
+    s = samples(rows=7)
+    s.is_expert = torch.tensor([True, False, False, True, False, False, True])
+    e = experience(s)
+    e.sequences = torch.randint(0, 60, (7, 8), generator=torch.Generator().manual_seed(1))
+    e.attention_mask, e.prompts = torch.ones(7, 8), ["x", "a", "b", "y", "b", "a", "z"]
+    trainer = ByModel([e], packing=packing)
+    mixed = adapter.attach(trainer, estimator="sequence", sketch_size=64, law="fixed", mu=0.3)
+    trainer.ppo_train(0.0)
+    found = mixed.mixer.statistics
+    tokens = s.mask.sum(1)
+    gradients = row_gradients(s, e.sequences, (tokens[s.is_expert].sum(), tokens[~s.is_expert].sum()))
+    rl = torch.stack([gradients[1] + gradients[5], gradients[2] + gradients[4]])
+    assert (float(found.n_s), float(found.n_r)) == (3, 2)
+    assert float(found.sigma_r2) == pytest.approx(float(2 * rl.var(0).sum()), rel=1e-4)
+    total = sum(gradients[k] for k in (0, 3, 6))
+    assert float(found.distance2) == pytest.approx(float((total - rl.sum(0)).square().sum()), rel=1e-4)
+    mixed.close()
+
+
+def test_parts_of_sequences_are_refused():
+    trainer = ByModel([experience(samples())], packing=True)
+    trainer.strategy.ring_attn_group = object()
+    with pytest.raises(ValueError, match=r"ring attention.*coefficient"):
+        adapter.attach(trainer, estimator="sequence")

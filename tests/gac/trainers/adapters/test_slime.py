@@ -148,6 +148,8 @@ def test_errors():
         adapter.mixed_batch(arguments(use_tis=True))
     with pytest.raises(ValueError, match="context parallelism"):
         adapter.mixed_batch(SimpleNamespace(context_parallel_size=2))
+    with pytest.raises(ValueError, match=r"handed no model.*coefficient"):
+        adapter.mixed_batch(SimpleNamespace(gac={"estimator": "sequence"}))
     data = rollout_data(samples())
     del data["source_names"]
     with pytest.raises(KeyError, match="source_name"):

@@ -20,7 +20,16 @@ from gac.files import DamagedFile
 from gac.trainers.adapters import verl as adapter
 from gac.trainers.mixed_batch import MixedBatch
 from tests.gac.test_files import Malicious
-from tests.gac.trainers.adapters.samples import RESPONSE, clipped, losses_by_hand, row_mean, samples, token_mean
+from tests.gac.trainers.adapters.samples import (
+    RESPONSE,
+    Policy,
+    clipped,
+    losses_by_hand,
+    row_gradients,
+    row_mean,
+    samples,
+    token_mean,
+)
 
 INSTALLED = importlib.util.find_spec("verl") is not None and importlib.util.find_spec("tensordict") is not None
 PROMPT = 3
@@ -348,3 +357,53 @@ if INSTALLED:
         env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "VERL_USE_EXTERNAL_MODULES": "gac_verl"}
         found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
         assert found.stdout.split()[-1:] == ["MixedTrainingWorker"], found.stderr
+
+
+# -- gradients of sequences -------------------------------------------------------------------------------------------
+
+
+def packed_batch(s, ids, **options):
+    """Rows packed end to end, as the engines call the model; the fields that tell of it."""
+    rows = list(torch.cat([ids, ids.new_zeros(len(ids), 0)], 1))
+    return Batch(StandIn.batch(None, s), input_ids=torch.nested.nested_tensor(rows, layout=torch.jagged), **options)
+
+
+def test_sequences_are_measured_in_the_packed_pass(package):
+    verl, model, s = StandIn(package), Policy(), samples(rows=7)
+    s.is_expert = torch.tensor([True, False, False, True, False, False, True])
+    ids = torch.randint(0, 60, (7, PROMPT + RESPONSE), generator=torch.Generator().manual_seed(1))
+    made = worker(verl, estimator="sequence", sketch_size=64, law="fixed", mu=0.3)
+    made.engine.module = model
+    uid = ["x", "a", "b", "y", "b", "a", "z"]
+    data = packed_batch(s, ids, uid=uid)
+    made.train_batch(data)
+    logprobs = model(data["input_ids"].values()[None])[0].view(7, -1)[:, -RESPONSE:]
+    micro = packed_batch(s, ids, uid=uid, **{key: made.seen[key] for key in adapter._COUNTS.values()})
+    loss, _ = made.loss_fn(model_output={"log_probs": logprobs}, data=micro, dp_group=None)
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.0).step()
+    found = made._mixed.mixer.statistics
+    tokens = s.mask.sum(1)
+    gradients = row_gradients(s, ids, (tokens[s.is_expert].sum(), tokens[~s.is_expert].sum()))
+    rl = torch.stack([gradients[1] + gradients[5], gradients[2] + gradients[4]])
+    assert (float(found.n_s), float(found.n_r)) == (3, 2)
+    assert float(found.sigma_r2) == pytest.approx(float(2 * rl.var(0).sum()), rel=1e-4)
+    total = sum(gradients[k] for k in (0, 3, 6))
+    assert float(found.distance2) == pytest.approx(float((total - rl.sum(0)).square().sum()), rel=1e-4)
+    made._mixed.close()
+
+
+def test_engines_and_options_whose_layers_do_not_tell_are_refused(package):
+    verl, s = StandIn(package), samples()
+    made = worker(verl, estimator="sequence")
+    with pytest.raises(ValueError, match=r"not with Engine.*coefficient"):
+        made.train_batch(verl.batch(s))
+    made.engine.module, made.engine.engine_config = Policy(), SimpleNamespace(ulysses_sequence_parallel_size=2)
+    with pytest.raises(ValueError, match="ulysses_sequence_parallel_size=2"):
+        made.train_batch(verl.batch(s))
+    made.engine.engine_config.ulysses_sequence_parallel_size = 1
+    made.train_batch(verl.batch(s))
+    micro = verl.batch(s) | {key: made.seen[key] for key in adapter._COUNTS.values()}
+    with pytest.raises(ValueError, match="use_fused_kernels"):
+        made.loss_fn(model_output=verl.output(s), data=Batch(micro, use_fused_kernels=True), dp_group=None)
+    made._mixed.close()
