@@ -43,8 +43,8 @@ PREDICTED: dict[str, dict[str, float]] = {
 
 From the steps of the run in ``results/h100`` and what a measured step takes there now: 0.3 ms of the host for the end
 (``gac.bench.ending``), 40 us for each of four passes, and the kernels' device time, 0.09 ms a pass for 0.1B and 0.84 ms
-for 1B. A step of 0.1B took 0.1 s of the host at 1,024 tokens, where the budget counts the host; the device's time counts
-where that is longer.
+for 1B. A step of 0.1B took 0.1 s of the host at 1,024 tokens, where the budget counts the host; the device's time
+counts where that is longer.
 """
 
 CASES = [(model, tokens) for tokens in (1024, 8192, 32768) for model in ("0.1B", "1B")]

@@ -326,15 +326,13 @@ class Mixer(SequenceMethods):
         """What the gradients say so far, overall and by module: signal-to-noise ratio, noise scale, disagreement.
 
         It averages over the steps that were taken apart (every ``report_interval`` measured steps, the last 512 at
-        most), with a part for each source of data where :meth:`batch` was told ``sources``, and waits for the device.
-        ``print`` it; ``options`` are those of :class:`gac.report.Report`, such as ``sizes`` and ``unit``. Raises
-        RuntimeError where no step was taken apart yet.
+        most), with a part for each source that :meth:`batch` was told of, and waits for the device. ``print`` it;
+        ``options`` are those of :class:`gac.report.Report`. Raises RuntimeError where no step was taken apart yet.
         """
         from gac.report import Report
 
         self._settle()
-        history = self._measurement.taken_apart(self.controller.steps)
-        return Report(history, sources=self._known_sources(), **options)
+        return Report(self._measurement.taken_apart(self.controller.steps), sources=self._known_sources(), **options)
 
     @property
     def interval(self) -> int:

@@ -22,6 +22,18 @@ from gac_kernels.totals import absorb_call, absorb_sketch_call, accumulate_call
 _library = torch.library.Library("gac_kernels", "DEF")
 
 
+def readable(tensors: Any) -> Any:
+    """``tensors`` as something that can be read twice; what is no list at all is left for the checks to name."""
+    if isinstance(tensors, (Tensor, list)):
+        return tensors
+    return list(tensors) if hasattr(tensors, "__iter__") else tensors
+
+
+def listed(tensors: Any) -> Any:
+    """The same in the form of a schema: a single tensor as a list of one."""
+    return [tensors] if isinstance(tensors, Tensor) else readable(tensors)
+
+
 def _operator(schema: str, fake: Any) -> Any:
     """Registers the decorated implementation and its fake under ``schema``."""
 

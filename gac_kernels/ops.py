@@ -50,18 +50,6 @@ def _traced() -> bool:
     return _is_compiling() or _active_modes() > 0
 
 
-def _readable(tensors: Any) -> Any:
-    """``tensors`` as something that can be read twice; what is no list at all is left for the checks to name."""
-    if isinstance(tensors, (Tensor, list)):
-        return tensors
-    return list(tensors) if hasattr(tensors, "__iter__") else tensors
-
-
-def _listed(tensors: Any) -> Any:
-    """The same in the form of a schema: a single tensor as a list of one."""
-    return [tensors] if isinstance(tensors, Tensor) else _readable(tensors)
-
-
 def _device_type(tensors: Any) -> str:
     first = tensors[0] if isinstance(tensors, list) and tensors else tensors
     if not isinstance(first, Tensor) or first.is_cpu:
@@ -92,15 +80,15 @@ def moments(tensors: Any, *, per_tensor: bool = False, block_scales: Any = None)
     """
     if block_scales is not None:
         if not _traced():
-            tensors = _readable(tensors)
+            tensors = library.readable(tensors)
             backend = implementation("moments", _device_type(tensors))
             return backend(tensors, per_tensor=per_tensor, block_scales=block_scales)
         tensors = unscaled(tensors, block_scales)
     if _traced():
-        return torch.ops.gac_kernels.moments(_listed(tensors), per_tensor)
+        return torch.ops.gac_kernels.moments(library.listed(tensors), per_tensor)
     if type(tensors) is Tensor and tensors.is_cpu:
         return implementation("moments", "cpu")(tensors, per_tensor=per_tensor)
-    tensors = _readable(tensors)
+    tensors = library.readable(tensors)
     return implementation("moments", _device_type(tensors))(tensors, per_tensor=per_tensor)
 
 
@@ -156,11 +144,11 @@ def sketch(
     if _traced():
         tensors = tensors if block_scales is None else unscaled(tensors, block_scales)
         place = library.place_arguments(layout, regions, starts, seed)
-        second_moments = None if second_moments is None else _listed(second_moments)
+        second_moments = None if second_moments is None else library.listed(second_moments)
         rest = (*place, *library.scalar_parts(scale), accumulate, per_tensor, second_moments, eps)
         if into is None:
-            return torch.ops.gac_kernels.sketch(_listed(tensors), out, *rest)
-        torch.ops.gac_kernels.sketch_into_(_listed(tensors), out, into, *rest)
+            return torch.ops.gac_kernels.sketch(library.listed(tensors), out, *rest)
+        torch.ops.gac_kernels.sketch_into_(library.listed(tensors), out, into, *rest)
         return into
     return implementation("sketch", _device_type(out)).direct(
         tensors,
@@ -226,11 +214,11 @@ def accumulate_(
     if _traced():
         tensors = tensors if block_scales is None else unscaled(tensors, block_scales)
         place = library.place_arguments(layout, regions, starts, 0)
-        second_moments = None if second_moments is None else _listed(second_moments)
+        second_moments = None if second_moments is None else library.listed(second_moments)
         rest = (*place, *library.scalar_parts(scale), per_tensor, second_moments, eps)
         if into is None:
-            return torch.ops.gac_kernels.accumulate_(_listed(tensors), total, previous, *rest)
-        torch.ops.gac_kernels.accumulate_into_(_listed(tensors), total, previous, into, *rest)
+            return torch.ops.gac_kernels.accumulate_(library.listed(tensors), total, previous, *rest)
+        torch.ops.gac_kernels.accumulate_into_(library.listed(tensors), total, previous, into, *rest)
         return into
     call = accumulate_call(
         tensors,
@@ -263,10 +251,10 @@ def pair_moments(a: Any, b: Any, *, per_tensor: bool = False) -> Tensor:
         TypeError, ValueError: lists of different lengths, shapes or devices, or not floating point.
     """
     if _traced():
-        return torch.ops.gac_kernels.pair_moments(_listed(a), _listed(b), per_tensor)
+        return torch.ops.gac_kernels.pair_moments(library.listed(a), library.listed(b), per_tensor)
     if type(a) is Tensor and a.is_cpu and type(b) is Tensor:
         return implementation("pair_moments", "cpu")(a, b, per_tensor=per_tensor)
-    a, b = _readable(a), _readable(b)
+    a, b = library.readable(a), library.readable(b)
     return implementation("pair_moments", _device_type(a))(a, b, per_tensor=per_tensor)
 
 
@@ -283,10 +271,10 @@ def mix_(a: Any, b: Any, mu: Tensor | float, *, moments: bool = False) -> Tensor
     """
     if _is_compiling() or _active_modes():  # `_traced`, less a call
         operator = torch.ops.gac_kernels.mix_moments_ if moments else torch.ops.gac_kernels.mix_
-        return operator(_listed(a), _listed(b), *library.scalar_parts(mu))
+        return operator(library.listed(a), library.listed(b), *library.scalar_parts(mu))
     if type(a) is Tensor and a.is_cpu and type(b) is Tensor:
         return _cpu_mix()(a, b, mu, moments=moments)
-    a, b = _readable(a), _readable(b)
+    a, b = library.readable(a), library.readable(b)
     return implementation("mix_", _device_type(a))(a, b, mu, moments=moments)
 
 
@@ -392,12 +380,12 @@ def absorb_sketch_(
     if _traced():
         tensors = tensors if block_scales is None else unscaled(tensors, block_scales)
         numels, listed = list(layout.numels), None if regions is None else list(regions)
-        seconds = None if second_moments is None else _listed(second_moments)
+        seconds = None if second_moments is None else library.listed(second_moments)
         rest = (numels, layout.rows_per_slab, layout.lanes, listed, layout.seed & 0xFFFFFFFF)
         rest = (*rest, *library.scalar_parts(scale), seconds, eps)
         if into is None:
-            return torch.ops.gac_kernels.absorb_sketch_(_listed(tensors), previous, total, *rest)
-        torch.ops.gac_kernels.absorb_sketch_into_(_listed(tensors), previous, total, into, *rest)
+            return torch.ops.gac_kernels.absorb_sketch_(library.listed(tensors), previous, total, *rest)
+        torch.ops.gac_kernels.absorb_sketch_into_(library.listed(tensors), previous, total, into, *rest)
         return into
     options = {"layout": layout, "regions": regions, "into": into, "second_moments": second_moments, "eps": eps}
     options["block_scales"] = block_scales
