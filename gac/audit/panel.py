@@ -186,6 +186,10 @@ class Probe:
         """As :meth:`gac.Mixer.rl`."""
         return self._panel.branch(Branch.RL, self.weight, tokens)
 
+    def weigh(self, loss: Tensor) -> Tensor:
+        """As :meth:`gac.Mixer.weigh`."""
+        return self.weight * loss
+
     def observe_tokens(self, *coefficients: Tensor) -> None:
         """As :meth:`gac.Mixer.observe_tokens`."""
         self._panel.observe_tokens(*coefficients)

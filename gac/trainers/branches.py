@@ -161,7 +161,12 @@ class BranchedGRPOTrainer(PatchedGRPOTrainer):
         if self._observes:
             self._observe_rollouts(terms)
         self._rl_weighted = True
-        return loss * (self._rule.scale * self._mixer_of_run.weight).to(loss.dtype)
+        return self._weigh(loss)
+
+    def _weigh(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss with the rule's scale and the weight of its branch."""
+        scale = self._rule.scale
+        return self._mixer_of_run.weigh(loss if scale == 1.0 else scale * loss)
 
     def _observe_rollouts(self, terms: LossTerms) -> None:
         advantages = terms.inputs["advantages"]
@@ -199,6 +204,6 @@ class BranchedGRPOTrainer(PatchedGRPOTrainer):
         # the count spans all ranks and data parallelism averages gradients over them
         loss = loss * self.accelerator.num_processes
         self._sft_window_loss = loss.detach() + (0.0 if self._sft_window_loss is None else self._sft_window_loss)
-        weighted = loss * (self._rule.scale * self._mixer_of_run.weight)
+        weighted = self._weigh(loss)
         self.accelerator.backward(weighted)
         return weighted.detach()

@@ -7,7 +7,7 @@ A callback never sees a loss, so weighting it stays in the trainer's ``compute_l
 - one loss over a mixed batch with ``estimator="sequence"``: ``training_step`` runs forward and backward pass inside
   ``with callback.mixer.batch(is_expert=..., groups=...):``; statistics are measured on the gradients of sequences;
 - one pass per branch: ``training_step`` runs each inside ``with callback.mixer.sft():`` or ``.rl():``, and
-  ``compute_loss`` returns ``callback.mixer.weight * loss``; statistics are measured on the gradients.
+  ``compute_loss`` returns ``callback.mixer.weigh(loss)``; statistics are measured on the gradients.
 
 Order of events in transformers 5: clipping, ``on_pre_optimizer_step``, the optimizer, ``on_optimizer_step`` (here the
 mixer steps), ``zero_grad``, ``on_step_end``, ``on_log``, ``_save_checkpoint``, ``on_save``. So what is logged and what
