@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import gac_kernels
-from gac.bench import gates, limits, peers
-from gac.bench.gates import Gate
+from gac.bench import gates, kronecker, limits, peers
+from gac.bench.case import LISTS, Case, Prepared, dtype_of
 from gac.bench.inputs import Pools
 from gac.observe.ledger import sketch_size
 from gac.plan.shapes import LlamaShape
 from gac_kernels import SketchLayout
 from gac_kernels.layout import LANES, sign_key
 
-OPERATIONS = ("moments", "sketch", "weighted_sketch", "pair_moments", "mix_", "absorb_", "token_moments")
+OPERATIONS = (
+    "moments",
+    "sketch",
+    "weighted_sketch",
+    "pair_moments",
+    "mix_",
+    "absorb_",
+    "token_moments",
+    "kronecker_sketch",
+)
 """``weighted_sketch`` is ``sketch`` with second moments, which are float32 whatever the gradient is."""
 
-LIST_OPERATIONS = OPERATIONS[:5]
-"""Operations that take lists of tensors."""
+LIST_OPERATIONS = (*OPERATIONS[:5], "kronecker_sketch")
+"""Operations that take lists of tensors, or are timed on the layers of a model's block."""
 
 PEER_KINDS = ("eager", "foreach", "compile")
 
@@ -31,60 +40,28 @@ MU = 0.3
 _SCALE = 1.7
 _SMALL_INPUT = 1 << 22  # no sketch and no batch of tokens is larger
 _LONGEST_SEQUENCE = 8192
-_LISTS = {"moments": 1, "sketch": 1, "weighted_sketch": 3, "pair_moments": 2, "mix_": 2}
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """``"bf16"`` -> ``torch.bfloat16``. Raises ValueError for an unknown name."""
-    if name not in _DTYPES:
-        raise ValueError(f"unknown dtype {name!r}; known: {', '.join(_DTYPES)}")
-    return _DTYPES[name]
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is timed: operation, dtype name, and either a number of elements or a model's parameter list."""
-
-    operation: str
-    dtype: str
-    elements: int = 0
-    model: LlamaShape | None = None
-    note: str = ""
-
-    @property
-    def label(self) -> str:
-        """``64K`` for elements, the name of a model for a list."""
-        return self.model.name if self.model else size_label(self.elements)
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        return self.model.shapes() if self.model else [(self.elements,)]
-
-    def memory(self) -> int:
-        """Bytes that the case takes at most, apart from small change."""
-        numel = self.model.numel() if self.model else self.elements
-        return _LISTS.get(self.operation, 3) * numel * dtype_of(self.dtype).itemsize
-
-
-def size_label(elements: int) -> str:
-    """``65536`` -> ``64K``; numbers that are no whole multiple stay numbers."""
-    for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
-        if elements >= unit and elements % unit == 0:
-            return f"{elements // unit}{name}"
-    return str(elements)
 
 
 def applies(operation: str, dtype: str, elements: int) -> bool:
     """Whether such a case occurs: sketches are float32, and neither they nor batches of tokens are that large."""
     if operation == "absorb_":
         return dtype == "fp32" and LANES <= elements <= _SMALL_INPUT
+    if operation == "kronecker_sketch":
+        return elements >= LANES
     return operation != "token_moments" or 8 <= elements <= _SMALL_INPUT
 
 
-def model_case(operation: str, dtype: str, shape: LlamaShape, room: int) -> Case | None:
-    """The case of a model's list within ``room`` bytes, with fewer layers where it is too large; None if none fit."""
-    fitting = shape.fitting(room // (_LISTS[operation] * dtype_of(dtype).itemsize))
+def model_case(operation: str, dtype: str, shape: LlamaShape, room: int, tokens: int = 0) -> Case | None:
+    """The case of a model's list within ``room`` bytes, with fewer layers where it is too large; None if none fit.
+
+    Args:
+        tokens: of ``kronecker_sketch``, which is timed on one block.
+    """
+    if operation == "kronecker_sketch":
+        note = f"one block, {tokens:,} tokens, sketches of {kronecker.SKETCH} x {kronecker.SKETCH}"
+        case = Case(operation, dtype, model=shape, note=note, tokens=tokens)
+        return case if case.memory() <= room else None
+    fitting = shape.fitting(room // (LISTS[operation] * dtype_of(dtype).itemsize))
     if fitting is None:
         return None
     note = (
@@ -93,31 +70,6 @@ def model_case(operation: str, dtype: str, shape: LlamaShape, room: int) -> Case
         else f"{fitting.layers} of {shape.layers} layers: inputs are held to {room / 2**30:.1f} GiB"
     )
     return Case(operation, dtype, model=replace(fitting), note=note)
-
-
-@dataclass
-class Prepared:
-    """A case ready to run. Each callable takes the number of an input set.
-
-    Attributes:
-        ours: the operation.
-        gate: compares it with the reference.
-        bytes: the least that has to move: inputs read once, outputs written once.
-        peers: by name; the part before the colon is its kind.
-        omitted: peers that cannot run here, with the reason.
-        readers: read the same inputs.
-        read_bytes: what they read.
-        sets: number of input sets.
-    """
-
-    ours: Callable[[int], object]
-    gate: Callable[[], Gate]
-    bytes: int
-    readers: dict[str, Callable[[int], object]]
-    read_bytes: int
-    sets: int
-    peers: dict[str, Callable[[int], object]] = field(default_factory=dict)
-    omitted: dict[str, str] = field(default_factory=dict)
 
 
 def prepare(case: Case, pools: Pools, kinds: Sequence[str] = PEER_KINDS) -> Prepared:
@@ -371,6 +323,26 @@ def _token_moments(case: Case, pools: Pools) -> Prepared:
     return prepared
 
 
+def _kronecker(case: Case, pools: Pools) -> Prepared:
+    (x,), readers, read_bytes, sets = _read(case, pools, "a")
+    layers = [kronecker.layers(tensors) for tensors in x.tensors]
+    prepared = Prepared(
+        ours=lambda k: kronecker.ours(layers[k]),
+        gate=lambda: kronecker.check(gac_kernels.kronecker_sketch, layers[0]),
+        bytes=read_bytes + 2 * sum(layer.out.nbytes for layer in layers[0]),
+        readers=readers,
+        read_bytes=read_bytes,
+        sets=sets,
+        peers=kronecker.peers_of(layers, peers.compiled(kronecker.by_matmul)),
+    )
+    prepared.omitted["foreach: same"] = "torch._foreach has no matrix product"
+    if case.model and pools.device.type == "cpu":
+        del prepared.peers[kronecker.GRADIENTS]
+        reason = "per-sample gradients of such layers take minutes on a CPU; see the single layers"
+        prepared.omitted[kronecker.GRADIENTS] = reason
+    return prepared
+
+
 _BUILDERS: dict[str, Callable[[Case, Pools], Prepared]] = {
     "moments": _moments,
     "sketch": _sketch,
@@ -379,4 +351,5 @@ _BUILDERS: dict[str, Callable[[Case, Pools], Prepared]] = {
     "mix_": _mix,
     "absorb_": _absorb,
     "token_moments": _token_moments,
+    "kronecker_sketch": _kronecker,
 }

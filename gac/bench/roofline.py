@@ -15,6 +15,7 @@ _MARKERS = {
     "mix_": "D",
     "absorb_": "v",
     "token_moments": "P",
+    "kronecker_sketch": "*",
 }
 
 
