@@ -91,6 +91,10 @@ class Loop:
             name: [encode_pair(self.tokenizer, row["prompt"], row["completion"], name) for row in rows]
             for name, rows in sources.items()
         }
+        self.right_answers: list[Pair] = [  # of the problems that have wrong ones
+            encode_pair(self.tokenizer, row["prompt"], row["completion"], RIGHT)
+            for row in data["demonstrations"][half:]
+        ]
         self.prompts, self.each = data["prompts"], prompts
         self.length = max(len(row["answer"]) for split in data.values() for row in split) + 1
         self.draw = random.Random(seed)
