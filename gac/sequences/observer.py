@@ -25,6 +25,7 @@ from gac.sequences.check import GradientCheck
 from gac.sequences.layers import Layer, find_layers
 from gac.sequences.options import SequenceOptions
 from gac.sequences.rows import Given, Rows
+from gac.sequences.shared import share_signs
 from gac.sequences.sources import StepOfSources
 from gac.sequences.step import Signs, Sketches, StepSums
 from gac.sequences.supported import check_supported
@@ -70,6 +71,7 @@ class SequenceObserver(Observer):
     ) -> None:
         check_supported(model, parameters, topology)
         self.layers = find_layers(model, parameters, options.sketch_size)
+        share_signs(self.layers.seen)
         if not self.layers.slots:
             raise ValueError(
                 'estimator="sequence" sees no trainable parameter of this model: it knows nn.Linear, nn.Embedding, '
