@@ -61,6 +61,27 @@ def test_one_projection_for_each_input(bias, projected, monkeypatch):
         torch.testing.assert_close(getattr(shared, name), getattr(apart, name), rtol=1e-5, atol=0)
 
 
+def test_shared_signs_do_not_bias():
+    """Over 200 draws of signs the means are within 4 standard errors of the exact gradients'."""
+    model, names = net(), ("norm_s2", "norm_r2", "dot")
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randn(5, 4, 8, generator=generator) for _ in range(2)]
+    found = {}
+    for estimator, steps in (("exact", 1), ("sequence", 200)):
+        rows = []
+        with gac.patch(model, estimator=estimator, sketch_size=8, interval=1, report_interval=None) as mixer:
+            for _ in range(steps):
+                model.zero_grad()
+                for branch, batch in zip((mixer.sft, mixer.rl), batches, strict=True):
+                    with branch():
+                        mixer.backward(model(batch).square().mean())
+                mixer.step()
+                rows.append([float(getattr(mixer.statistics, name)) for name in names])
+        found[estimator] = torch.tensor(rows, dtype=torch.float64)
+    draws = found["sequence"]
+    assert ((draws.mean(0) - found["exact"][0]).abs() < 4 * draws.std(0) / len(draws) ** 0.5).all()
+
+
 def test_who_shares():
     model = nn.ModuleDict({"a": Attention(True), "b": Attention(True)})
     layers = find_layers(model, list(model.named_parameters()), 8)
