@@ -16,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Sizes become parameters."""
     if "elements" in metafunc.fixturenames:
-        from gac.bench.cases import size_label
+        from gac.bench.case import size_label
         from gac.cli.bench import parse_size
 
         sizes = [parse_size(text) for text in metafunc.config.getoption("--sizes").split(",")]

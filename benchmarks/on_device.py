@@ -47,8 +47,10 @@ for 1B. A step of 0.1B took 0.1 s of the host at 1,024 tokens, where the budget 
 counts where that is longer.
 """
 
-CASES = [(model, tokens) for tokens in (1024, 8192, 32768) for model in ("0.1B", "1B")]
-SETTLED = 15
+CASES = [("0.1B", 1024), ("1B", 1024), ("0.1B", 8192), ("0.1B", 32768), ("1B", 8192), ("1B", 32768)]
+"""Models and tokens of a micro-batch, what takes longest last."""
+
+SETTLED = 12
 """Steps after which a share counts: the first ten are always measured."""
 
 
@@ -61,7 +63,7 @@ def trainer_of(model: str, tokens: int, device: torch.device, *, compiled: bool 
     return trainer
 
 
-def shares(trainer: Trainer, seconds: float, fewest: int = 40, **options: Any) -> dict[str, Any]:
+def shares(trainer: Trainer, seconds: float, fewest: int = 32, **options: Any) -> dict[str, Any]:
     """A run of steps with GAC between two without; what they take and what the mixer says of it.
 
     Steps without it do not come in between: the budget would take their time for that of the steps it pays for.
@@ -103,30 +105,32 @@ def _block(trainer: Trainer, step: Any) -> float:
     return perf_counter() - start
 
 
-def budget(device: torch.device, seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
+def budget(device: torch.device, seconds: float, fewest: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """The default options of :func:`gac.patch`."""
     for model, tokens in CASES if device.type == "cuda" else [("10M", 16)]:
-        yield f"budget {model} {tokens}", shares(trainer_of(model, tokens, device), seconds)
+        yield f"budget {model} {tokens}", shares(trainer_of(model, tokens, device), seconds, fewest)
 
 
-def compiled(device: torch.device, seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
+def compiled(device: torch.device, seconds: float, fewest: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every step of a compiled model is measured."""
     model, tokens = ("0.1B", 8192) if device.type == "cuda" else ("10M", 16)
     trainer = trainer_of(model, tokens, device, compiled=True)
-    yield f"compiled {model} {tokens}", shares(trainer, seconds, interval=1)
+    yield f"compiled {model} {tokens}", shares(trainer, seconds, fewest, interval=1)
 
 
-def hybrid(device: torch.device, seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
+def hybrid(device: torch.device, seconds: float, fewest: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """A short hybrid GRPO run by ``gac train``, as its own process; where TRL is not installed it says so."""
     if find_spec("trl") is None:
         yield "hybrid", {"left_out": "TRL is not installed"}
         return
-    gpu = device.type == "cuda"
-    sizes = ["--steps", "60" if gpu else "12", "--warm-start-steps", "100" if gpu else "2", "--heldout", "32"]
+    sizes = {"--steps": "60", "--warm-start-steps": "100", "--heldout": "64"}
+    if device.type == "cpu":
+        sizes = {"--steps": "2", "--warm-start-steps": "1", "--heldout": "4", "--prompts": "32"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        command = [sys.executable, "-m", "gac.cli", "train", "--device", device.type, "--out", str(out), *sizes]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=max(10 * seconds, 240.0))
+        command = [sys.executable, "-m", "gac.cli", "train", "--device", device.type, "--out", str(out)]
+        command += [word for option in sizes.items() for word in option]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=240.0)
         if ended.returncode:
             yield "hybrid", {"failed": ended.stderr[-2000:]}
             return
@@ -144,10 +148,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--seconds", type=float, default=8.0, help="for each case, about")
+    parser.add_argument("--fewest", type=int, default=32, help="steps with GAC of each case, at least")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(argv)
     found: dict[str, Any] = {}
-    for name, case in PARTS[options.part](options.device, options.seconds):
+    for name, case in PARTS[options.part](options.device, options.seconds, options.fewest):
         found[name] = case | {"predicted": PREDICTED.get(name)}
         write_json(options.out, found)
         print(name, json.dumps(case), flush=True)

@@ -1,14 +1,19 @@
-"""What estimator="sequence" costs and how sure it is, on the CPU: ``python -m benchmarks.sequences [--errors]``.
+"""What estimator="sequence" costs and how sure it is, on the CPU: ``python -m benchmarks.sequences``.
 
 Steps with and without it alternate, on a Llama shape of two layers for every width; a table of the least times, because
 others use the cores too. ``--errors`` compares a step's statistics with float64 gradients of one row at a time, on 10 M
-parameters.
+parameters. ``--memory`` compares the peak memory of such steps, by the profiler's record of every allocation, and
+writes ``benchmarks/results/sequence_memory.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -16,6 +21,7 @@ from torch import Tensor, nn
 
 import gac
 
+MEMORY = Path(__file__).parent / "results" / "sequence_memory.json"
 FIELDS = ("sigma_s2", "sigma_r2", "delta_g2", "distance2")
 
 
@@ -94,6 +100,40 @@ def seconds(widths: list[int], sizes: list[int], rounds: int, rows: int, length:
             print(f"{width:5} {size:3} {a:8.3f} {b:8.3f} {b / a - 1:6.1%} {share:6.2%}", flush=True)
 
 
+def peak_bytes(step: Callable[[], object]) -> int:
+    """The most that a step has allocated at one time, on the CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return most
+
+
+def memory(widths: list[int], sizes: list[int], rows: int, length: int) -> list[dict[str, float]]:
+    """Peak bytes of a step, weights included, with and without the estimator; prints each."""
+    found = []
+    for width in widths:
+        model, batch = model_of(width, 2, 1024), batch_of(rows, length, 1024)
+        held = 4 * sum(p.numel() for p in model.parameters())
+        plain(model, batch)
+        model.zero_grad()
+        without = held + peak_bytes(lambda: plain(model, batch))  # noqa: B023 - called at once
+        for size in sizes:
+            model.zero_grad()
+            with gac.patch(model, estimator="sequence", sketch_size=size, interval=1, law="fixed", mu=0.4) as mixer:
+                measured(mixer, model, batch)  # the first holds sequences against gradients
+                model.zero_grad()
+                peak = held + mixer.nbytes + peak_bytes(lambda: measured(mixer, model, batch))  # noqa: B023
+            row = {"width": width, "sketch_size": size, "plain": without, "with": peak, "more": peak / without - 1}
+            print(f"{width:5} {size:3} {without / 1e6:8.1f} MB {peak / 1e6:8.1f} MB {row['more']:7.2%}", flush=True)
+            found.append(row)
+        model.zero_grad()
+    return found
+
+
 def errors(sizes: list[int], draws: int) -> None:
     """Prints the root mean square relative error of one step, over draws of signs."""
     model = model_of(320, 6, 1024)
@@ -133,13 +173,20 @@ def errors(sizes: list[int], draws: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--errors", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--out", type=Path, default=MEMORY, help="of --memory")
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
     options = parser.parse_args()
-    if options.errors:
+    if options.memory:
+        rows = memory(options.widths, options.sizes, options.rows, options.length)
+        about = {"command": " ".join(["python -m benchmarks.sequences", *sys.argv[1:]]), "torch": torch.__version__}
+        about |= {"rows": options.rows, "length": options.length}
+        options.out.write_text(json.dumps(about | {"peaks": rows}, indent=1) + "\n")
+    elif options.errors:
         errors(options.sizes, draws=20)
     else:
         seconds(options.widths, options.sizes, options.rounds, options.rows, options.length)

@@ -11,7 +11,8 @@ from itertools import count
 import pytest
 import torch
 
-from gac.bench.cases import OPERATIONS, Case, applies, drop_failing, prepare
+from gac.bench.case import Case
+from gac.bench.cases import OPERATIONS, applies, drop_failing, prepare
 from gac.bench.inputs import Pools
 
 VARIANTS = ("gac", "read", "eager", "foreach", "compile")

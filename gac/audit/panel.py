@@ -14,6 +14,9 @@ from gac.observe.observer import Observer
 from gac.observe.reduction import reduce_step
 from gac.observe.temporal import MovingMeans, noise_from_time, take_in
 from gac.observe.topology import topology_of
+from gac.sequences.observer import SequenceObserver
+from gac.sequences.options import SequenceOptions
+from gac.sequences.reduction import SequenceReduction
 from gac.statistics.branch import Branch
 from gac.statistics.coefficient import CoefficientOptions, sequence_rows, statistics_from_rows
 from gac.statistics.step import Statistics, statistics_from_sums
@@ -21,7 +24,8 @@ from gac.statistics.uncertainty import StandardErrors
 from gac_kernels.arguments import accumulator_dtype
 
 EXACT, SKETCH, INCOMING, TEMPORAL = "exact", "sketch", "sketch, incoming", "temporal"
-GRADIENT_ESTIMATORS = (EXACT, SKETCH, INCOMING, TEMPORAL)
+SEQUENCE = "sequence"
+GRADIENT_ESTIMATORS = (EXACT, SKETCH, INCOMING, TEMPORAL, SEQUENCE)
 """Estimators whose numbers are in units of a squared gradient; ``incoming`` is how DDP is read."""
 
 COEFFICIENT, COEFFICIENT_RAW = "coefficient", "coefficient, raw"
@@ -41,12 +45,14 @@ class Panel:
 
     ``exact`` and both sketches are the observers that the mixer uses; ``temporal`` compares the step's whole gradients
     with moving means of the steps that were handed to :meth:`advance`; the coefficients come from the tokens.
+    ``sequence`` alone counts each row of a pass, and ``generations`` neighbouring ones as one in the RL branch.
 
     Args:
         model: a module with plain parameters, on one rank.
+        generations: rollouts of a prompt, which lie side by side.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, generations: int = 1) -> None:
         parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.device = parameters[0][1].device
         self._dtype = accumulator_dtype(self.device)
@@ -56,6 +62,8 @@ class Panel:
             name: Observer(parameters, lossless=lossless, running=running, seed=0)
             for name, (lossless, running) in layouts.items()
         }
+        self._sequences = SequenceObserver(model, parameters, SequenceOptions(), self._topology)
+        self._sequences.group_size = generations
         self._rows: list[Tensor] = []
         self._means = [MovingMeans(ledger.device) for ledger in self._observers[EXACT].ledgers]
         self._errors = {name: StandardErrors(self.device, self._dtype) for name in ESTIMATORS}
@@ -66,12 +74,13 @@ class Panel:
         scale = torch.where(weight > 0, 1.0 / weight, 0.0)
         for observer in self._observers.values():
             observer.enter(branch, scale, tokens)
+        self._sequences.enter(branch, scale)  # what a row counts for is not told
         failed = True
         try:
             yield
             failed = False
         finally:
-            for observer in self._observers.values():
+            for observer in self._everyone():
                 observer.leave(failed=failed)
 
     def observe_tokens(self, logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert: Tensor) -> None:
@@ -94,6 +103,7 @@ class Panel:
             sigma_r2=noise[Branch.RL],
             delta_g2=exact.distance2 - noise[Branch.SFT] - noise[Branch.RL],
         )
+        found[SEQUENCE] = self._from_contributions(self._sequences)
         rows = torch.cat(self._rows) if self._rows else torch.zeros(0, 8, dtype=self._dtype, device=self.device)
         found |= {name: statistics_from_rows(rows, options) for name, options in COEFFICIENT_FORMS.items()}
         return {name: found[name] for name in ESTIMATORS}
@@ -118,19 +128,25 @@ class Panel:
     def _from_contributions(self, observer: Observer) -> Statistics:
         """Statistics of what an observer holds, by the mixer's own reduction and formulas."""
         nothing = torch.zeros(2, dtype=self._dtype, device=self.device)
-        sums = reduce_step(observer, self.device, self._topology, time_noise=nothing, silent=False).finish()
+        reduce = SequenceReduction if isinstance(observer, SequenceObserver) else reduce_step
+        sums = reduce(observer, self.device, self._topology, time_noise=nothing, silent=False).finish()
         return statistics_from_sums(sums)
 
     def clear(self) -> None:
         """Forgets the step."""
-        for observer in self._observers.values():
+        for observer in self._everyone():
             observer.clear()
+        self._sequences.step += 1
+        self._sequences.measure(True)  # with new signs
         self._rows.clear()
 
     def remove(self) -> None:
         """Takes the hooks off the model."""
-        for observer in self._observers.values():
+        for observer in self._everyone():
             observer.remove()
+
+    def _everyone(self) -> list[Observer]:
+        return [*self._observers.values(), self._sequences]
 
 
 class Watched:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gac.audit.panel import COEFFICIENT, COEFFICIENT_RAW, EXACT, INCOMING, SKETCH, TEMPORAL
+from gac.audit.panel import COEFFICIENT, COEFFICIENT_RAW, EXACT, INCOMING, SEQUENCE, SKETCH, TEMPORAL
 from gac.cadence import WARM_UP
 from gac.laws.controller import Controller
 from gac.laws.gac import GacLaw
@@ -55,6 +55,7 @@ def default_contenders(gac_options: Mapping[str, Any]) -> list[Contender]:
         gac("gac on sketch", SKETCH),
         gac("gac on sketch, incoming", INCOMING),
         gac("gac on temporal", TEMPORAL),
+        gac("gac on sequence", SEQUENCE),
         gac("gac on coefficient", COEFFICIENT),
         gac("gac on coefficient, raw", COEFFICIENT_RAW),
         gac("gac without guardrails", EXACT, **UNGUARDED),

@@ -92,7 +92,7 @@ class AuditTrainer(HybridGRPOTrainer):
         self._shadows.follow(self.optimizer)
         # a law that knows nothing of momentum is judged by what the optimizer makes of its mu all the same
         self._record.momentum = getattr(self.mixer.controller.law, "momentum", momentum_of(self.optimizer))
-        self._panel = Panel(self.model)
+        self._panel = Panel(self.model, self.num_generations)
         self.mixer = Watched(self.mixer, self._panel)
         return prepared
 

@@ -10,19 +10,28 @@ import torch
 from torch import Tensor
 
 import gac_kernels
-from gac.bench import gates, peers, totals
+from gac.bench import gates, kronecker, peers, totals
+from gac.bench.case import LISTS, SCALE, Case, Prepared, dtype_of, inputs
 from gac.bench.inputs import Pools
-from gac.bench.prepared import LISTS, SCALE, Case, Prepared, dtype_of, inputs, size_label
 from gac.observe.ledger import sketch_size
 from gac.plan.shapes import LlamaShape
 from gac_kernels import SketchLayout
 from gac_kernels.layout import LANES, sign_key
 
-LIST_OPERATIONS = ("moments", "sketch", "weighted_sketch", "absorb_sketch_", "accumulate_", "pair_moments", "mix_")
-"""Operations that take lists of tensors. ``weighted_sketch`` is ``sketch`` with second moments, which are float32
-whatever the gradient is."""
+LIST_OPERATIONS = (
+    "moments",
+    "sketch",
+    "weighted_sketch",
+    "absorb_sketch_",
+    "accumulate_",
+    "pair_moments",
+    "mix_",
+    "kronecker_sketch",
+)
+"""Operations that take lists of tensors, or are timed on the layers of a model's block. ``weighted_sketch`` is
+``sketch`` with second moments, which are float32 whatever the gradient is."""
 
-OPERATIONS = (*LIST_OPERATIONS, "absorb_", "token_moments")
+OPERATIONS = (*LIST_OPERATIONS[:-1], "absorb_", "token_moments", "kronecker_sketch")
 
 PEER_KINDS = ("eager", "foreach", "compile")
 
@@ -30,31 +39,26 @@ MU = 0.3
 _SMALL_INPUT = 1 << 22  # no sketch and no batch of tokens is larger
 _LONGEST_SEQUENCE = 8192
 
-__all__ = [
-    "LIST_OPERATIONS",
-    "MU",
-    "OPERATIONS",
-    "PEER_KINDS",
-    "Case",
-    "Prepared",
-    "applies",
-    "drop_failing",
-    "dtype_of",
-    "model_case",
-    "prepare",
-    "size_label",
-]
-
 
 def applies(operation: str, dtype: str, elements: int) -> bool:
     """Whether such a case occurs: sketches are float32, and neither they nor batches of tokens are that large."""
     if operation == "absorb_":
         return dtype == "fp32" and LANES <= elements <= _SMALL_INPUT
+    if operation == "kronecker_sketch":
+        return elements >= LANES
     return operation != "token_moments" or 8 <= elements <= _SMALL_INPUT
 
 
-def model_case(operation: str, dtype: str, shape: LlamaShape, room: int) -> Case | None:
-    """The case of a model's list within ``room`` bytes, with fewer layers where it is too large; None if none fit."""
+def model_case(operation: str, dtype: str, shape: LlamaShape, room: int, tokens: int = 0) -> Case | None:
+    """The case of a model's list within ``room`` bytes, with fewer layers where it is too large; None if none fit.
+
+    Args:
+        tokens: of ``kronecker_sketch``, which is timed on one block.
+    """
+    if operation == "kronecker_sketch":
+        note = f"one block, {tokens:,} tokens, sketches of {kronecker.SKETCH} x {kronecker.SKETCH}"
+        case = Case(operation, dtype, model=shape, note=note, tokens=tokens)
+        return case if case.memory() <= room else None
     fitting = shape.fitting(room // (LISTS[operation] * dtype_of(dtype).itemsize))
     if fitting is None:
         return None
@@ -307,6 +311,26 @@ def _token_moments(case: Case, pools: Pools) -> Prepared:
     return prepared
 
 
+def _kronecker(case: Case, pools: Pools) -> Prepared:
+    (x,), readers, read_bytes, sets = inputs(case, pools, "a")
+    layers = [kronecker.layers(tensors) for tensors in x.tensors]
+    prepared = Prepared(
+        ours=lambda k: kronecker.ours(layers[k]),
+        gate=lambda: kronecker.check(gac_kernels.kronecker_sketch, layers[0]),
+        bytes=read_bytes + 2 * sum(layer.out.nbytes for layer in layers[0]),
+        readers=readers,
+        read_bytes=read_bytes,
+        sets=sets,
+        peers=kronecker.peers_of(layers, peers.compiled(kronecker.by_matmul)),
+    )
+    prepared.omitted["foreach: same"] = "torch._foreach has no matrix product"
+    if case.model and pools.device.type == "cpu":
+        del prepared.peers[kronecker.GRADIENTS]
+        reason = "per-sample gradients of such layers take minutes on a CPU; see the single layers"
+        prepared.omitted[kronecker.GRADIENTS] = reason
+    return prepared
+
+
 _BUILDERS: dict[str, Callable[[Case, Pools], Prepared]] = {
     "moments": _moments,
     "sketch": _sketch,
@@ -317,4 +341,5 @@ _BUILDERS: dict[str, Callable[[Case, Pools], Prepared]] = {
     "mix_": _mix,
     "absorb_": _absorb,
     "token_moments": _token_moments,
+    "kronecker_sketch": _kronecker,
 }

@@ -9,19 +9,18 @@ from typing import Any
 
 import torch
 
+from gac.bench.case import Case, Prepared, size_label
 from gac.bench.cases import (
     LIST_OPERATIONS,
     OPERATIONS,
     PEER_KINDS,
-    Case,
-    Prepared,
     applies,
     drop_failing,
     model_case,
     prepare,
-    size_label,
 )
 from gac.bench.inputs import Pools, free_bytes
+from gac.bench.kronecker import TOKENS
 from gac.bench.timing import Samples, quantile, ratio, ratio_interval, timer_for
 from gac.plan.shapes import MODELS, LlamaShape
 
@@ -56,11 +55,11 @@ def cases(options: Options) -> Iterator[Case | dict]:
 
     What is free is looked up once, before the first case: later the inputs of the case before are still there.
     """
-    room = _room(options.device)
+    room, tokens = _room(options.device), TOKENS[options.device.type]
     for name in options.models:
         for operation in options.operations:
             for dtype in options.dtypes if operation in LIST_OPERATIONS else ():
-                yield model_case(operation, dtype, MODELS[name], room) or _no_room(operation, dtype, name, room)
+                yield model_case(operation, dtype, MODELS[name], room, tokens) or _no_room(operation, dtype, name, room)
     for operation in options.operations:
         for dtype in options.dtypes:
             for elements in options.sizes:
@@ -134,7 +133,7 @@ def _late(case: Case) -> dict:
 
 def _head(case: Case) -> dict:
     shapes = case.shapes
-    elements = case.model.numel() if case.model else case.elements
+    elements = case.numel if case.operation == "kronecker_sketch" or not case.model else case.model.numel()
     return {
         "operation": case.operation,
         "dtype": case.dtype,

@@ -4,6 +4,9 @@
 be checked by the suite: kernels read at ``READ`` bytes a second (90% of 3.35 TB/s); a dependent launch costs ``GAP``
 seconds of device time; a training step runs at ``COMPUTE`` operations a second, six for each parameter and token.
 Whole steps are those of :mod:`gac.plan`.
+
+``python -m gac.bench.prediction --sequences > benchmarks/results/sequence_prediction.json`` writes it for
+``estimator="sequence"`` and its kernel, on an H100 and an H200.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ import json
 import math
 import sys
 
+from gac.bench.kronecker import SKETCH, TOKENS, sides_of
 from gac.observe.ledger import sketch_size
-from gac.plan import DEVICES, Parameters, Setup, make_plan, workspace_bytes
+from gac.plan import DEVICES, Device, Parameters, Setup, make_plan, workspace_bytes
+from gac.plan.sequences import LAYER_LAUNCHES, NORM_BYTES, TOKENS_OF_A_PROGRAM
 from gac.plan.shapes import MODELS
 from gac_kernels import SketchLayout
 
@@ -22,6 +27,7 @@ READ = 3.0e12
 GAP = 3e-6
 COMPUTE = 4e14
 _BF16 = 2
+_SEQUENCE = 1024
 _DEVICE = dataclasses.replace(
     DEVICES["h100"], bandwidth=READ, flops=COMPUTE, read_efficiency=1.0, compute_efficiency=1.0, gap=GAP
 )
@@ -77,6 +83,61 @@ def predict() -> dict:
     }
 
 
+def block(name: str, read: float) -> dict:
+    """``kronecker_sketch`` on the layers of one block, bf16: what ``gac bench`` times."""
+    shape, tokens = MODELS[name], TOKENS["cuda"]
+    own = Parameters.of_shapes(name, [side for side in shape.layer() if len(side) == 2])
+    activations = _BF16 * tokens * sum(sum(sides) for sides in sides_of(shape))
+    launches = LAYER_LAUNCHES * len(own.numels)
+    rows = tokens // _SEQUENCE
+    sums = len(own.numels) * 4 * SKETCH * SKETCH * (2 * rows + 2 * (tokens // TOKENS_OF_A_PROGRAM + rows))
+    seconds = (activations + sums) / read + GAP * launches
+    return {
+        "model": name,
+        "tokens": tokens,
+        "bytes": activations,
+        "launches": launches,
+        "seconds": seconds,
+        "of_the_read_limit": activations / read / seconds,
+    }
+
+
+def sequence_step(name: str, device: Device) -> dict:
+    """A step of 4 backward passes of 8 sequences of 1,024 tokens, measured by sequence: what ``gpu_suite.sh`` times."""
+    setup = Setup(Parameters.of(name), device, tokens=8192, micro_batches=2, estimator="sequence", length=_SEQUENCE)
+    found = make_plan(setup)
+    norms = NORM_BYTES * setup.tokens * sum(n for n, r in zip(*_lists(setup), strict=True) if n == r)
+    return {
+        "model": name,
+        "step_seconds": found.step_seconds,
+        "gac_seconds": found.gac_seconds,
+        "read_bytes_per_backward": found.read_bytes_per_backward,
+        "norm_bytes_per_backward": norms,
+        "launches_per_backward": found.launches_per_backward,
+        "share_interval_1": found.share,
+        "share_interval_10": found.share / 10,
+        "interval_of_the_default_budget": math.ceil(found.share / 0.01),
+        "sketch_bytes": found.sketch_bytes,
+    }
+
+
+def _lists(setup: Setup) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return setup.parameters.numels, setup.parameters.rows
+
+
+def predict_sequences() -> dict:
+    """For both devices."""
+    found = {}
+    for name, read in (("h100", READ), ("h200", 4.3e12)):
+        device = dataclasses.replace(_DEVICE, name=name, bandwidth=read)
+        found[name] = {
+            "assumptions": {"read_bytes_per_second": read, "seconds_per_launch": GAP, "operations_per_second": COMPUTE},
+            "kronecker_sketch": [block(model, read) for model in ("0.1B", "1B", "8B")],
+            "steps": [sequence_step(model, device) for model in ("0.1B", "1B", "8B")],
+        }
+    return found
+
+
 if __name__ == "__main__":
-    json.dump(predict(), sys.stdout, indent=1)
+    json.dump(predict_sequences() if "--sequences" in sys.argv else predict(), sys.stdout, indent=1)
     print()

@@ -82,7 +82,7 @@ def step_row(result: dict) -> list[str]:
     one, ten = result["intervals"]["1"], result["intervals"]["10"]
     percent = lambda value, digits=3: f"{100 * value:.{digits}f}%"
     return [
-        f"{result['model']} {result['dtype']}, {result['tokens']}",
+        f"{result['model']} {result['dtype']}, {result['tokens']}{_of(result)}",
         seconds(result["arms"]["plain"]["p50"]),
         percent(one["share_in_gac"]),
         percent(ten["share_in_gac"]),
@@ -91,6 +91,11 @@ def step_row(result: dict) -> list[str]:
         percent(one["noise"], 1),
         percent(result["sketch_bytes"] / result["gradient_bytes"], 2),
     ]
+
+
+def _of(result: dict) -> str:
+    """The estimator, where it is that of sequences: the others are chosen by size."""
+    return ", sequences" if result.get("estimator") == "sequence" else ""
 
 
 def figure_row(figure: Figure) -> list[str]:

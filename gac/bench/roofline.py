@@ -17,6 +17,7 @@ _MARKERS = {
     "mix_": "D",
     "absorb_": "v",
     "token_moments": "P",
+    "kronecker_sketch": "*",
 }
 
 

@@ -39,6 +39,7 @@ class StepOptions:
         device, dtype: where and in what it trains.
         tokens: tokens per micro-batch, in sequences of at most 1,024.
         micro_batches: per branch and optimizer step.
+        estimator: of :func:`gac.patch`. ``sequence`` measures each of the sequences.
         seconds: what to spend on rounds.
         rounds: fewest and most.
     """
@@ -48,6 +49,7 @@ class StepOptions:
     dtype: torch.dtype
     tokens: int
     micro_batches: int = 2
+    estimator: str = "auto"
     seconds: float = 20.0
     rounds: tuple[int, int] = (3, 30)
 
@@ -74,16 +76,17 @@ class Trainer:
         logits_bytes = 4 * batch.numel() * self.options.shape.vocabulary
         if logits_bytes <= _LARGE_LOGITS:
             return self.model(input_ids=batch, labels=batch).loss / self.options.micro_batches
-        hidden = self.model.model(input_ids=batch).last_hidden_state[:, :-1].flatten(0, 1)
-        targets = batch[:, 1:].flatten()
+        hidden = self.model.model(input_ids=batch).last_hidden_state[:, :-1]
+        targets, part = batch[:, 1:], max(1, _SEQUENCE // len(batch))
         total = torch.zeros((), device=batch.device)
-        for part, wanted in zip(hidden.split(_SEQUENCE), targets.split(_SEQUENCE), strict=True):
-            total = total + checkpoint(self._summed, part, wanted, use_reentrant=False)
+        for some, wanted in zip(hidden.split(part, dim=1), targets.split(part, dim=1), strict=True):
+            total = total + checkpoint(self._summed, some, wanted, use_reentrant=False)
         return total / (targets.numel() * self.options.micro_batches)
 
     def _summed(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Summed loss of some positions, whose logits are taken again in the backward pass rather than kept."""
-        return cross_entropy(self.model.lm_head(hidden).float(), targets, reduction="sum")
+        """Summed loss of some positions ``[B, t]``, whose logits are taken again in the backward pass."""
+        logits = self.model.lm_head(hidden).flatten(0, 1).float()
+        return cross_entropy(logits, targets.flatten(), reduction="sum")
 
     def plain(self) -> None:
         """One optimizer step without GAC."""
@@ -105,7 +108,7 @@ class Trainer:
 
     def patch(self, interval: int) -> gac.Mixer:
         """Patches the model."""
-        return gac.patch(self.model, interval=interval)
+        return gac.patch(self.model, interval=interval, estimator=self.options.estimator)
 
     def synchronize(self) -> None:
         """Waits for the device."""
@@ -210,6 +213,8 @@ def _sketch_bytes(trainer: Trainer) -> dict:
     with trainer.patch(interval=1) as mixer:
         sketches = mixer.nbytes
         estimator = mixer.estimator
+        if estimator == "sequence":  # those of a batch's sequences, while it runs
+            sketches += 4 * len(trainer.batches[0]) * mixer.coverage.width
     gradients = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
     return {"estimator": estimator, "sketch_bytes": sketches, "gradient_bytes": gradients}
 
@@ -244,9 +249,9 @@ def launches(trainer: Trainer) -> dict:
 
 
 def _own_kernels() -> tuple[str, ...]:
-    from gac_kernels.triton import gather_kernel, kernels, step_kernels
+    from gac_kernels.triton import gather_kernel, kernels, kronecker, step_kernels
 
-    modules = (kernels, gather_kernel, step_kernels)
+    modules = (kernels, gather_kernel, kronecker, step_kernels)
     return tuple(name for module in modules for name in vars(module) if name.endswith("_kernel"))
 
 

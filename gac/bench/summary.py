@@ -14,7 +14,12 @@ from gac.bench.figures import figures
 from gac.bench.kernels import describe
 from gac.bench.report import write_json
 
-_PARTS = {"kernels": "kernels.json", "step": "step.json", "ending": "ending.json"}
+_PARTS = {
+    "kernels": "kernels.json",
+    "step": "step.json",
+    "sequence": "sequence.json",
+    "ending": "ending.json",
+}
 
 
 def _load(path: Path) -> dict | None:
@@ -43,9 +48,11 @@ def summarize(folder: Path) -> dict:
     """The summary of what ``benchmarks/gpu_suite.sh`` left in ``folder``."""
     parts = {name: _load(folder / file) for name, file in _PARTS.items()}
     log = _text(folder / "suite.log")
-    merged = dict(parts["kernels"] or parts["step"] or {})
-    merged |= {"step": (parts["step"] or {}).get("step", []), "host": (parts["step"] or {}).get("host", {})}
+    merged = dict(parts["kernels"] or parts["step"] or parts["sequence"] or {})
+    steps = [result for name in ("step", "sequence") for result in (parts[name] or {}).get("step", [])]
+    merged |= {"step": steps, "host": (parts["step"] or {}).get("host", {})}
     rows = (parts["kernels"] or {}).get("kernels", [])
+    told = ("model", "tokens", "estimator", "intervals", "launches", "synchronizations")
     return {
         "facts": merged.get("facts"),
         "parts": {name: {"found": part is not None, "complete": part is not None and "seconds" in part}
@@ -58,8 +65,7 @@ def summarize(folder: Path) -> dict:
         "left_out": [f"{describe(row)}: {row['note']}" for row in rows if "variants" not in row],
         "figures": [vars(figure) for figure in figures(merged)],
         "steps": [
-            {key: result.get(key) for key in ("model", "tokens", "intervals", "launches", "synchronizations")}
-            for result in merged["step"]
+            {key: result.get(key) for key in told} for result in merged["step"]
         ],
     }  # fmt: skip
 

@@ -5,6 +5,7 @@ is then 1. Caches are cold and variants take turns. The read limit is measured i
 
 import argparse
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 from time import monotonic
@@ -33,10 +34,12 @@ _OPERATIONS = (
     "mix_",
     "absorb_",
     "token_moments",
+    "kronecker_sketch",
 )
 _PEERS = ("eager", "foreach", "compile")
 _MODELS = ("0.1B", "1B", "8B")
 _STEP_MODELS = ("10M", *_MODELS)
+_ESTIMATORS = ("auto", "exact", "sketch", "sequence")
 _DTYPES = ("bf16", "fp16", "fp32")
 
 
@@ -108,6 +111,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument(
         "--tokens", type=_sizes, metavar="LIST", help="per micro-batch (default: 1K on a CPU, 1K,8K,32K on a GPU)"
     )
+    step.add_argument(
+        "--estimator", type=_names(_ESTIMATORS), default=("auto",), metavar="LIST",
+        help="of auto, exact, sketch, sequence (default: auto)",
+    )  # fmt: skip
     step.add_argument("--step-seconds", type=_seconds, metavar="S", help="spent on each configuration, about")
 
 
@@ -206,7 +213,7 @@ def _run_steps(args: argparse.Namespace, device: torch.device, results: dict, sa
     import torch
 
     from gac.bench import host, step
-    from gac.bench.cases import dtype_of
+    from gac.bench.case import dtype_of
     from gac.bench.report import step_row
     from gac.plan.shapes import MODELS
 
@@ -217,20 +224,23 @@ def _run_steps(args: argparse.Namespace, device: torch.device, results: dict, sa
     spent = args.step_seconds or (8.0 if gpu else 60.0) * (0.3 if args.quick else 1.0)
     rounds = (1, 30) if args.quick else (3, 30)
     late = lambda: args.max_seconds and monotonic() - start > args.max_seconds
-    for dtype in dtypes:
-        for count in tokens:
-            for name in names:
-                if late():
-                    print(f"{name} {dtype} {count} tokens: left out, the time limit was reached", file=sys.stderr)
-                    continue
-                options = step.StepOptions(MODELS[name], device, dtype_of(dtype), count, seconds=spent, rounds=rounds)
-                try:
-                    results["step"].append(step.run(options))
-                except torch.OutOfMemoryError:
-                    print(f"{name} {dtype} {count} tokens: left out, out of memory", file=sys.stderr)
-                    continue
-                save()
-                print(", ".join(step_row(results["step"][-1])), file=sys.stderr, flush=True)
+    for dtype, count, name, estimator in itertools.product(dtypes, tokens, names, args.estimator):
+        what = f"{name} {dtype} {count} tokens, {estimator}"
+        if late():
+            print(f"{what}: left out, the time limit was reached", file=sys.stderr)
+            continue
+        options = step.StepOptions(
+            MODELS[name], device, dtype_of(dtype), count, estimator=estimator, seconds=spent, rounds=rounds
+        )
+        try:
+            results["step"].append(step.run(options))
+        except torch.OutOfMemoryError:
+            print(f"{what}: left out, out of memory", file=sys.stderr)
+            continue
+        save()
+        print(", ".join(step_row(results["step"][-1])), file=sys.stderr, flush=True)
+    if "auto" not in args.estimator:
+        return  # the hook is that of the observers of parameters
     if late():
         print("hook and import: left out, the time limit was reached", file=sys.stderr)
         return

@@ -19,11 +19,12 @@ examples:
   gac plan --params 70B --ranks 1024 --sharding fsdp --interval 10
   gac plan --params ./my-model/config.json --trainable 40e6 --ranks 8
   gac plan --params 1B,8B,70B --ranks 8,64 --markdown
+  gac plan --params 1B --ranks 8 --estimator sequence --interval 10
   gac plan --params 1B --bandwidth 1.2e12 --flops 2e14 --link-bandwidth 2.5e10"""
 
 _DEVICES = ("h100", "h200", "a100", "b200", "cpu")
 _SHARDINGS = ("ddp", "fsdp")
-_ESTIMATORS = ("auto", "sketch", "exact")
+_ESTIMATORS = ("auto", "sketch", "exact", "sequence")
 _METRICS = ("gradient", "optimizer")
 _DTYPES = ("bf16", "fp16", "fp32")
 
@@ -67,6 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--micro-batches", type=_count, default=4, metavar="N", help="of a branch, per rank and step")
     step.add_argument("--interval", type=_count, default=1, metavar="N", help="steps between measurements")
     step.add_argument("--estimator", choices=_ESTIMATORS, default="auto")
+    step.add_argument("--length", type=_count, default=1024, metavar="N", help="tokens of a sequence, for sequence")
+    step.add_argument("--sketch-size", type=int, choices=(8, 16, 32, 64), default=32, help="of a layer, for sequence")
     step.add_argument("--metric", choices=_METRICS, default="gradient", help="optimizer also reads Adam's moments")
     machine = parser.add_argument_group("machines")
     machine.add_argument("--ranks", type=_counts, default=(1,), metavar="LIST", help="data-parallel ranks (default: 1)")
@@ -133,6 +136,8 @@ def _setups(args: argparse.Namespace) -> Iterator:
         "sharding",
         "tokens",
         "micro_batches",
+        "length",
+        "sketch_size",
         "interval",
         "dtype",
         "estimator",

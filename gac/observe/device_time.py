@@ -1,32 +1,41 @@
-"""Seconds that a GPU spends in the ledgers' kernels, by events that are read when they have passed."""
+"""Seconds that a GPU spends in kernels that measure, by events that are read when they have passed."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from gac.observe.ledger import Ledger
+
+class Launching(Protocol):
+    """What runs kernels on one device: a ledger, or the observer of sequences.
+
+    Attributes:
+        device: where. launching: names of the methods that do.
+    """
+
+    device: torch.device
+    launching: tuple[str, ...]
 
 
 class DeviceTime:
-    """Puts a pair of events around each call of a ledger on a GPU. Nothing is waited for.
+    """Puts a pair of events around each call that runs kernels on a GPU. Nothing is waited for.
 
     Args:
-        ledgers: those on CPUs are left alone.
+        timed: ledgers, or the observer of sequences, which has none; those on CPUs are left alone.
         event: makes an event that can be timed.
     """
 
-    def __init__(self, ledgers: Iterable[Ledger], event: Callable[[], Any] | None = None) -> None:
+    def __init__(self, timed: Iterable[Launching], event: Callable[[], Any] | None = None) -> None:
         self._event = event or (lambda: torch.cuda.Event(enable_timing=True))
         self._pairs: dict[torch.device, list[tuple[Any, Any]]] = {}  # of the step under way
         self._steps: deque[tuple[dict[torch.device, list[tuple[Any, Any]]], float]] = deque()
-        for ledger in ledgers:
-            if ledger.device.type == "cuda":
-                for name in ("read", "end"):
-                    setattr(ledger, name, self._timed(getattr(ledger, name), ledger.device))
+        for one in timed:
+            if one.device.type == "cuda":
+                for name in one.launching:
+                    setattr(one, name, self._timed(getattr(one, name), one.device))
 
     def _timed(self, function: Callable[..., None], device: torch.device) -> Callable[..., None]:
         def call(*args: Any) -> None:

@@ -61,6 +61,9 @@ class Ledger:
         copies: ranks that hold the same pieces.
     """
 
+    launching = ("read", "end")
+    """Methods that run kernels, for :class:`gac.observe.device_time.DeviceTime`."""
+
     def __init__(
         self,
         numels: Sequence[int],

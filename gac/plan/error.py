@@ -59,8 +59,8 @@ def mu_error(
     noise: Noise,
     n: int,
     *,
-    averaged: int = 1,
-    size: int | None,
+    averaged: float = 1,
+    size: float | None,
     alpha: float = 0.5,
     half_life: float | None = None,
     interval: int = 1,
@@ -76,7 +76,7 @@ def mu_error(
 
     Args:
         n: contributions of a branch and step; 1 stands for the comparison with earlier steps, counted as two.
-        averaged: micro-batches that each of them is the mean of (FSDP: the ranks).
+        averaged: micro-batches that each of them is the mean of (FSDP: the ranks; a sequence: its share of one).
         size: buckets of the sketch over all ranks; None: exact.
         half_life: of the law's average, in steps; default: the long one's, which is in charge while statistics stand.
         interval: steps between measurements.

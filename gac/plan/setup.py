@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 import torch
 
 from gac.observe.choice import choose_estimator, reads_running_sums
-from gac.options import METRICS, OF_TRAINERS
+from gac.options import METRICS
 from gac.plan.device import Device
 from gac.plan.error import Noise
 from gac.plan.parameters import Parameters
+from gac.sequences.options import SIZES
 
 SHARDINGS = ("ddp", "fsdp")
-ESTIMATORS = tuple(name for name in OF_TRAINERS if name != "coefficient")
-"""Estimators that read gradients."""
+ESTIMATORS = ("auto", "sketch", "exact", "sequence")
+"""Estimators that read gradients, or what makes them."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -27,6 +28,7 @@ class Setup:
         parameters: of the model.
         trainable: trainable ones; None: all. Fewer are taken for LoRA adapters.
         tokens: per micro-batch and rank. micro_batches: per branch, rank and step.
+        length: tokens of a sequence, and sketch_size: of its sketches, for ``sequence``.
         interval: steps between measurements.
         dtype: of the gradients; a key of :data:`DTYPES`.
         metric: ``optimizer`` also reads Adam's second moments.
@@ -40,6 +42,8 @@ class Setup:
     sharding: str = "ddp"
     tokens: int = 8192
     micro_batches: int = 4
+    length: int = 1024
+    sketch_size: int = 32
     interval: int = 1
     dtype: str = "bf16"
     estimator: str = "auto"
@@ -54,9 +58,11 @@ class Setup:
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(values)}")
-        for name in ("ranks", "tokens", "micro_batches", "interval"):
+        for name in ("ranks", "tokens", "micro_batches", "length", "interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.estimator == "sequence":
+            self._check_sequences()
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
         if not 0 <= self.momentum < 1:
@@ -67,6 +73,22 @@ class Setup:
             raise ValueError(
                 f"trainable must be from 1 to the model's {self.parameters.total:,} parameters, got {self.trainable}"
             )
+
+    def _check_sequences(self) -> None:
+        if self.sketch_size not in SIZES:
+            raise ValueError(f"sketch_size must be one of {', '.join(map(str, SIZES))}, got {self.sketch_size}")
+        if self.metric != "gradient":
+            raise ValueError('estimator="sequence" measures gradients: leave metric="optimizer" out')
+        if self.trainable not in (None, self.parameters.total):
+            raise ValueError(
+                f"trainable={self.trainable} with estimator sequence: shapes of adapters are not known here, and its "
+                "sketches go by shape. Leave trainable out"
+            )
+
+    @property
+    def sequences(self) -> int:
+        """Of a micro-batch."""
+        return max(1, self.tokens // self.length)
 
     @property
     def observed(self) -> Parameters:
@@ -91,6 +113,8 @@ class Setup:
 
     def chosen_estimator(self) -> str:
         """What ``auto`` stands for, by the rule of :func:`gac.patch`."""
+        if self.estimator == "sequence":
+            return self.estimator
         return choose_estimator(
             self.estimator,
             elements=self.on_this_rank(self.observed).total,

@@ -30,7 +30,8 @@ class LlamaShape:
     head_dim: int
     tied: bool
 
-    def _layer(self) -> list[tuple[int, ...]]:
+    def layer(self) -> list[tuple[int, ...]]:
+        """Shapes of the parameters of one block."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = [(queries, self.hidden), (keys, self.hidden), (keys, self.hidden), (self.hidden, queries)]
         mlp = [(self.intermediate, self.hidden)] * 2 + [(self.hidden, self.intermediate)]
@@ -40,7 +41,7 @@ class LlamaShape:
         """Shapes of all parameters in the order of ``model.parameters()``, tied ones once."""
         embedding = (self.vocabulary, self.hidden)
         head = [] if self.tied else [embedding]
-        return [embedding, *self._layer() * self.layers, (self.hidden,), *head]
+        return [embedding, *self.layer() * self.layers, (self.hidden,), *head]
 
     def numel(self) -> int:
         """Parameters in all."""
@@ -51,7 +52,7 @@ class LlamaShape:
         if self.numel() <= elements:
             return self
         rest = replace(self, layers=0).numel()
-        layers = (elements - rest) // sum(math.prod(shape) for shape in self._layer())
+        layers = (elements - rest) // sum(math.prod(shape) for shape in self.layer())
         return replace(self, layers=layers) if layers >= 1 else None
 
     def model(self, *, dtype: torch.dtype, device: torch.device | str, max_length: int) -> PreTrainedModel:

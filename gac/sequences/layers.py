@@ -34,7 +34,7 @@ class Slot:
             vector.
         dims: what is sketched: ``(p, q)`` (``q`` with the bias), or ``(d,)``.
         module: index of its module's label.
-        number: of its signs.
+        number: of its signs. inputs: of those of its inputs, and shares: whether another slot has them too.
         offset: of its first number in a row.
         column: name of the bias that is the last column.
     """
@@ -44,6 +44,8 @@ class Slot:
     dims: tuple[int, ...]
     module: int
     number: int = 0
+    inputs: int = 0
+    shares: bool = False
     offset: int = 0
     column: str | None = None
 
@@ -158,7 +160,8 @@ def _in_order(slots: Iterable[Slot]) -> list[Slot]:
     """Those of one module side by side, numbered and given their places."""
     ordered, offset = sorted(slots, key=lambda slot: slot.module), 0
     for number, slot in enumerate(ordered):
-        slot.number, slot.offset = number, offset
+        slot.number = slot.inputs = number
+        slot.offset = offset
         offset += slot.size
     return ordered
 

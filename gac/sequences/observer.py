@@ -25,6 +25,7 @@ from gac.sequences.check import GradientCheck
 from gac.sequences.layers import Layer, find_layers
 from gac.sequences.options import SequenceOptions
 from gac.sequences.rows import Chosen, Given, Rows
+from gac.sequences.shared import share_signs
 from gac.sequences.sources import StepOfSources
 from gac.sequences.step import Signs, Sketches, StepSums
 from gac.sequences.supported import WRAPPER, check_supported
@@ -55,7 +56,11 @@ class SequenceObserver(Observer):
         sums: of the step, on this rank.
         sources: of the steps whose rows were told theirs. alignments: of demonstrations that were told their numbers.
         step: its number; set before :meth:`measure`.
+        group_size: so many neighbouring rows of a pass in the RL branch (rollouts of a prompt) are one contribution.
     """
+
+    launching = ("sketch_layer", "absorb")
+    """Methods that run kernels, for :class:`gac.observe.device_time.DeviceTime`."""
 
     def __init__(
         self,
@@ -67,6 +72,7 @@ class SequenceObserver(Observer):
         check_supported(model, parameters)
         parameters = [(name.replace(WRAPPER, ""), p) for name, p in parameters]
         self.layers = find_layers(model, parameters, options.sketch_size)
+        share_signs(self.layers.seen)
         if not self.layers.slots:
             raise ValueError(
                 'estimator="sequence" sees no trainable parameter of this model: it knows nn.Linear, nn.Embedding, '
@@ -80,7 +86,7 @@ class SequenceObserver(Observer):
             )
         self.device = parameters[0][1].device
         self._options = options
-        self.step = 0
+        self.step, self.group_size = 0, 1
         self._tapped: list[RemovableHandle] = []
         self._taps = Taps(model, self.layers.seen, self._take)
         self._rows: Rows | None = None  # that were told
@@ -190,7 +196,7 @@ class SequenceObserver(Observer):
             if self._passes.died:
                 self.fail()
             if self._sketches is not None:
-                self._absorb(self._sketches, scales)
+                self.absorb(self._sketches, scales)
                 self.sums.told = told
             elif self.measuring and self._mixed:
                 raise RuntimeError(
@@ -240,10 +246,14 @@ class SequenceObserver(Observer):
         start = perf_counter()
         try:
             if self.measuring and self._opens(layer, kept, gradient):
-                with torch.autocast(gradient.device.type, enabled=False):  # passes may run inside one
-                    self._sketches_of(kept, gradient).take(layer, kept, gradient.detach())
+                self.sketch_layer(layer, kept, gradient)
         finally:
             self.now.seconds += perf_counter() - start
+
+    def sketch_layer(self, layer: Layer, kept: Kept, gradient: Tensor) -> None:
+        """Adds what one use of a layer gives to the sketches of the pass under way."""
+        with torch.autocast(gradient.device.type, enabled=False):  # passes may run inside one
+            self._sketches_of(kept, gradient).take(layer, kept, gradient.detach())
 
     def _opens(self, layer: Layer, kept: Kept, gradient: Tensor) -> bool:
         """Whether a gradient belongs to the step; opens the contribution that it begins."""
@@ -296,7 +306,10 @@ class SequenceObserver(Observer):
             if rows is None:
                 count = gradient.shape[0] if given is None else given.rows
                 expert = torch.full((count,), self.branch is Branch.SFT, dtype=torch.bool, device=self.device)
-                rows = Rows(count, expert)
+                groups = None
+                if self.group_size > 1 and self.branch is Branch.RL:
+                    groups = torch.arange(count, device=self.device) // self.group_size
+                rows = Rows(count, expert, groups)
             self._sketches = Sketches(rows, self.layers, self._signs_of_step(), self.device)
         elif self._rows is None and given is not None and self._given is not None and given.rows != self._given.rows:
             raise ValueError(
@@ -312,7 +325,7 @@ class SequenceObserver(Observer):
             return
         start = perf_counter()
         if self._sketches is not None and self._undone is not None and self.branch is not None:
-            self._absorb(self._sketches, torch.stack([self._undone, self._undone]))
+            self.absorb(self._sketches, torch.stack([self._undone, self._undone]))
             self.seen.contributions.append(Contribution(self.branch, None))
         self._drop()
         self.now.seconds += perf_counter() - start
@@ -343,7 +356,8 @@ class SequenceObserver(Observer):
         )
 
     @torch.no_grad()
-    def _absorb(self, sketches: Sketches, scales: Tensor) -> None:
+    def absorb(self, sketches: Sketches, scales: Tensor) -> None:
+        """Takes the sequences of a batch or a pass into the sums of the step; ``scales``: as of :meth:`rows`."""
         with torch.autocast(self.device.type, enabled=False):
             self._hold_against_gradients(sketches)
             self.sums.absorb(sketches, scales.to(self.device))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gac.sequences.layers import Kind, Layer, Layers, Slot
 from gac.sequences.rows import Found, Places, Rows
+from gac.sequences.shared import Projections
 from gac.sequences.sources import SourceSums
 from gac.sequences.taps import Kept
 from gac_kernels import kronecker_sketch, moments
@@ -30,7 +31,8 @@ class Signs:
 
     def __init__(self, slots: Sequence[Slot], seed: int, weights: Sequence[float], device: torch.device) -> None:
         self.weights = list(weights)
-        numbers = [sign_keys((seed << 20) + slot.number) for slot in slots]
+        key = lambda number: sign_keys((seed << 20) + number)
+        numbers = [(*key(slot.number)[:2], *key(slot.inputs)[2:]) for slot in slots]
         table = torch.tensor(numbers, dtype=torch.int64).reshape(len(slots), 4)
         if device.type == "cuda":
             table = table.pin_memory()
@@ -54,6 +56,7 @@ class Sketches:
     def __init__(self, rows: Rows, layers: Layers, signs: Signs, device: torch.device) -> None:
         self.rows, self.lost = rows, set[Slot]()
         self._signs, self._places, self._device = signs, Places(rows), device
+        self._projections = Projections()
         self.table = torch.zeros(rows.count, layers.width, dtype=torch.float32, device=device)
 
     def take(self, layer: Layer, kept: Kept, gradient: Tensor) -> None:
@@ -87,6 +90,10 @@ class Sketches:
         options |= {"scale": self._signs.weights[slot.number], "ones": layer.ones}
         out = self._stretch(slot, g.device).view(-1, *slot.shape)
         if layer.kind is Kind.LINEAR:
+            if slot.shares and x.device.type == "cpu":  # elsewhere the kernel keeps nothing of a token's own
+                wide = torch.float64 if torch.float64 in (x.dtype, g.dtype) else torch.float32
+                x = self._projections.of(x, slot, options["keys"], ones=layer.ones, wide=wide)
+                options["ones"] = False
             kronecker_sketch(g, x, out, **options)
         else:
             ids = x.to(torch.int64)

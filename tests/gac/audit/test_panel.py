@@ -57,6 +57,29 @@ def test_panel_says_what_the_mixer_says(estimator):
     net(torch.ones(1, 6)).sum().backward()  # no hooks are left
 
 
+def test_sequences_are_rows_and_groups():
+    """As a mixer with that estimator says of the same passes; new steps have new signs, and one step stays one."""
+    net = model()
+    panel, found = Panel(net, generations=2), []
+    with gac.patch(net, estimator="sequence", interval=1) as mixer:
+        for _ in range(2):
+            net.zero_grad()
+            generator = torch.Generator().manual_seed(1)
+            x = torch.randn(6, 6, generator=generator)
+            watched = Watched(mixer, panel)
+            with watched.sft():
+                (net(x).square().mean() * mixer.weight).backward()
+            with watched.rl():
+                (net(x[:4]).mean() * mixer.weight).backward()
+            found.append(panel.read()["sequence"])
+            mixer.step()
+            assert_same(found[-1], mixer.statistics, ("sigma_s2", "norm_s2", "norm_r2", "dot", "n_s"))
+            assert (found[-1].n_r, mixer.statistics.n_r) == (2, 4)
+            panel.clear()
+    assert found[0].norm_s2 != found[1].norm_s2
+    panel.remove()
+
+
 def test_small_models_need_no_sketch_and_all_forms_of_the_coefficients_differ():
     net = model()
     panel = Panel(net)

@@ -58,14 +58,18 @@ def test_suite_dry_run(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=_environment(), check=False)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "ending.json", "env.json", "kernels.json", "kernels.md", "kernels.png", "step.json", "suite.log",
+        "budget.json", "compiled.json", "ending.json", "env.json", "hybrid.json", "kernels.json", "kernels.md", "kernels.png",
+        "sequence.json", "step.json", "suite.log",
         "summary.json", "tests.log",
     ]  # fmt: skip
     found = json.loads((tmp_path / "summary.json").read_text())
     log = (tmp_path / "suite.log").read_text()
-    assert found["exit_codes"] == dict.fromkeys(("env", "tests", "ending", "kernels", "step"), 0), log
+    parts = ("env", "tests", "ending", "kernels", "sequence", "step", "budget", "compiled", "hybrid")
+    assert found["exit_codes"] == dict.fromkeys(parts, 0), log
     assert found["cases"] == len(OPERATIONS)
     assert found["parts"]["step"]["complete"]
+    assert found["parts"]["sequence"]["complete"]
+    assert {"sequence"} < {step["estimator"] for step in found["steps"]}
 
 
 def test_plain_read_kernel_reads_everything():

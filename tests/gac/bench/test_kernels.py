@@ -7,19 +7,11 @@ import torch
 
 import gac_kernels
 from gac.bench import kernels, peers
-from gac.bench.cases import (
-    LIST_OPERATIONS,
-    OPERATIONS,
-    Case,
-    applies,
-    drop_failing,
-    dtype_of,
-    model_case,
-    prepare,
-    size_label,
-)
+from gac.bench.case import Case, dtype_of, size_label
+from gac.bench.cases import LIST_OPERATIONS, OPERATIONS, applies, drop_failing, model_case, prepare
 from gac.bench.inputs import Pools, fill
 from gac.bench.kernels import Options
+from gac.bench.kronecker import TOKENS, by_einsum, by_gradients, by_matmul, layers
 from gac.bench.timing import CpuTimer, Samples, cache_bytes, quantile, ratio
 from gac.plan.shapes import LlamaShape
 
@@ -92,8 +84,13 @@ def test_a_wrong_kernel_gets_no_speedup(operation, monkeypatch):
 def test_parameter_lists(monkeypatch):
     monkeypatch.setitem(kernels.MODELS, "tiny", TINY)
     rows = kernels.run(Options(CPU, **QUICK | {"models": ("tiny",), "sizes": (), "dtypes": ("bf16",)}))
-    assert [row["operation"] for row in rows] == list(LIST_OPERATIONS)
+    *rows, block = rows
+    assert [row["operation"] for row in rows] == list(LIST_OPERATIONS[:-1])
     assert all(row["gate"]["ok"] and row["tensors"] == 29 and row["elements"] == TINY.numel() for row in rows)
+    assert block["operation"] == "kronecker_sketch"
+    assert block["gate"]["ok"]
+    assert (block["tensors"], block["elements"]) == (14, TOKENS["cpu"] * (4 * 32 + 2 * (16 + 32) + 3 * (32 + 48)))
+    assert "512 tokens" in block["note"]
 
 
 def test_lack_of_memory_takes_layers_away_and_says_so():
@@ -169,6 +166,19 @@ def test_expressions_compute_what_the_operations_do():
     inputs = (-torch.rand(3, 40), torch.randn(3, 40), torch.rand(3, 40) < 0.5, torch.tensor([True, False, False]))
     expected = gac_kernels.reference.token_moments(*inputs)
     assert torch.allclose(peers.token_expression(*inputs).double(), expected, atol=1e-4)
+
+
+def test_ways_to_sketch_a_layer_agree():
+    """With the kernel and with each other, where a side is larger than its sketch and where it is not."""
+    left, right = torch.randn(40, 48), torch.randn(40, 20)
+    (layer,) = layers([left, right])
+    own, weight = layer.signs(torch.float32), torch.zeros(48, 20)
+    layer.sketch(gac_kernels.kronecker_sketch)
+    expected = layer.out.clone()
+    assert expected.shape == (4, 32, 20)
+    for way in (by_matmul, by_einsum, lambda *call: by_gradients(*call, weight)):
+        layer.out.zero_()
+        assert torch.allclose(way(layer, *own), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_input_sets_exceed_the_cache():

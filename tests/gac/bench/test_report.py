@@ -132,6 +132,23 @@ def test_gpu_figures():
     }
 
 
+def test_figures_of_sequences_on_a_gpu():
+    row = kernel("kronecker_sketch", "bf16", label="1B", percent_of_read=79.0, speedup={}, speedup_interval={})
+    big = step(
+        model="1B", tokens=8192, estimator="sequence", synchronizations={"gac": "none"},
+        launches={"measured": {"gac_kernel_seconds": 0.05}},
+        arms={"plain": {"p20": 1.0, "p50": 1.0, "p80": 1.0, "device": 1.0}},
+    )  # fmt: skip
+    found = {f.name: (f.value, f.ok) for f in figures(results(row, step=[big], device_type="cuda"))}
+    name = "1B float32, 8192 tokens a micro-batch, sequences"
+    assert found == {
+        "kronecker_sketch, bf16, a block of 1B, of the read limit": ("79.0%", False),
+        f"whole step, {name}, interval 10": ("0.080%", True),
+        f"GAC's kernels over device time, {name}, interval 10": ("0.500%", True),
+        f"host synchronisations, {name}": ("none", True),
+    }
+
+
 def test_red_rows_make_no_figures():
     assert figures(results(kernel(ok=False))) == []
     assert slowest_against_peers([]) is None
@@ -160,6 +177,7 @@ def test_the_summary_takes_what_is_there(tmp_path):
     assert found["parts"] == {
         "kernels": {"found": True, "complete": False},
         "step": {"found": False, "complete": False},
+        "sequence": {"found": False, "complete": False},
     }
     assert found["red_gates"] == ["sketch fp32 1K"]
     assert found["figures"]

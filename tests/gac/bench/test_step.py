@@ -62,6 +62,25 @@ def test_arms_do_the_same_training_step():
         assert torch.equal(a, b)
 
 
+def test_sequences_are_measured_whether_logits_are_large_or_not(monkeypatch):
+    for large in (1 << 30, 0):
+        monkeypatch.setattr(step, "_LARGE_LOGITS", large)
+        monkeypatch.setattr(step, "_SEQUENCE", 8)
+        trainer = step.Trainer(options(estimator="sequence"))
+        with trainer.patch(interval=1) as mixer:
+            trainer.mixed(mixer)
+            assert mixer.coverage.share == 1.0
+            assert (mixer.statistics.n_s, mixer.statistics.n_r) == (8, 8)  # 2 passes of 4 sequences
+    result = step.run(options(estimator="sequence"))
+    assert result["estimator"] == "sequence"
+    assert result["sketch_bytes"] == 4 * (2 + 4) * mixer_width()
+
+
+def mixer_width():
+    with step.Trainer(options(estimator="sequence")).patch(interval=1) as mixer:
+        return mixer.coverage.width
+
+
 def test_hook_cost_is_the_pass_above_its_twin_without_the_ledgers_calls(monkeypatch):
     """By a clock that moves one second at each reading: no test of this machine's speed."""
     ticks = itertools.count()

@@ -34,14 +34,14 @@ def test_every_option_reaches_the_plan(capsys):
         "--micro-batches", "2", "--interval", "10", "--dtype", "fp32", "--device", "a100", "--estimator", "sketch",
         "--metric", "optimizer", "--alpha", "0.3", "--half-life", "20", "--noise-rank", "50", "--noise-excess", "0.5",
         "--disagreement", "0.1", "--noise-ratio", "2", "--bandwidth", "1e12", "--flops", "2e14",
-        "--link-bandwidth", "3e10", "--momentum", "0.8",
+        "--link-bandwidth", "3e10", "--momentum", "0.8", "--length", "512", "--sketch-size", "16",
     ]  # fmt: skip
     (found,) = json.loads(output(capsys, *arguments, "--json"))
     asked, device = found["setup"], found["setup"]["device"]
     assert {k: v for k, v in asked.items() if k not in ("device", "noise")} == {
         "parameters": "8B", "trainable": 40_000_000, "ranks": 8, "sharding": "fsdp", "tokens": 4096,
         "micro_batches": 2, "interval": 10, "dtype": "fp32", "estimator": "sketch", "metric": "optimizer",
-        "alpha": 0.3, "half_life": 20.0, "momentum": 0.8,
+        "alpha": 0.3, "half_life": 20.0, "momentum": 0.8, "length": 512, "sketch_size": 16,
     }  # fmt: skip
     assert asked["noise"] == {"rank": 50.0, "excess": 0.5, "disagreement": 0.1, "ratio": 2.0}
     assert (device["name"], device["bandwidth"], device["flops"]) == ("a100, changed", 1e12, 2e14)

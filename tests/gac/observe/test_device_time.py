@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import gac
 from gac.observe import device_time
 from gac.observe.device_time import DeviceTime
 
@@ -23,6 +24,8 @@ class Event:
 
 
 class FakeLedger:
+    launching = ("read", "end")
+
     def __init__(self, device):
         self.device = torch.device(device)
 
@@ -72,6 +75,40 @@ def test_devices_work_at_the_same_time_and_cpus_are_not_timed():
     time.ended(0.0)
     assert time.beyond_host() == pytest.approx(0.003)
     assert "read" not in vars(ledgers[2])
+
+
+class OnGpu:
+    """An observer, said to be on a GPU."""
+
+    device = torch.device("cuda:0")
+
+    def __init__(self, observer):
+        vars(self)["observer"] = observer
+
+    def __getattr__(self, name):
+        return getattr(self.observer, name)
+
+    def __setattr__(self, name, value):
+        setattr(self.observer, name, value)
+
+
+def test_sequences_are_timed_layer_by_layer():
+    """And the end of each pass; what is measured stays the same."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 2))
+    found = []
+    for timed in (False, True):
+        net.zero_grad()
+        with gac.patch(net, estimator="sequence", interval=1) as mixer:
+            if timed:
+                time = DeviceTime([OnGpu(mixer._observer)], Event)
+            torch.manual_seed(0)
+            for branch in (mixer.sft, mixer.rl):
+                with branch():
+                    mixer.backward(net(torch.randn(5, 4)).square().mean())
+            mixer.step()
+            found.append(mixer.statistics.sigma_s2)
+    assert found[0] == found[1]
+    assert len(time._pairs[OnGpu.device]) == 2 * (3 + 1)
 
 
 def test_a_step_without_kernels():

@@ -34,6 +34,10 @@ def test_auto_chooses_as_patch_does(shapes, frozen):
         ({"momentum": 1.0}, "momentum must be at least 0 and below 1, got 1.0"),
         ({"half_life": 0.0}, "half_life must be positive"),
         ({"trainable": 10**12}, "trainable must be from 1"),
+        ({"estimator": "sequence", "sketch_size": 12}, "sketch_size must be one of 8, 16, 32, 64, got 12"),
+        ({"estimator": "sequence", "metric": "optimizer"}, "leave metric="),
+        ({"estimator": "sequence", "trainable": 1000}, "Leave trainable out"),
+        ({"estimator": "sequence", "length": 0}, "length must be at least 1, got 0"),
     ],
 )
 def test_mistakes_are_named(change, message):

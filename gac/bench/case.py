@@ -1,4 +1,4 @@
-"""What a timed case is, and what it takes to run one: the words that the builders of cases share."""
+"""What a timed case is: an operation on given inputs, and what it takes to run it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gac.bench import limits
+from gac.bench import kronecker, limits
 from gac.bench.gates import Gate
 from gac.bench.inputs import Pools
 from gac.plan.shapes import LlamaShape
@@ -24,8 +24,10 @@ LISTS = {
     "accumulate_": 3,
     "pair_moments": 2,
     "mix_": 2,
+    "kronecker_sketch": 1,
 }
-"""Lists of tensors of an operation, in tensors of its gradients' size and dtype: what memory they take."""
+"""Lists of tensors of an operation (of its block's activations), in tensors of its gradients' size and dtype: what memory
+they take."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,13 +41,17 @@ def dtype_of(name: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: operation, dtype name, and either a number of elements or a model's parameter list."""
+    """What is timed: operation, dtype name, and either a number of elements or a model's parameter list.
+
+    ``kronecker_sketch`` takes activations, so many ``tokens`` of them for a model.
+    """
 
     operation: str
     dtype: str
     elements: int = 0
     model: LlamaShape | None = None
     note: str = ""
+    tokens: int = 0
 
     @property
     def label(self) -> str:
@@ -54,12 +60,18 @@ class Case:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
+        if self.operation == "kronecker_sketch":
+            return list(kronecker.activations(self.model, self.elements, self.tokens))
         return self.model.shapes() if self.model else [(self.elements,)]
+
+    @property
+    def numel(self) -> int:
+        """Elements of one operand."""
+        return sum(math.prod(shape) for shape in self.shapes)
 
     def memory(self) -> int:
         """Bytes that the case takes at most, apart from small change."""
-        numel = self.model.numel() if self.model else self.elements
-        return LISTS.get(self.operation, 3) * numel * dtype_of(self.dtype).itemsize
+        return LISTS.get(self.operation, 3) * self.numel * dtype_of(self.dtype).itemsize
 
 
 def size_label(elements: int) -> str:
