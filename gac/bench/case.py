@@ -26,8 +26,8 @@ LISTS = {
     "mix_": 2,
     "kronecker_sketch": 1,
 }
-"""Lists of tensors of an operation (of its block's activations), in tensors of its gradients' size and dtype: what memory
-they take."""
+"""Lists of tensors of an operation (of its block's activations), in tensors of its gradients' size and dtype: what
+memory they take."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

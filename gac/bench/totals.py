@@ -10,8 +10,8 @@ from torch import Tensor
 
 import gac_kernels
 from gac.bench import gates, peers
-from gac.bench.inputs import Pools
 from gac.bench.case import SCALE, Case, Prepared, dtype_of, inputs
+from gac.bench.inputs import Pools
 from gac.observe.ledger import sketch_size
 from gac_kernels import SketchLayout
 from gac_kernels.layout import LANES, sign_key

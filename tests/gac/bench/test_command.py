@@ -58,8 +58,8 @@ def test_suite_dry_run(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=_environment(), check=False)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "budget.json", "compiled.json", "ending.json", "env.json", "hybrid.json", "kernels.json", "kernels.md", "kernels.png",
-        "sequence.json", "step.json", "suite.log",
+        "budget.json", "compiled.json", "ending.json", "env.json", "hybrid.json", "kernels.json", "kernels.md",
+        "kernels.png", "sequence.json", "step.json", "suite.log",
         "summary.json", "tests.log",
     ]  # fmt: skip
     found = json.loads((tmp_path / "summary.json").read_text())
