@@ -80,6 +80,8 @@ class Ending:
         self._quiet += 1
         self._controller.steps += 1
         self._found = self.measurement.coefficient = None
+        if self.measurement.worth is not None:
+            self.measurement.worth.latest = None
         state.passed += 1
         if self._mu != self._target:
             moved = fused_law.towards(law, self._mu, self._target)
@@ -136,7 +138,9 @@ class Ending:
             return HostWeights(state["mu"])
         found = measurement.finish(weights.present, number)
         self._found, self._state = found, None
-        self._controller.update(found, **told)
+        self._controller.update(
+            found, worth=measurement.worth.latest if measurement.worth is not None else None, **told
+        )
         after = present_weights(self._controller, measurement.device)
         self._metrics.publish(
             self._controller.steps - 1,

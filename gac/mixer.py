@@ -61,7 +61,7 @@ class Mixer(SequenceMethods):
         weakref.finalize(self, self._following.remove)
         self._told: dict[str, Any] | None = None  # what the law is told of a step that has ended and is not settled
         self._watch_parameters()
-        self._ending = Ending(self._measurement, self.controller, StepMetrics(self.device))
+        self._ending = Ending(self._measurement, self.controller, StepMetrics(self.device, self.controller.law.shows))
         if options.optimizer is not None:
             self._following.end_with(options.optimizer, self.step)
         self._ending.plan()
