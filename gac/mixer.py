@@ -344,12 +344,12 @@ class Mixer(SequenceMethods):
 
         Returns:
             ``mu`` (of the step to come), ``mu_raw`` (the law's estimate before prior and guardrails), ``mu_se`` (its
-            standard error), ``prior``, the fields of :class:`gac.Statistics`, ``cosine``, ``skipped`` (steps dropped
-            for non-finite gradients so far), ``silent_s`` and ``silent_r`` (1 where the branch took part and its
-            gradient was exactly 0, else 0; after 5 steps in a row a warning names it), ``seconds`` (host time spent
-            in GAC during the step), ``overhead`` (that time over all other time, of late; NaN in the first ten steps
-            of a budget), ``step`` and the name of the ``estimator`` (with ``+time`` where a lone contribution was
-            compared with earlier steps). NaN: not measured. Behind ``name/`` where the mixer has one.
+            standard error), ``prior``, what else the law shows, the fields of :class:`gac.Statistics`, ``cosine``,
+            ``skipped`` (steps dropped for non-finite gradients so far), ``silent_s`` and ``silent_r`` (1 where the
+            branch took part and its gradient was exactly 0, else 0; after 5 steps in a row a warning names it),
+            ``seconds`` (host time spent in GAC during the step), ``overhead`` (that time over all other time, of late;
+            NaN in the first ten steps of a budget), ``step`` and the name of the ``estimator`` (with ``+time`` where a
+            lone contribution was compared with earlier steps). NaN: not measured. Behind ``name/`` if it has one.
         """
         if wait:
             self._settle()

@@ -161,12 +161,13 @@ def _confirmation(records: Sequence[dict[str, Any]]) -> list[Row]:
 
 
 def _regimes(phase: str, role: str, records: Sequence[dict[str, Any]]) -> list[Row]:
-    """Constants, laws that set mu, and candidates, in every regime; candidates at the learning rate of ``gac``.
+    """Constants, RL and SFT alone, laws that set mu, and candidates, in every regime; these at the rate of ``gac``.
 
     Rules that act per prompt are left out: their demonstrations belong to prompts, which no regime turns half way.
     """
-    known = {arm: lr for arm, lr in _arms(phase, records).items() if arm[0] not in PER_PROMPT}
-    chosen = {arm: lr for arm, lr in known.items() if arm != ("gac", WITHOUT_MOMENTUM)}
+    known = _arms(phase, records)
+    left_out = {("gac", WITHOUT_MOMENTUM), *(("sequential", split) for split in SPLITS[1:-1])}
+    chosen = {arm: lr for arm, lr in known.items() if arm[0] not in PER_PROMPT and arm not in left_out}
     chosen |= {("gac", "alpha=0"): known["gac", ""]} | {(name, ""): known["gac", ""] for name in CANDIDATES}
     names = REGIMES if role == "development" else (CLEAN, *CONFIRMATION)
     return [

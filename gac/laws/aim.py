@@ -136,7 +136,7 @@ class AimLaw(Law):
         self.state["waiting"] = self.state["waiting"] + 1
         healthy = None
         if statistics is not None:
-            healthy = statistics.nonfinite == 0
+            healthy = self.beside(statistics.nonfinite) == 0
             self._take(statistics, step, healthy)
         if statistics is not None or step.alpha is not None:
             self._estimate(step, healthy)

@@ -233,3 +233,19 @@ def test_ranks_find_what_one_process_would(ranks, kind):
 
 def test_names():
     assert [f"worth_{now[0]}{before[0]}" for now, before in PAIRS] == list(WORTH)
+
+
+def test_metrics_show_the_aim():
+    model = new_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with gac.patch(model, law="aim", interval=1) as mixer:
+        for step in range(12):
+            one_step(model, mixer, optimizer, step)
+        metrics = mixer.metrics(wait=True)
+        state = mixer.controller.law.state
+        assert mixer.controller.law.momentum == 0.9
+    for name in ("alpha", "alpha_se", "share", "trust"):
+        assert metrics[name] == float(state[name])
+    assert metrics["mu_raw"] == float(state["raw"])
+    assert metrics["share"] != 0.5
+    assert "alpha" not in gac.patch(new_model()).metrics()
