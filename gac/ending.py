@@ -92,6 +92,8 @@ class Ending:
         self._quiet += 1
         self._controller.steps += 1
         self._found = self.measurement.coefficient = None
+        if self.measurement.worth is not None:
+            self.measurement.worth.latest = None
         state.passed += 1
         if self._mu != self._target:
             moved = fused_law.towards(law, self._mu, self._target)
@@ -171,7 +173,8 @@ class Ending:
             return self._end_on_device(weights, self._controller.told(**told), since)
         found = measurement.finish(weights.present, number)
         self._found, self._state, self._vector = found, None, None
-        self._controller.update(found, **told)
+        worth = None if measurement.worth is None else measurement.worth.latest
+        self._controller.update(found, worth=worth, **told)
         after = present_weights(self._controller, measurement.device)
         self._metrics.publish(
             self._controller.steps - 1,

@@ -13,6 +13,7 @@ from gac.finishing import FinishOnDevice
 from gac.fused.state import HostState, numbers_of
 from gac.fused.statistics import attach_errors, statistics_of
 from gac.fused.statistics import has_moved as fused_has_moved
+from gac.laws.base import kind_of
 from gac.observe.choice import choose_estimator, reads_running_sums
 from gac.observe.observer import Observer
 from gac.observe.optimizer_space import SecondMoments
@@ -30,6 +31,7 @@ from gac.statistics.coefficient import sequence_rows, statistics_from_rows
 from gac.statistics.step import NAN, Statistics, noise_from_sums, pair_statistics
 from gac.statistics.sums import StepSums
 from gac.statistics.uncertainty import StandardErrors, has_moved
+from gac.worth import WorthOfSteps
 from gac_kernels.arguments import accumulator_dtype
 
 MODULE_HISTORY = 512
@@ -57,6 +59,7 @@ class Measurement(FinishOnDevice):
 
     Attributes:
         spending: what steps cost, and which ones are measured.
+        worth: what steps were worth; None unless the law asks for it.
     """
 
     def __init__(
@@ -95,6 +98,10 @@ class Measurement(FinishOnDevice):
         self._means = [MovingMeans(ledger.device) for ledger in self.observer.ledgers]
         self.spending = Spending(cadence, self.observer.ledgers, self.device, topology.ranks)
         self._errors = StandardErrors(self.device, self._dtype)
+        self.worth: WorthOfSteps | None = None
+        if kind_of(options.law).measures_worth:
+            kept = self.observer.ledgers if self.estimator in ("exact", "sketch") else []
+            self.worth = WorthOfSteps([ledger.device for ledger in kept], self.device, self._dtype)
         self._absent = Silence(ABSENT)
         self._rows: list[Tensor] = []  # of the coefficient estimator
         self._reduction: Reduction | SequenceReduction | None = None  # on its way
@@ -169,6 +176,8 @@ class Measurement(FinishOnDevice):
             silent = bool(observer.seen.entered) and not observer.alive
             reduce = SequenceReduction if isinstance(observer, SequenceObserver) else reduce_step
             told = {"time_noise": self._noise_from_time(), "silent": silent, "costs": self.spending.report()}
+            if self.worth is not None and self.worth.crossing is not None:
+                told["crossing"] = self.worth.crossing
             self._reduction = reduce(observer, self.device, self.topology, **told)
             observer.let_go()
 
@@ -180,6 +189,8 @@ class Measurement(FinishOnDevice):
             step: its number, from 0.
         """
         statistics = None
+        if self.worth is not None:
+            self.worth.latest = None
         if self._reduction is not None:
             reduction, self._reduction = self._reduction, None
             sums = reduction.finish()
@@ -187,6 +198,8 @@ class Measurement(FinishOnDevice):
             if not self.confirmed:
                 self._confirm(float(sums.silent), float(sums.n.sum()))
             statistics = self._from_sums(sums, present, step)
+            if self.worth is not None and sums.worth is not None:
+                self.worth.take(sums.worth, reduction.totals, (sums.n * present > 0) & (sums.nonfinite == 0), step)
         elif self.is_measured:
             self.spending.decide(self.spending.report())
         self.used = self.estimator + ("+time" if self._uses_time() else "")
@@ -217,6 +230,8 @@ class Measurement(FinishOnDevice):
     def finish_on_host(self, present: Sequence[bool], step: int) -> dict[str, float] | None:
         """:meth:`finish` in numbers, by the names of :class:`gac.Statistics`: for gradients on the CPU."""
         self.used = self.estimator + ("+time" if self._uses_time() else "")
+        if self.worth is not None:
+            self.worth.latest = None
         if self._reduction is None:
             return None
         reduction, self._reduction = self._reduction, None
@@ -232,6 +247,9 @@ class Measurement(FinishOnDevice):
             if lone[k]:
                 known = torch.tensor(healthy and statistics[COUNTS[k]] > 0)
                 take_in(branch, self.observer.ledgers, self._means, known, step)
+        if self.worth is not None and sums.worth is not None:
+            there = [healthy and statistics[name] > 0 for name in COUNTS]
+            self.worth.take_on_host(sums.worth, reduction.totals, there, step)
         if not healthy:
             self._skipped = float(self._skipped) + 1.0
         before = numbers_of(self._errors.state)
@@ -324,7 +342,8 @@ class Measurement(FinishOnDevice):
         """What the next step needs: tensors alone, on the CPU."""
         # moving means belong to one process: with several ranks they would be one rank's own
         means = self._means if self.topology.ranks == 1 else []
-        return {
+        worth = {} if self.worth is None else {"worth": self.worth.state_dict(alone=self.topology.ranks == 1)}
+        return worth | {
             "skipped": self.skipped.to("cpu", copy=True),
             "means": [_on_cpu(m.state) for m in means],
             "uncertainty": _on_cpu(self._errors.state),
@@ -349,6 +368,8 @@ class Measurement(FinishOnDevice):
             self.spending.cadence.load_state_dict(state["cadence"])
         for k, means in enumerate(self._means):
             means.state = state["means"][k] if state["means"] else {}
+        if self.worth is not None and "worth" in state:
+            self.worth.take_state(state["worth"])
 
 
 def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:

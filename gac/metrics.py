@@ -28,9 +28,11 @@ class StepMetrics:
 
     Args:
         device: where the numbers are made.
+        shows: entries of the law's state that are shown besides.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, shows: Sequence[str] = ()) -> None:
+        self._shows, self._names = shows, (*NAMES, *shows)
         self._mirror = HostMirror(device)
         self._zero = Silence(ZERO)
         self._accumulation = {x: Accumulation(branch.value.upper()) for x, branch in _LETTERS.items()}
@@ -66,7 +68,10 @@ class StepMetrics:
             self._unknown = torch.full_like(law["mu"], NAN)
         numbers = [mu.to(dtype), *(law.get(name, self._unknown) for name in OF_LAW.values()), skipped.to(dtype)]
         measured = self._not_measured if statistics is None else _row(statistics)
-        self._keep(step, torch.cat([torch.stack(numbers), measured]), seconds, estimator, overhead)
+        parts = [torch.stack(numbers), measured]
+        if self._shows:
+            parts.append(torch.stack([law[name] for name in self._shows]))
+        self._keep(step, torch.cat(parts), seconds, estimator, overhead)
 
     def publish_numbers(
         self, step: int, numbers: Sequence[float] | Tensor, *, seconds: float, estimator: str, overhead: float
@@ -88,7 +93,7 @@ class StepMetrics:
         if latest is None:
             return {}
         step, values = latest
-        numbers = dict(zip(NAMES, values, strict=True))
+        numbers = dict(zip(self._names, values, strict=True))
         silent = {f"silent_{x}": float(numbers[f"n_{x}"] > 0 and numbers[f"norm_{x}2"] == 0) for x in _LETTERS}
         if step > self._looked_at:
             self._looked_at = step

@@ -61,7 +61,7 @@ class Mixer(SequenceMethods):
         weakref.finalize(self, self._following.remove)
         self._told: dict[str, Any] | None = None  # what the law is told of a step that has ended and is not settled
         self._watch_parameters()
-        self._ending = Ending(self._measurement, self.controller, StepMetrics(self.device))
+        self._ending = Ending(self._measurement, self.controller, StepMetrics(self.device, self.controller.law.shows))
         if options.optimizer is not None:
             self._following.end_with(options.optimizer, self.step)
         self._ending.plan()
@@ -344,12 +344,12 @@ class Mixer(SequenceMethods):
 
         Returns:
             ``mu`` (of the step to come), ``mu_raw`` (the law's estimate before prior and guardrails), ``mu_se`` (its
-            standard error), ``prior``, the fields of :class:`gac.Statistics`, ``cosine``, ``skipped`` (steps dropped
-            for non-finite gradients so far), ``silent_s`` and ``silent_r`` (1 where the branch took part and its
-            gradient was exactly 0, else 0; after 5 steps in a row a warning names it), ``seconds`` (host time spent
-            in GAC during the step), ``overhead`` (that time over all other time, of late; NaN in the first ten steps
-            of a budget), ``step`` and the name of the ``estimator`` (with ``+time`` where a lone contribution was
-            compared with earlier steps). NaN: not measured. Behind ``name/`` where the mixer has one.
+            standard error), ``prior``, what else the law shows, the fields of :class:`gac.Statistics`, ``cosine``,
+            ``skipped`` (steps dropped for non-finite gradients so far), ``silent_s`` and ``silent_r`` (1 where the
+            branch took part and its gradient was exactly 0, else 0; after 5 steps in a row a warning names it),
+            ``seconds`` (host time spent in GAC during the step), ``overhead`` (that time over all other time, of late;
+            NaN in the first ten steps of a budget), ``step`` and the name of the ``estimator`` (with ``+time`` where a
+            lone contribution was compared with earlier steps). NaN: not measured. Behind ``name/`` if it has one.
         """
         if wait:
             self._settle()

@@ -10,8 +10,9 @@ import torch
 from gac import cadence
 from gac.laws.controller import THEN, Controller
 from gac.observe.temporal import MovingMeans
-from gac.state import Entry, ListOf, Numbers, Range, Table, Whole, read
-from gac.statistics.uncertainty import StandardErrors
+from gac.state import Entry, ListOf, Numbers, Range, Table, Whole, like, read
+from gac.statistics.uncertainty import StandardErrors, SuccessiveDifferences
+from gac.statistics.worth import WORTH
 from gac_kernels.arguments import accumulator_dtype
 
 VERSION = 2
@@ -51,7 +52,11 @@ class MixerState:
             entries | {"means": _Means(earlier, aged=False, anew=exact)},
             together=[frozenset({"version"})],
         )
-        self._table = Table(entries | {"cadence": Table(cadence.entries())})
+        entries["cadence"] = Table(cadence.entries())
+        if controller.law.measures_worth:
+            errors = SuccessiveDifferences(len(WORTH), device, dtype)
+            entries["worth"] = Table({"means": entries["means"], "errors": Table(like(errors.state, errors.RANGES))})
+        self._table = Table(entries)
 
     def read(self, value: Any, at: str) -> dict[str, Any]:
         version = 1

@@ -25,6 +25,7 @@ SLOW = (
     "gac/laws/test_half_life.py",
     "gac/laws/test_momentum.py",
     "gac/laws/test_paper_choices.py",
+    "gac/laws/test_planted.py",
     "gac/laws/test_prior_weight.py",
     "gac/laws/test_standard_error.py",
     "gac/observe/test_optimizer_space.py",

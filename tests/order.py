@@ -13,7 +13,7 @@ FLOORS = (
     ("gac.plots", "gac.schedules", "gac.version"),  # these import nothing of the package
     ("gac.laws", "gac.observe", "gac.accumulation", "gac.cadence", "gac.silence"),
     ("gac.fused", "gac.sequences"),
-    ("gac.metrics", "gac.options", "gac.saved", "gac.weights"),
+    ("gac.metrics", "gac.options", "gac.saved", "gac.weights", "gac.worth"),
     ("gac.finishing", "gac.spending"),
     ("gac.measurement",),
     ("gac.branches", "gac.ending", "gac.following"),

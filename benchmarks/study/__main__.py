@@ -18,7 +18,9 @@ examples:
   python -m benchmarks.study run --phase tuning --minutes 30
   python -m benchmarks.study status
   python -m benchmarks.study row KEY                    repeats a run and compares every number
-  python -m benchmarks.study report                     docs/study.md and its pictures from the data"""
+  python -m benchmarks.study report                     docs/study.md and its pictures from the data
+  python -m benchmarks.study run --phase regimes --only wrong-50
+  python -m benchmarks.study regret                     of every arm in every regime"""
 
 TIMINGS = frozenset({"seconds", "seconds_per_step", "gac_share"})
 """What differs between two runs of a row."""
@@ -68,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = command("run", _run, "do the runs that are missing; the same command goes on after an interruption")
     add_cache(run)
-    run.add_argument("--phase", nargs="+", metavar="NAME", help="only these phases")
+    run.add_argument("--phase", nargs="+", metavar="NAME", help="only these phases (default: all but the regimes)")
     run.add_argument("--jobs", type=_positive, default=2, metavar="N", help="runs side by side, one thread each")
     run.add_argument("--limit", type=_positive, metavar="N", help="at most N runs")
     run.add_argument("--minutes", type=float, metavar="M", help="start no run after M minutes")
@@ -81,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "write the report from the data")
     report.add_argument("--out", type=Path, default=Path("docs/study.md"), metavar="FILE", help="the page")
     report.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE", help="for its table")
+    regret = command("regret", _regret, "what each arm loses to the best constant in hindsight, by regime")
+    regret.add_argument("--phase", default="regimes", metavar="NAME", help="regimes or regimes-confirmation")
     return parser
 
 
@@ -149,7 +153,7 @@ def _status(args: argparse.Namespace) -> int:
     records = read_records(args.results)
     have, known = {record["key"] for record in records}, set()
     seconds, sizes, lines, waits = seconds_by_size(records), [], [], 0
-    for phase in grid.PHASES:
+    for phase in (*grid.PHASES, *grid.ON_DEMAND):
         try:
             rows = grid.rows(phase, records)
         except grid.NotReady as error:
@@ -237,16 +241,29 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _regret(args: argparse.Namespace) -> int:
+    grid = _part("grid")
+    if args.phase not in grid.ON_DEMAND:
+        raise UsageError(f"--phase {args.phase}: choose from {', '.join(grid.ON_DEMAND)}")
+    records = [record for record in read_records(args.results) if record["phase"] == args.phase]
+    try:
+        print(_part("regret").text(records))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return 0
+
+
 def _part(name: str) -> Any:
     """A module of the study; each command loads only what it needs."""
     return importlib.import_module(f"benchmarks.study.{name}")
 
 
 def _chosen_phases(grid: Any, names: Sequence[str] | None) -> Sequence[str]:
-    unknown = [name for name in names or () if name not in grid.PHASES]
+    every = (*grid.PHASES, *grid.ON_DEMAND)
+    unknown = [name for name in names or () if name not in every]
     if unknown:
-        raise UsageError(f"--phase {' '.join(unknown)}: choose from {', '.join(grid.PHASES)}")
-    return [phase for phase in grid.PHASES if names is None or phase in names]
+        raise UsageError(f"--phase {' '.join(unknown)}: choose from {', '.join(every)}")
+    return grid.PHASES if names is None else [phase for phase in every if phase in names]
 
 
 def _positive(text: str) -> int:

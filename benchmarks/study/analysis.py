@@ -18,7 +18,7 @@ from benchmarks.study.arms import (
     paired,
     with_searches,
 )
-from benchmarks.study.grid import PHASES
+from benchmarks.study.grid import ON_DEMAND, PHASES
 from benchmarks.study.inference import Comparison, compare, holm
 from benchmarks.study.measures import Run, read_run
 from benchmarks.study.methods import PER_PROMPT
@@ -133,6 +133,8 @@ def study(records: Iterable[Mapping[str, Any]], superseded: Iterable[Mapping[str
     runs: dict[str, list[Run]] = {phase: [] for phase in PHASES}
     for record in records:
         run = read_run(record)
+        if run.phase in ON_DEMAND:
+            continue
         if run.phase not in runs:
             raise ValueError(f"record {run.key}: phase must be one of {', '.join(PHASES)}, got {run.phase!r}")
         runs[run.phase].append(run)

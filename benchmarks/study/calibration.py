@@ -47,7 +47,7 @@ def calibrate(task: str, size: str, seed: int, *, room: bool) -> dict[str, Any]:
         "steps": steps,
         "processor_seconds": round(time.process_time() - began, 1),
         "accuracy": round(accuracy(model, tokenizer, data.heldout, max_new_tokens=length), 4),
-        "sampled": round(_sampled_pass_rate(model, tokenizer, data.heldout, length, seed), 4),
+        "sampled": round(sampled_pass_rate(model, tokenizer, data.heldout, length, seed), 4),
     }
     if room:
         model, tokenizer = trained(data.prompts, 3 * steps)
@@ -55,7 +55,7 @@ def calibrate(task: str, size: str, seed: int, *, room: bool) -> dict[str, Any]:
     return record
 
 
-def _sampled_pass_rate(model: Any, tokenizer: Any, rows: list[dict[str, Any]], length: int, seed: int) -> float:
+def sampled_pass_rate(model: Any, tokenizer: Any, rows: list[dict[str, Any]], length: int, seed: int) -> float:
     """Share of samples that are right, one for each row."""
     import torch
     from transformers import GenerationConfig

@@ -1,14 +1,19 @@
 """The runs of the study, phase by phase; what tuning chooses follows from its records."""
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.study.methods import METHODS, PER_PROMPT, VARIANTS, WITHOUT_MOMENTUM, with_every_prompt
+from benchmarks.study.methods import CANDIDATES, METHODS, PER_PROMPT, VARIANTS, WITHOUT_MOMENTUM, with_every_prompt
+from benchmarks.study.regimes import CLEAN, CONFIRMATION, REGIMES
 from benchmarks.study.rows import Row
 from benchmarks.study.tasks import TASKS
 from benchmarks.study.tuning import LEARNING_RATES, Tuning
 
 PHASES = ("tuning", "comparison", "ablation", "exposure", "confirmation", "rates", "size")
+ON_DEMAND = ("regimes", "regimes-confirmation")
+"""Phases that run where they are named: :mod:`benchmarks.study.regret` reads them, the report does not yet."""
 SEEDS = (1, 2, 3, 4, 5)
 FEWER_SEEDS = SEEDS[:3]
 """Of ablations and sizes, which are questions of a second order."""
@@ -34,8 +39,8 @@ def rows(phase: str, records: Sequence[dict[str, Any]]) -> list[Row]:
         ValueError: unknown phase.
         NotReady: tuning is not complete.
     """
-    if phase not in PHASES:
-        raise ValueError(f"unknown phase {phase!r}; known: {', '.join(PHASES)}")
+    if phase not in _PHASES:
+        raise ValueError(f"unknown phase {phase!r}; known: {', '.join(_PHASES)}")
     return _PHASES[phase](records)
 
 
@@ -155,6 +160,23 @@ def _confirmation(records: Sequence[dict[str, Any]]) -> list[Row]:
     return _product("confirmation", "confirmation", "small", arms)
 
 
+def _regimes(phase: str, role: str, records: Sequence[dict[str, Any]]) -> list[Row]:
+    """Constants, RL and SFT alone, laws that set mu, and candidates, in every regime; these at the rate of ``gac``.
+
+    Rules that act per prompt are left out: their demonstrations belong to prompts, which no regime turns half way.
+    """
+    known = _arms(phase, records)
+    left_out = {("gac", WITHOUT_MOMENTUM), *(("sequential", split) for split in SPLITS[1:-1])}
+    chosen = {arm: lr for arm, lr in known.items() if arm[0] not in PER_PROMPT and arm not in left_out}
+    chosen |= {("gac", "alpha=0"): known["gac", ""]} | {(name, ""): known["gac", ""] for name in CANDIDATES}
+    names = REGIMES if role == "development" else (CLEAN, *CONFIRMATION)
+    return [
+        dataclasses.replace(row, regime=name)
+        for name in names
+        for row in _product(phase, role, "small", chosen, FEWER_SEEDS if role == "development" else SEEDS)
+    ]
+
+
 _PHASES = {
     "tuning": _tuning,
     "comparison": _comparison,
@@ -163,4 +185,6 @@ _PHASES = {
     "confirmation": _confirmation,
     "rates": _rates,
     "size": _size,
+    "regimes": functools.partial(_regimes, "regimes", "development"),
+    "regimes-confirmation": functools.partial(_regimes, "regimes-confirmation", "confirmation"),
 }

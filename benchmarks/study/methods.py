@@ -55,6 +55,9 @@ METHODS = {
     "entropy-ctrl": Method("entropy-ctrl", "", ("rate=0.01", "rate=0.1")),
 }
 
+CANDIDATES = {"aim": Method("aim", "", ("trust=0.5", "alpha=0.5"))}
+"""Laws that run in the regimes alone, at the learning rate of ``gac``: they have no trials of their own."""
+
 WITHOUT_MOMENTUM = "momentum=0"
 """Of ``gac``: the law as it was before it counted what the optimizer's momentum leaves of the noise."""
 
@@ -120,9 +123,10 @@ def arm_of(method: str, setting: str) -> Arm:
     Raises:
         ValueError: unknown method.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-    chosen = METHODS[method]
+    known = METHODS | CANDIDATES
+    if method not in known:
+        raise ValueError(f"unknown method {method!r}; known: {', '.join(known)}")
+    chosen = known[method]
     if method == "gac" and setting in VARIANTS:
         return Arm(**{"law": "gac"} | VARIANTS[setting])
     own = own_setting(setting) or chosen.default

@@ -13,9 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study.calibration import sampled_pass_rate
 from benchmarks.study.drift import mean_kl
 from benchmarks.study.methods import GENERATIONS, ROLLOUTS, STEP_DEMONSTRATIONS, STEPS, Arm, arm_of
 from benchmarks.study.models import SIZES, WARM_START_BATCH, build
+from benchmarks.study.regimes import Turning, cut, demonstrate, noisy, regime_of, wrong_answers
 from benchmarks.study.rows import Row
 from benchmarks.study.tasks import TASKS, task_data
 
@@ -48,12 +50,17 @@ def train_row(row: Row, cache: Path) -> dict[str, Any]:
 
     initial, _ = load_model(str(folder))
     model, tokenizer = load_model(str(folder))
-    length = max(len(item["answer"]) for split in data.values() for item in split) + 1
+    regime = regime_of(row.regime)
+    data["prompts"] = demonstrate(regime, data["prompts"], row.seed)
+    length = max(len(item[part]) for part in ("answer", "completion") for split in data.values() for item in split) + 1
     recorder = _Recorder(model, initial, tokenizer, data["heldout"], length)
+    reward = noisy(regime, recorder.reward, row.seed)
     with registered():
-        trainer = _trainer(row, arm_of(row.method, row.setting), model, tokenizer, data, length, recorder.reward)
+        trainer, demonstrations = _trainer(row, arm_of(row.method, row.setting), model, tokenizer, data, length, reward)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(recorder.callback())
+        if regime.turns:
+            trainer.add_callback(_turn_half_way(demonstrations))
         try:
             trainer.train()
         except RuntimeError:
@@ -65,7 +72,8 @@ def train_row(row: Row, cache: Path) -> dict[str, Any]:
 
 def warm_start_id(row: Row) -> str:
     """Names the starting model of a run: runs of the same name share it."""
-    return f"{row.task}-{row.size}-seed{row.seed}"
+    sparse = "-sparse" if regime_of(row.regime).sparse else ""
+    return f"{row.task}-{row.size}-seed{row.seed}{sparse}"
 
 
 def warm_start(row: Row, cache: Path) -> tuple[dict[str, list[dict[str, Any]]], Path]:
@@ -88,22 +96,32 @@ def _make_warm_start(row: Row, folder: Path) -> None:
     data = {name: getattr(found, name) for name in ("heldout", "demonstrations", "prompts")}
     (folder / "data.json").write_text(json.dumps(data))
     texts = (item["prompt"] + item["answer"] for split in data.values() for item in split)
-    model, tokenizer = build(row.size, texts, row.seed)
-    warm_start(
-        model,
-        tokenizer,
-        data["demonstrations"],
-        steps=TASKS[row.task].warm_start_steps[row.size],
-        batch_size=WARM_START_BATCH,
-        lr=SIZES[row.size].warm_start_lr,
-        seed=row.seed,
-    )
+    texts = list(texts)
+
+    def trained(steps: int) -> tuple[Any, Any]:
+        model, tokenizer = build(row.size, texts, row.seed)
+        warm_start(
+            model,
+            tokenizer,
+            data["demonstrations"],
+            steps=steps,
+            batch_size=WARM_START_BATCH,
+            lr=SIZES[row.size].warm_start_lr,
+            seed=row.seed,
+        )
+        return model, tokenizer
+
+    steps = TASKS[row.task].warm_start_steps[row.size]
+    if regime_of(row.regime).sparse:
+        length = max(len(item["answer"]) for split in data.values() for item in split) + 1
+        steps, _ = cut(steps, lambda tried: sampled_pass_rate(*trained(tried), data["heldout"], length, row.seed))
+    model, tokenizer = trained(steps)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def _trainer(row: Row, arm: Arm, model, tokenizer, data, length: int, reward):
-    """TRL's GRPO with a supervised branch, as the arm says."""
+    """TRL's GRPO with a supervised branch, as the arm says, and the branch's demonstrations."""
     from datasets import Dataset
 
     from gac.runs.config import TrainConfig
@@ -150,10 +168,16 @@ def _trainer(row: Row, arm: Arm, model, tokenizer, data, length: int, reward):
         for item, given in zip(data["prompts"], shown, strict=True)
     ]
     fields = ("prompt", "completion", "answer")
-    demonstrations = [
-        {name: row[name] for name in fields} for row, given in zip(data["prompts"], shown, strict=True) if given
+    demonstrations: Any = [
+        {name: item[name] for name in fields} for item, given in zip(data["prompts"], shown, strict=True) if given
     ]
-    return HybridGRPOTrainer(
+    if regime_of(row.regime).turns:
+        if from_prompts:
+            raise ValueError(f"regime {row.regime!r} has no form for {row.method!r}, which acts per prompt")
+        others = [text for text, given in zip(wrong_answers(data["prompts"], row.seed), shown, strict=True) if given]
+        wrong = [item | {"completion": other} for item, other in zip(demonstrations, others, strict=True)]
+        demonstrations = Turning(demonstrations, wrong)
+    trainer = HybridGRPOTrainer(
         model,
         reward,
         arguments,
@@ -161,6 +185,18 @@ def _trainer(row: Row, arm: Arm, model, tokenizer, data, length: int, reward):
         None if from_prompts else demonstrations,
         processing_class=tokenizer,
     )
+    return trainer, demonstrations
+
+
+def _turn_half_way(demonstrations: Turning):
+    """A callback after whose middle step demonstrations are wrong."""
+    from transformers import TrainerCallback
+
+    class Callback(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            demonstrations.turned = state.global_step >= STEPS // 2
+
+    return Callback()
 
 
 class _Recorder:
@@ -231,7 +267,7 @@ def _record(row: Row, recorder: _Recorder, trainer, seconds: float) -> dict[str,
     busy = sum(settled)
     return {
         "key": row.key,
-        **vars(row),
+        **row.fields,
         "domain": task.domain,
         "role": task.role,
         "law": arm.law,

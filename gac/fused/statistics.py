@@ -61,12 +61,17 @@ def _table() -> list[list[float]]:
     return table_of_weights().tolist()
 
 
-def attach_errors(state: Numbers, statistics: dict[str, float]) -> tuple[Numbers, dict[str, float]]:
-    """The next state of :class:`gac.statistics.uncertainty.SuccessiveDifferences`, and the statistics with ``*_se``."""
+def attach_errors(
+    state: Numbers, statistics: dict[str, float], names: Sequence[str] = WITH_ERRORS
+) -> tuple[Numbers, dict[str, float]]:
+    """The next state of :class:`gac.statistics.uncertainty.SuccessiveDifferences`, and the statistics with ``*_se``.
+
+    ``names`` are those of the estimates that get one, as many as the state has.
+    """
     healthy = statistics["nonfinite"] == 0
     last, level, average, count = (list(state[name]) for name in ("last", "level", "average", "count"))
     errors = {}
-    for k, name in enumerate(WITH_ERRORS):
+    for k, name in enumerate(names):
         estimate = statistics[name]
         use = healthy and isfinite(estimate)
         if use:

@@ -1,5 +1,6 @@
 """How mu follows from statistics: one module a law, registered by name."""
 
+from gac.laws.aim import AimLaw
 from gac.laws.base import Law, Step, available, create, register
 from gac.laws.controller import Controller
 from gac.laws.feedback import EntropyLaw, KlLaw
@@ -10,6 +11,7 @@ from gac.laws.rules import ChordPhiLaw, HptLaw, LuffyLaw, ReliftLaw, RuleLaw, Sr
 from gac.laws.scheduled import ChordMuLaw, SequentialLaw
 
 __all__ = [
+    "AimLaw",
     "ChordMuLaw",
     "ChordPhiLaw",
     "Controller",

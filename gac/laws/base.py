@@ -19,6 +19,7 @@ from gac.laws.momentum import noise_left as noise_left
 from gac.schedules import Schedule
 from gac.state import Range
 from gac.statistics import Statistics
+from gac.statistics.worth import Worth
 
 _LAWS: dict[str, type[Law]] = {}
 _ALIASES: dict[str, str] = {}
@@ -33,6 +34,7 @@ class Step:
         prior, alpha: replace the law's own in this step where given.
         kl: mean KL divergence per token of the policy from its reference, in nats.
         entropy: mean entropy per token of the policy, in nats.
+        worth: what steps were worth, where it was measured.
     """
 
     number: int
@@ -40,6 +42,7 @@ class Step:
     alpha: float | Tensor | None = None
     kl: float | Tensor | None = None
     entropy: float | Tensor | None = None
+    worth: Worth | None = None
 
 
 class Law(ABC):
@@ -57,6 +60,10 @@ class Law(ABC):
     """Fields of :class:`Step` that every update must bring, such as ``"kl"``."""
     needs_trainer: ClassVar[bool] = False
     """Whether a trainer has to carry out a part of the law that acts per prompt or token."""
+    measures_worth: ClassVar[bool] = False
+    """Whether :attr:`Step.worth` is to be measured for it, where the estimator can."""
+    shows: ClassVar[tuple[str, ...]] = ()
+    """Entries of its state that the metrics show besides, by these names."""
     ranges: ClassVar[Mapping[str, Range]] = {
         "mu": Range(0.0, 1.0),
         "raw": Range(-math.inf, math.inf, unknown=True),
@@ -150,17 +157,23 @@ def available() -> tuple[str, ...]:
     return tuple(sorted(_LAWS))
 
 
+def kind_of(name: str) -> type[Law]:
+    """The class of a law, by its name or an alias. Raises ValueError for an unknown one, which says what is known."""
+    cls = _LAWS.get(_ALIASES.get(name, name))
+    if cls is None:
+        close = difflib.get_close_matches(str(name), [*_LAWS, *_ALIASES], n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown law {name!r}; known: {', '.join(available())}.{hint}")
+    return cls
+
+
 def create(name: str, **options: Any) -> Law:
     """Builds a law.
 
     Raises ValueError for an unknown name or a value out of range, TypeError for an option that the law lacks; both
     name what is known.
     """
-    cls = _LAWS.get(_ALIASES.get(name, name))
-    if cls is None:
-        close = difflib.get_close_matches(str(name), [*_LAWS, *_ALIASES], n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown law {name!r}; known: {', '.join(available())}.{hint}")
+    cls = kind_of(name)
     known = list(inspect.signature(cls).parameters)
     unknown = sorted(set(options) - set(known))
     if unknown:

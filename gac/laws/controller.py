@@ -10,6 +10,7 @@ from torch import Tensor
 from gac.laws.base import Step, create
 from gac.state import Range, Same, Table, Whole, like, read
 from gac.statistics import Statistics
+from gac.statistics.worth import Worth
 
 THEN = "pass what {whose}.state_dict() returned with the same law, options and model, or start anew without a state"
 """What to do about a state that is refused."""
@@ -46,6 +47,7 @@ class Controller:
         alpha: float | None = None,
         kl: float | Tensor | None = None,
         entropy: float | Tensor | None = None,
+        worth: Worth | None = None,
     ) -> Tensor:
         """Takes the statistics of a step and returns the next mu; nothing is read on the host.
 
@@ -54,6 +56,7 @@ class Controller:
             step: the optimizer step just done, from 0; counted from the last one when None.
             prior, alpha: replace the law's own prior and alpha in this update; in [0, 1].
             kl, entropy: of the policy in this step, in nats per token, for the laws that need them.
+            worth: what steps were worth, for the laws that measure their aim.
 
         Raises TypeError, ValueError for what is none of these, or where a law lacks what it follows.
 
@@ -62,7 +65,7 @@ class Controller:
         """
         if statistics is not None and not isinstance(statistics, Statistics):
             raise TypeError(f"statistics must be gac.Statistics or None, got {type(statistics).__name__}")
-        told = self.told(step=step, prior=prior, alpha=alpha, kl=kl, entropy=entropy)
+        told = self.told(step=step, prior=prior, alpha=alpha, kl=kl, entropy=entropy, worth=worth)
         if statistics is not None and statistics.device != self.law.mu.device:
             self.law.to(statistics.device)
         with torch.no_grad():
@@ -78,6 +81,7 @@ class Controller:
         alpha: float | None = None,
         kl: float | Tensor | None = None,
         entropy: float | Tensor | None = None,
+        worth: Worth | None = None,
     ) -> Step:
         """What the law is told of a step, checked; see :meth:`update`."""
         for name, value in (("prior", prior), ("alpha", alpha)):
@@ -85,7 +89,7 @@ class Controller:
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
         if step is not None and (isinstance(step, bool) or int(step) != step or step < 0):
             raise ValueError(f"step must be a whole number from 0 on, got {step!r}")
-        told = Step(self.steps if step is None else int(step), prior, alpha, kl, entropy)
+        told = Step(self.steps if step is None else int(step), prior, alpha, kl, entropy, worth)
         for name in self.law.needs:
             if getattr(told, name) is None:
                 raise ValueError(f"law {self.law.name!r} follows {name}: pass {name}=... in every step")

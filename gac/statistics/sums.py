@@ -19,6 +19,7 @@ class SumsOnHost(NamedTuple):
     silent: float
     norms: tuple[float, float, float]
     time_noise: tuple[float, float]
+    worth: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class StepSums:
         time_noise: ``[2]``, noise found by comparing a lone contribution with earlier steps.
         module_power: ``[M, 2]``, the part of each module in ``power``; None unless the step is taken apart.
         module_norms: ``[M, 3]``, likewise.
+        worth: ``[4]``, products with earlier gradients (:class:`gac.statistics.worth.Worth`); None unless asked for.
     """
 
     power: Tensor
@@ -46,6 +48,7 @@ class StepSums:
     time_noise: Tensor
     module_power: Tensor | None = None
     module_norms: Tensor | None = None
+    worth: Tensor | None = None
 
     def stacked(self) -> Tensor:
         """``[13]``: all but those by module, in this order."""
@@ -55,4 +58,5 @@ class StepSums:
     def on_host(self) -> SumsOnHost:
         """The same as numbers; the host waits for the device."""
         ps, pr, ts, tr, ns, nr, nonfinite, silent, a, b, d, vs, vr = self.stacked().tolist()
-        return SumsOnHost((ps, pr), (ts, tr), (ns, nr), nonfinite, silent, (a, b, d), (vs, vr))
+        worth = None if self.worth is None else tuple(self.worth.tolist())
+        return SumsOnHost((ps, pr), (ts, tr), (ns, nr), nonfinite, silent, (a, b, d), (vs, vr), worth)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from gac.observe.crossing import Crossing
 from gac.observe.observer import Observer
 from gac.observe.reduction.message import Message
 from gac.observe.reduction.weights import scalar
@@ -28,9 +29,11 @@ class Reduction(ABC):
         time_noise: ``[2]``, of the elements that this rank holds.
         silent: whether no hook has ever run on this rank.
         costs: numbers that are added up over the ranks beside the sums; None: none are.
+        crossing: earlier gradients, for products with them; None: there are no products.
 
     Attributes:
         costs: added up, once :meth:`finish` has waited; on one rank as they were given.
+        totals: likewise ``[2m]`` for each ledger, both branches' gradients as far as this rank can have them.
     """
 
     def __init__(
@@ -42,7 +45,10 @@ class Reduction(ABC):
         time_noise: Tensor,
         silent: bool,
         costs: Sequence[Tensor | float] | None = None,
+        crossing: Crossing | None = None,
     ) -> None:
+        self._crossing = crossing
+        self.totals: list[Tensor] = []
         self.costs: Sequence[Tensor | float] | Tensor | None = costs
         self._topology = topology
         self._device = device

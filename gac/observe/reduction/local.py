@@ -23,6 +23,7 @@ class LocalReduction(ReplicaReduction):
         self._observer, self._time_noise = observer, more["time_noise"]
         self._device = device
         self.costs = more.get("costs")
+        self._crossing, self._device = more.get("crossing"), device
 
     def finish(self) -> StepSums:
         self._begin()
@@ -42,6 +43,10 @@ class LocalReduction(ReplicaReduction):
             n[branch] = float(sum(t > 0 for t in counts))
         norms = [sum(parts) for parts in zip(*(x.inner(x.both_totals).tolist() for x in ledgers), strict=True)]
         s, r = Branch.SFT, Branch.RL
+        worth = None
+        if self._crossing is not None:
+            self.totals = [x.both_totals for x in ledgers]
+            worth = tuple(self._crossing.products(self.totals, self._device).tolist())
         return SumsOnHost(
             power=(power[s], power[r]),
             tokens=(tokens[s], tokens[r]),
@@ -50,6 +55,7 @@ class LocalReduction(ReplicaReduction):
             silent=0.0,
             norms=(norms[0], norms[1], norms[2]),
             time_noise=tuple(self._time_noise.tolist()),
+            worth=worth,
         )
 
     def finish_on_device(self) -> Tensor:

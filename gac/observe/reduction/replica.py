@@ -47,6 +47,8 @@ class ReplicaReduction(Reduction):
             (ledger, found[f"totals.{index}"].to(ledger.device, non_blocking=True))
             for index, ledger in enumerate(self._ledgers)
         ]
+        self.totals = [total for _, total in pairs]
+        worth = None if self._crossing is None else self._crossing.products(self.totals, self._device)
         module_power = module_norms = None
         if self._by_module:
             module_power = found["module_power"].to(self._dtype).view(2, -1).T
@@ -61,4 +63,5 @@ class ReplicaReduction(Reduction):
             time_noise=found["time_noise"].to(self._dtype),
             module_power=module_power,
             module_norms=module_norms,
+            worth=worth,
         )

@@ -25,6 +25,10 @@ class ShardReduction(Reduction):
             "powers": self._over_ledgers(ledger.powers() / ledger.copies for ledger in self._ledgers),
             "norms": self._over_ledgers(ledger.inner(ledger.both_totals) / ledger.copies for ledger in self._ledgers),
         }
+        self.totals = [ledger.both_totals for ledger in self._ledgers]
+        if self._crossing is not None:
+            copies = [ledger.copies for ledger in self._ledgers]
+            message["worth"] = self._crossing.products(self.totals, self._device, copies)
         if self._by_module:
             parts = nothing.view(0, 1).expand(0, self._modules)
             if counted:
@@ -59,4 +63,5 @@ class ShardReduction(Reduction):
             time_noise=found["time_noise"],
             module_power=torch.stack(module_rows, dim=1) if parts is not None else None,
             module_norms=found["module_norms"].view(-1, 3) if parts is not None else None,
+            worth=found.get("worth"),
         )

@@ -187,6 +187,7 @@ def parts(rows: list[Row]) -> dict[str, types.SimpleNamespace]:
     return {
         "benchmarks.study.grid": types.SimpleNamespace(
             PHASES=("tuning", "comparison"),
+            ON_DEMAND=(),
             NotReady=NotReady,
             rows=of_phase,
             Row=types.SimpleNamespace(from_record=from_record),

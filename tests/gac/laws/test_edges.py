@@ -28,6 +28,7 @@ LAWS = {
     "entropy-ctrl": ("entropy-ctrl", {"rate": 10.0}, (0.05, 0.95)),
     "chord-mu": ("chord-mu", {}, (0.05, 0.9)),
     "sequential": ("sequential", {"split": 2}, (0.0, 1.0)),
+    "aim": ("aim", {}, (0.001, 0.999)),
     "fixed": ("fixed", {"mu": 0.3}, (0.3, 0.3)),
 }
 every_law = pytest.mark.parametrize("case", LAWS)
