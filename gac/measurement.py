@@ -96,7 +96,8 @@ class Measurement(FinishOnDevice):
             )
         self._no_noise = torch.zeros(2, dtype=self._dtype, device=self.device)
         self._means = [MovingMeans(ledger.device) for ledger in self.observer.ledgers]
-        self.spending = Spending(cadence, self.observer.ledgers, self.device, topology.ranks)
+        timed = [self.observer] if isinstance(self.observer, SequenceObserver) else self.observer.ledgers
+        self.spending = Spending(cadence, timed, self.device, topology.ranks)
         self._errors = StandardErrors(self.device, self._dtype)
         self.worth: WorthOfSteps | None = None
         if kind_of(options.law).measures_worth:

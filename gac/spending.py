@@ -12,8 +12,7 @@ from torch import Tensor
 
 from gac.cadence import WARM_UP, Account, Cadence, Costs
 from gac.metrics import HostMirror
-from gac.observe.device_time import DeviceTime
-from gac.observe.ledger import Ledger
+from gac.observe.device_time import DeviceTime, Launching
 
 PAUSE = 16
 """A step counts as no longer than the longest of so many before it: what takes longer is a pause."""
@@ -61,7 +60,7 @@ class Spending:
 
     Args:
         cadence: which steps are measured.
-        ledgers: whose kernels take time on devices.
+        timed: whose kernels take time on devices.
         device: of the step's numbers.
         ranks: that measure together.
 
@@ -70,10 +69,10 @@ class Spending:
         clock: how long they take.
     """
 
-    def __init__(self, cadence: Cadence, ledgers: Sequence[Ledger], device: torch.device, ranks: int) -> None:
+    def __init__(self, cadence: Cadence, timed: Sequence[Launching], device: torch.device, ranks: int) -> None:
         self.cadence, self.account, self.clock = cadence, Account(), StepClock()
         self._device, self._ranks = device, ranks
-        self._device_time = DeviceTime(ledgers if cadence.counts_costs else ())
+        self._device_time = DeviceTime(timed if cadence.counts_costs else ())
         self._on_their_way = HostMirror(device)  # costs of measured steps, to the host
 
     def ended(self, gac: float, *, measured: bool) -> None:

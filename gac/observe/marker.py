@@ -36,6 +36,7 @@ class MarkedPass:
         """The pass begins; False where nobody has to be told of its end."""
         observer = self._observer
         if observer.branch is not self._branch or observer.seen is not self._seen:
+            assert self._branch is not None
             entered = "outside a branch" if observer.branch is None else f"in the {observer.branch.value} branch"
             raise RuntimeError(
                 f"a loss that mixer.weigh has weighted for the {self._branch.value} branch is taken back {entered}, or "

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from gac.observe.ledger import Ledger
 from gac.observe.topology import local_numel
 
 
 def place(
-    parameters: Sequence[Tensor],
+    parameters: Sequence[nn.Parameter],
     modules: Sequence[int],
     module_count: int,
     copies: Sequence[int] | None,
