@@ -69,6 +69,7 @@ def test_launches_of_a_backward_pass(estimator, monkeypatch):
         ("gac", {}, {}),
         ("gac", {"alpha": "kl", "prior": 0.3}, {"kl": 0.02}),
         ("gac", {"alpha": "kl"}, {"kl": torch.tensor}),
+        ("aim", {}, {}),
         ("paper", {"mu_update_freq": 1}, {}),
         ("fixed", {"mu": 0.5}, {}),
         ("chord", {}, {}),
