@@ -171,7 +171,7 @@ class AimLaw(Law):
         errors = self._differences.update(within, healthy)
         self._keep_differences()
         if step.worth is None:
-            nothing = torch.full((4,), float("nan")).to(self.mu)
+            nothing = self.mu.new_full((4,), float("nan"))
             values, errors = torch.cat([within, nothing]), torch.cat([errors, nothing])
         else:
             values = torch.cat([within, step.worth.values.to(self.mu) * torch.stack([s, s, r, r])])
@@ -216,18 +216,19 @@ class AimLaw(Law):
         """Shares ``[B]``, lengths ``[B, 2]``, alphas and trusts ``[B]`` of so many sets ``[B, 9]`` of averages."""
         size, own, dot, ss, sr, rs, rr = many.split([2, 2, 1, 1, 1, 1, 1], dim=-1)
         _, own_se, dot_se, ss_se, sr_se, rs_se, rr_se = error.split([2, 2, 1, 1, 1, 1, 1], dim=-1)
-        # products over steps where there are any; their own noise is in half of their differences alone, see docs
+        # products over steps where there are any; of the two inner products each shows one branch's noise, see docs
         signal = _first(torch.cat([ss, rr], dim=-1), own)
-        signal_se = torch.where(torch.isfinite(ss + rr), 2 * torch.cat([ss_se, rr_se], dim=-1), own_se)
+        signal_se = torch.where(torch.isfinite(ss + rr), torch.cat([ss_se, rr_se], dim=-1), own_se)
         inner = _first((rs + sr) / 2, dot).squeeze(-1)
         inner_se = torch.where(torch.isfinite(rs + sr), torch.hypot(rs_se, sr_se), dot_se).squeeze(-1)
-        # of a signal what its error leaves of it, at most the whole length
-        shrink = (1 - torch.nan_to_num(signal_se / signal, 0.0).square()).clamp(min=0.0)
-        signal = torch.minimum(signal.clamp(min=0.0) * shrink, size)
+        # what is sure of a signal says whether an aim can be judged; what is plausible of it, whether it is noise
+        sure = (1 - torch.nan_to_num(signal_se / signal, 0.0).square()).clamp(min=0.0)
+        sure = torch.minimum(signal.clamp(min=0.0) * sure, size)
+        signal = torch.minimum(_above_zero(signal, signal_se), size)
         noise = noise_left(self.momentum)
         squared = signal + noise * (size - signal)
         lengths = squared.sqrt()
-        trust = self._trust(inner, inner_se, self.spread * signal.prod(-1).sqrt())
+        trust = self._trust(inner, inner_se, self.spread * sure.prod(-1).sqrt())
         alpha = self._alpha(step, trust)
         alive = self.state["alive"]
         share_of_signal = torch.where(squared > 0, signal / squared, 0.0)
@@ -243,11 +244,12 @@ class AimLaw(Law):
         """Probability that ``c`` is above 0, of a teacher who is right, useless or wrong; the prior where unknown.
 
         Right: ``c`` is half-normal of this scale above 0. Useless: it is 0. Wrong: half-normal below 0. The last two
-        share what the prior leaves. ``c`` is measured with a Gaussian error.
+        share what the prior leaves. ``c`` is measured with a Gaussian error. The scale is not taken to be below that: a
+        sign that is measured counts, whatever is known of the lengths.
         """
         t, share = c / error, scale.square() / (scale.square() + error.square())
-        known = torch.isfinite(t) & torch.isfinite(share)
-        t, share = torch.where(known, t, 0.0), torch.where(known, share, 0.0)
+        known = torch.isfinite(t) & (error > 0)
+        t, share = torch.where(known, t, 0.0), torch.where(known, share.nan_to_num(0.0).clamp(min=0.5), 0.0)
         log_k = 0.5 * torch.log1p(-share.clamp(max=1 - 1e-15)) + 0.5 * t.square() * share
         u = t * share.sqrt()
         right = math.log(2 * self.trust) + log_k + torch.special.log_ndtr(u)
@@ -263,6 +265,17 @@ class AimLaw(Law):
 
 def _first(values: Tensor, otherwise: Tensor) -> Tensor:
     return torch.where(torch.isfinite(values), values, otherwise)
+
+
+def _above_zero(values: Tensor, errors: Tensor) -> Tensor:
+    """Expected truth of numbers that are measured with Gaussian errors and cannot be below 0, all others being alike.
+
+    The mean of the normal distribution above 0: the value itself where it is sure, 0.8 of its error where it is 0.
+    """
+    t = values / errors
+    log_ratio = -t.square() / 2 - math.log(2 * math.pi) / 2 - torch.special.log_ndtr(t)
+    found = values + errors * log_ratio.exp()
+    return torch.where(torch.isfinite(found), found, values).clamp(min=0.0)
 
 
 def _half_spread(values: Tensor) -> Tensor:

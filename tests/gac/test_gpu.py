@@ -92,6 +92,7 @@ def test_launches_of_the_end_of_a_step(options, most):
         ("gac", {}, {}),
         ("gac", {"alpha": "kl", "prior": 0.3}, {"kl": 0.02}),
         ("gac", {"alpha": "kl"}, {"kl": torch.tensor}),
+        ("aim", {}, {}),
         ("paper", {"mu_update_freq": 1}, {}),
         ("fixed", {"mu": 0.5}, {}),
         ("chord", {}, {}),

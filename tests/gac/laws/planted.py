@@ -132,6 +132,17 @@ SITUATIONS: dict[str, Situation] = {
         (Phase(200, replace(_OPPOSED, noise=5.0), Source(noise=5.0)),),
         (Wanted(200, high=0.15),),
     ),
+    "faint": Situation(
+        "SFT right, signals 1 in 20 of the noise's length",
+        (Phase(200, replace(TEACHER, noise=20.0), Source(noise=20.0)),),
+        (Wanted(200, low=0.2, high=0.7),),
+    ),
+    "faint-rl": Situation(
+        "RL's signal 1 in 20 of the noise's length, SFT clear and opposed",
+        (Phase(200, _OPPOSED, Source(noise=20.0)),),
+        (Wanted(200, high=0.7),),
+        felt=True,
+    ),
     "same": Situation("both the same", (Phase(150, Source()),), (Wanted(150, low=0.4, high=0.6),)),
     "same-rl-noisier": Situation(
         "both the same, RL with 4 times the noise",
