@@ -1,5 +1,6 @@
 """What steps cost: a clock that leaves pauses out, and the share of measuring in mixers of every size."""
 
+import itertools
 import time
 
 import pytest
@@ -121,7 +122,8 @@ def shares(processor, width, layers, seconds, steps, then=None):
     return spent, whole
 
 
-def share(found, first, last=-1):
+def share(found, last=-1, first=9):
+    """From the tenth step on, with which the account begins."""
     spent, whole = found
     inside = spent[last] - spent[first]
     return inside / (whole[last] - whole[first] - inside)
@@ -131,7 +133,7 @@ def share(found, first, last=-1):
 @pytest.mark.parametrize(
     ("width", "layers", "seconds", "steps"),
     [
-        pytest.param(56, 3, 3e-3, 800, id="10K, 3 ms"),
+        pytest.param(56, 3, 5e-3, 500, id="10K, 5 ms"),
         pytest.param(56, 3, 2e-2, 400, id="10K, 20 ms"),
         pytest.param(130, 6, 5e-3, 500, id="100K, 5 ms"),
         pytest.param(354, 8, 5e-2, 150, id="1M, 50 ms"),
@@ -142,7 +144,7 @@ def share(found, first, last=-1):
 def test_measuring_takes_less_than_its_budget(processor, width, layers, seconds, steps):
     torch.manual_seed(0)
     found = shares(processor, width, layers, seconds, steps)
-    assert share(found, 49) < 0.01
+    assert share(found) < 0.01
 
 
 @pytest.mark.budget
@@ -150,6 +152,8 @@ def test_measuring_takes_less_than_its_budget(processor, width, layers, seconds,
 def test_steps_that_become_cheap_or_slow_are_followed(processor, seconds, then):
     torch.manual_seed(0)
     found = shares(processor, 130, 6, seconds, 800, then)
-    assert share(found, 49, 399) < 0.01
-    assert share(found, 49) < 0.01
-    assert share(found, 600) < 0.01
+    assert share(found, 399) < 0.01
+    assert share(found) < 0.01
+    spent, whole = found
+    one = max(b - a for a, b in itertools.pairwise(spent[400:]))  # where the steps looked at begin is chance
+    assert spent[-1] - spent[600] < 0.01 * (whole[-1] - whole[600]) + one

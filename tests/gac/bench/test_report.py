@@ -178,6 +178,7 @@ def test_the_summary_takes_what_is_there(tmp_path):
         "kernels": {"found": True, "complete": False},
         "step": {"found": False, "complete": False},
         "sequence": {"found": False, "complete": False},
+        "ending": {"found": False, "complete": False},
     }
     assert found["red_gates"] == ["sketch fp32 1K"]
     assert found["figures"]

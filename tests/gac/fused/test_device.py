@@ -230,7 +230,7 @@ def test_the_vector_has_what_its_readers_call_it():
     row = ["mu", *(f"mu_{name}" if name == "raw" else name for name in step_vector.ROW[1:])]
     assert tuple(row) == NAMES
     assert step_vector.ROW[step_vector.STATISTICS] == Statistics.names()
-    assert SumsOnHost._fields == step_vector.SUMS
+    assert SumsOnHost._fields == (*step_vector.SUMS, "worth")  # which laws ask for that end in torch
     sums = StepSums(*(torch.full(shape, 1.0 * k) for k, shape in enumerate([(2,), (2,), (2,), (), (), (3,), (2,)])))
     assert sums.stacked().tolist() == [0, 0, 1, 1, 2, 2, 3, 4, 5, 5, 5, 6, 6]
     assert len(sums.stacked()) == step_vector.SUMS_SIZE
