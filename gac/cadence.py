@@ -19,8 +19,12 @@ WARM_UP = 10
 MOST = 4096
 """The longest interval."""
 
+AIM = 0.9
+"""Share of the budget that is aimed at: trainers count less than all of the time to their steps, and GAC's own clock
+does not see the calls that lead to it."""
+
 PACE = 0.9
-"""Share of the budget that is spent as it comes; the rest is kept for when statistics move."""
+"""Share of what unmeasured steps leave of it that is spent as it comes; the rest is kept for when statistics move."""
 
 RESERVE = 8
 """Measurements that are kept at most for when statistics move."""
@@ -117,14 +121,15 @@ class FixedCadence(Cadence):
 class BudgetCadence(Cadence):
     """As many steps as a share of the time pays for.
 
-    An account is kept: each step earns ``overhead`` times what it takes outside GAC and pays what GAC took. With ``m``
+    An account is kept: each step earns ``overhead`` (nine tenths of what was asked for, :data:`AIM`) times what it
+    takes outside GAC and pays what GAC took. With ``m``
     and ``u`` the cost of a measured and an unmeasured step, ``T`` the time of a step outside GAC (medians of the newest
     reports) and ``B`` the balance, the next measurement is ``k`` steps away,
 
         k = ceil((m - u - B) / (overhead * T - u)),
 
     the first at which the account is not overdrawn. So the share keeps below ``overhead`` whatever steps do: if they
-    become cheaper, the debt is paid by a longer interval. A tenth of what is earned is kept, :data:`RESERVE`
+    become cheaper, the debt is paid by a longer interval. A tenth of what is left is kept, :data:`RESERVE`
     measurements' worth, and spent when statistics move by more than their standard errors explain. The first
     :data:`WARM_UP` steps are measured always and are not accounted for.
 
@@ -138,7 +143,7 @@ class BudgetCadence(Cadence):
     counts_costs = True
 
     def __init__(self, overhead: float) -> None:
-        self.overhead = overhead
+        self.overhead = AIM * overhead
         self._interval = 1
         self._left = 0  # steps until one is measured
         self._balance = 0.0
@@ -185,7 +190,7 @@ class BudgetCadence(Cadence):
         pace = 1.0
         if costs.moved <= 0:
             present, pace = min(present, max(present - kept, 0.0)), PACE
-        room = pace * earned - u
+        room = pace * (earned - u)
         if room < FLOOR * u:  # what steps cost that are not measured is no reason not to measure
             room, present = FLOOR * u, 0.0
         wanted = (m - u - present) / room if room > 0 else 1.0

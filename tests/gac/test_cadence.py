@@ -12,7 +12,7 @@ import gac.ending
 import gac.mixer
 import gac.observe.observer
 import gac.spending
-from gac.cadence import FLOOR, MOST, RESERVE, WARM_UP, BudgetCadence, Costs, FixedCadence
+from gac.cadence import AIM, FLOOR, MOST, RESERVE, WARM_UP, BudgetCadence, Costs, FixedCadence
 
 pytestmark = pytest.mark.budget
 
@@ -63,7 +63,7 @@ def test_the_share_stays_below_the_budget(m, u, rest):
         run.step(m, u, rest)
     assert run.measured(0, WARM_UP) == WARM_UP
     assert run.share(WARM_UP) < 0.01
-    afforded = (4000 - WARM_UP) * (0.01 * rest - u) / (m - u)  # measurements at the full budget, of which some are kept
+    afforded = (4000 - WARM_UP) * (AIM * 0.01 * rest - u) / (m - u)  # some of it is kept
     assert run.measured(WARM_UP) > 0.9 * afforded - RESERVE - 3
 
 
@@ -86,7 +86,7 @@ def test_steps_that_change_are_followed(factor, seed):
     assert run.share(WARM_UP) < 0.01
     spent, outside = (sum(step[k] for step in run.log[3000:]) for k in (1, 2))
     assert spent < 0.01 * outside + 2 * RESERVE * 1.5 * m, "no more than was earned and kept"
-    afforded = 4000 * min((0.01 * rest * factor - u) / (m - u), 1.0)
+    afforded = 4000 * min((AIM * 0.01 * rest * factor - u) / (m - u), 1.0)
     assert run.measured(3000) > 0.9 * afforded - RESERVE - 3
 
 
