@@ -223,16 +223,31 @@ def _smooth_with_band(
     return out
 
 
-def _below(axis: Any, handles: Sequence[Any] | None = None, labels: Sequence[str] | None = None) -> None:
-    """The legend under a panel, where no curve runs."""
+def legend_below(
+    axis: Any,
+    handles: Sequence[Any] | None = None,
+    labels: Sequence[str] | None = None,
+    *,
+    columns: int = 4,
+    has_label: bool | None = None,
+) -> None:
+    """Puts the legend under a panel, where no curve runs.
+
+    Args:
+        handles, labels: of the entries; None: those of the axis.
+        columns: of entries.
+        has_label: whether the horizontal axis has a label there; None: in the last row alone.
+    """
     if handles is None or labels is None:
         handles, labels = axis.get_legend_handles_labels()
+    if has_label is None:
+        has_label = axis.get_subplotspec().is_last_row()
     if handles:
         where = {
             "loc": "upper left",
-            "bbox_to_anchor": (-0.02, -0.19 if axis.get_subplotspec().is_last_row() else -0.04),
+            "bbox_to_anchor": (-0.02, -0.19 if has_label else -0.04),
         }
-        axis.legend(handles, labels, ncols=4, handlelength=2.4, columnspacing=1.2, borderaxespad=0.0, **where)
+        axis.legend(handles, labels, ncols=columns, handlelength=2.4, columnspacing=1.2, borderaxespad=0.0, **where)
 
 
 def _line(axis: Any, points: Sequence[tuple[int, float]], label: str | None, **style: Any) -> None:
@@ -252,7 +267,7 @@ def _accuracy_panel(axis: Any, records: Sequence[Record], warm: float) -> None:
     _noisy_line(axis, _points(records, "reward"), "reward", color=COLOURS[1], linestyle="--")
     _line(axis, [(0, warm), *_points(records, "accuracy")], "accuracy", color=COLOURS[0], marker="o", markersize=3)
     axis.set_ylim(-0.02, 1.02)
-    _below(axis)
+    legend_below(axis)
 
 
 def _mu_panel(axis: Any, records: Sequence[Record]) -> None:
@@ -265,7 +280,7 @@ def _mu_panel(axis: Any, records: Sequence[Record]) -> None:
     _line(axis, _points(records, "gac/prior"), "prior", color=COLOURS[4], linestyle="--")
     _line(axis, _points(records, "gac/mu"), "mu", color=COLOURS[0], linewidth=2.0)
     axis.set_ylim(-0.02, 1.02)
-    _below(axis)
+    legend_below(axis)
 
 
 def _statistics_panel(axis: Any, records: Sequence[Record]) -> None:
@@ -295,7 +310,7 @@ def _statistics_panel(axis: Any, records: Sequence[Record]) -> None:
         axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_yticks([], minor=True)
     axis.set_ylabel("squared gradient norm")
-    _below(axis)
+    legend_below(axis)
 
 
 def _asinh_ticks(width: float, low: float, high: float) -> list[float]:
@@ -329,7 +344,7 @@ def _norms_panel(axis: Any, records: Sequence[Record]) -> None:
     twin.set_ylim(-1.05, 1.05)
     twin.set_ylabel("cosine", color=COLOURS[3])
     handles = [axis.get_legend_handles_labels(), twin.get_legend_handles_labels()]
-    _below(axis, handles[0][0] + handles[1][0], handles[0][1] + handles[1][1])
+    legend_below(axis, handles[0][0] + handles[1][0], handles[0][1] + handles[1][1])
 
 
 def _band(axis: Any, curves: Sequence[Sequence[tuple[int, float]]], label: str, style: Mapping[str, Any]) -> None:

@@ -152,6 +152,7 @@ def figures(record: Record, gac_options: Mapping[str, Any] | None = None) -> Fig
     against = lambda ratio, best: of_laws(
         lambda v: ratio(mu[RUN], at_steps(v), alpha) - ratio(constant(best), at_steps(v), alpha)
     )
+    measured = [name for name in ESTIMATORS if name in record.estimates]  # an older audit lacks newer ones
     return Figures(
         points=len(values),
         replicates=deleted.shape[1],
@@ -159,8 +160,8 @@ def figures(record: Record, gac_options: Mapping[str, Any] | None = None) -> Fig
         truth={name: over_points(lambda v, k=k: v[..., k].mean(-1)) for k, name in enumerate(TRUE_COLUMNS)},
         oracle=of_laws(lambda v: oracle(v, alpha).mean(-1)),
         reliability=dict(zip(TRUE_COLUMNS, _reliability(values, deleted).tolist(), strict=True)),
-        estimators={name: _qualities(record, name, values, deleted) for name in ESTIMATORS},
-        implied={name: _implied(record, name, *counted) for name in ESTIMATORS},
+        estimators={name: _qualities(record, name, values, deleted) for name in measured},
+        implied={name: _implied(record, name, *counted) for name in measured},
         reported=_reported(record),
         proxies={name: _populations(record, name, values) for name in COEFFICIENT_FORMS},
         laws={label: mixing(x, *counted, alpha, nearest) for label, x in mu.items()},

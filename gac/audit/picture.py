@@ -12,7 +12,7 @@ from gac.audit.figures import search
 from gac.audit.panel import COEFFICIENT, EXACT, SKETCH, TEMPORAL
 from gac.audit.record import RUN, Record
 from gac.audit.replicates import COLUMNS, mean_squared_error, oracle
-from gac.plots import COLOURS
+from gac.plots import COLOURS, SETTINGS, legend_below
 
 _LAWS = {
     RUN: (COLOURS[0], "-"),
@@ -44,8 +44,6 @@ def draw_audit(record: Record, path: str | Path, *, title: str = "") -> None:
     matplotlib.use("Agg")  # no display is needed
     import matplotlib.pyplot as plt
 
-    from gac.plots import SETTINGS
-
     values, deleted = record.truths()
     with plt.rc_context(SETTINGS):
         figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
@@ -72,7 +70,7 @@ def _mu_panel(axis: Any, record: Record, values: Tensor, deleted: Tensor) -> Non
             axis.plot(record.mu[label], color=colour, linestyle=style, label=label)
     axis.set_ylim(0, 1.02)
     axis.set_title("mu, weight of the SFT branch")
-    axis.legend(loc="lower right", handlelength=3, frameon=True, facecolor="white", framealpha=0.85, edgecolor="none")
+    legend_below(axis, columns=2, has_label=True)
 
 
 def _excess_panel(axis: Any, record: Record, values: Tensor) -> None:
@@ -86,7 +84,8 @@ def _excess_panel(axis: Any, record: Record, values: Tensor) -> None:
         record.steps, mean_squared_error(constant, values, record.alpha) / least,
         color="#000000", linewidth=0.9, label=f"best constant, {constant:.3f}",
     )  # fmt: skip
-    axis.set_yscale("log")
+    axis.set_yscale("log", nonpositive="mask")  # a truth without bias may be below 0: a gap, no cliff
+    legend_below(axis, columns=2, has_label=True)
     axis.set_title("MSE of the mixed gradient over the oracle's")
 
 
@@ -119,7 +118,7 @@ def _number_panel(axis: Any, record: Record, values: Tensor, deleted: Tensor, k:
         axis.set_yscale("log")
     axis.set_title(f"{_NAMES[name]}, {name}")
     if k == 0:
-        axis.legend(loc="best", handlelength=3)
+        legend_below(axis, columns=2)
 
 
 def _errors(deleted: Tensor) -> Tensor:

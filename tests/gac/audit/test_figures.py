@@ -82,6 +82,16 @@ def test_record_and_figures_are_plain_json_and_have_a_picture(tmp_path):
     assert (tmp_path / "audit.png").stat().st_size > 20_000
 
 
+def test_an_audit_of_before_an_estimator_was_there(tmp_path):
+    """`gac audit --again` of an older record: what it lacks is left out."""
+    made = record({RUN: [0.5] * 4})
+    del made.estimates["sequence"]
+    found = figures(made)
+    assert "sequence" not in found.estimators
+    assert tables(found)
+    draw_audit(made, tmp_path / "audit.png")
+
+
 def test_correlation():
     x = torch.tensor([1.0, 2.0, 3.0, math.nan])
     assert correlation(x, -2 * x) == pytest.approx(-1.0)
