@@ -9,9 +9,10 @@ from enum import Enum
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gac.observe.module_names import group_parameters
+from gac.sequences.magnitudes import InputOf, magnitudes_of
 from gac.sequences.normalization import Normalize, normalization_of
 from gac.sequences.supported import WRAPPER, whole_shapes
 
@@ -64,6 +65,7 @@ class Layer:
         weight: where its weight's gradient goes. ones: whether that has the column of its bias.
         bias: where its bias's gradient goes by itself.
         normalize: of a norm.
+        input_of: what stands for the layer's input; None where that is its first argument.
         padding: place of an embedding that gets no gradient.
     """
 
@@ -74,6 +76,7 @@ class Layer:
     ones: bool = False
     bias: Slot | None = None
     normalize: Normalize | None = None
+    input_of: InputOf | None = None
     padding: int | None = None
 
     @property
@@ -231,12 +234,12 @@ def _use(name: str, module: Any, own: dict[str, nn.Parameter], shapes: Mapping[i
         return _Use(Layer(name, module, Kind.LINEAR), weight, bias, (module.out_features, module.in_features))
     if type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int) and hasattr(module, "nx"):
         return _Use(Layer(name, module, Kind.LINEAR), weight, bias, (module.nf, module.nx))
-    normalize = normalization_of(module, shapes)
+    vector = getattr(module, "weight", None)
+    if not isinstance(vector, Tensor):
+        return None
+    shape = shapes.get(id(vector), vector.shape)
+    input_of = magnitudes_of(module, shape)
+    normalize = normalization_of(module, shapes) if input_of is None else Tensor.float
     if normalize is None:
         return None
-    return _Use(
-        Layer(name, module, Kind.NORM, normalize=normalize),
-        weight,
-        bias,
-        tuple(shapes.get(id(module.weight), module.weight.shape)),
-    )
+    return _Use(Layer(name, module, Kind.NORM, normalize=normalize, input_of=input_of), weight, bias, tuple(shape))

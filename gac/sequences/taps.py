@@ -153,7 +153,10 @@ class Taps:
         def on_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor | None:
             if not isinstance(output, Tensor) or not output.requires_grad or not torch.is_grad_enabled():
                 return None
-            x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if layer.input_of is None:
+                x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            else:
+                x = layer.input_of(args, kwargs, output)
             if x is None:
                 return None
             changed = None
