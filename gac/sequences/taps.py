@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -26,8 +26,8 @@ class _Saved(torch.autograd.Function):
     """A node that saves a tensor and is never run."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, anchor: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
         return anchor.new_empty(0)
 
     @staticmethod
@@ -39,29 +39,29 @@ class Kept:
     """A layer's input until the gradient of its output comes.
 
     Args:
-        x: the input. given: what the model was called with.
+        inputs: it, in its parts. given: what the model was called with.
     """
 
-    def __init__(self, x: Tensor, given: Given | None) -> None:
+    def __init__(self, inputs: Sequence[Tensor], given: Given | None) -> None:
         self.given = given
         with torch.enable_grad():
-            self._node = _Saved.apply(torch.empty(0, requires_grad=True), x.detach()).grad_fn
+            self._node = _Saved.apply(torch.empty(0, requires_grad=True), *(x.detach() for x in inputs)).grad_fn
 
-    def take(self) -> Tensor | None:
+    def take(self) -> Sequence[Tensor] | None:
         """The input, once; None when it was taken before."""
         node, self._node = self._node, None
-        return None if node is None else node.saved_tensors[0]
+        return None if node is None else node.saved_tensors
 
 
 class Present(Kept):
     """An input that is at hand."""
 
-    def __init__(self, x: Tensor, given: Given | None) -> None:
-        self.given, self._x = given, x
+    def __init__(self, inputs: Sequence[Tensor], given: Given | None) -> None:
+        self.given, self._inputs = given, inputs
 
-    def take(self) -> Tensor | None:
+    def take(self) -> Sequence[Tensor] | None:
         """The input."""
-        return self._x
+        return self._inputs
 
 
 _places: WeakValueDictionary[int, Taps] = WeakValueDictionary()
@@ -150,26 +150,34 @@ class Taps:
                 return
 
     def _hook(self, layer: Layer, place: int) -> Callable:
-        def on_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        def on_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], returned: Any) -> Tensor | None:
+            output = returned if layer.output is None else returned[layer.output]
             if not isinstance(output, Tensor) or not output.requires_grad or not torch.is_grad_enabled():
                 return None
-            if layer.input_of is None:
-                x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            else:
-                x = layer.input_of(args, kwargs, output)
-            if x is None:
+            inputs = _inputs_of(layer, args, kwargs, output)
+            if inputs is None:
                 return None
             changed = None
             if layer.kind is Kind.EMBEDDING:
-                x, output = _for_each_row(x, output, self._given)
-                changed = output
+                x, output = _for_each_row(*inputs, output, self._given)
+                inputs, changed = (x,), output
             if torch.compiler.is_compiling():
-                return _Tap.apply(output, x, place)
-            kept = Kept(x, self.given)
+                return _Tap.apply(output, inputs[0], place)
+            kept = Kept(inputs, self.given)
             output.register_hook(lambda gradient: self._take(layer, kept, gradient))
             return changed
 
         return on_forward
+
+
+def _inputs_of(layer: Layer, args: tuple, kwargs: Mapping[str, Any], output: Tensor) -> Sequence[Tensor] | None:
+    """What is kept of a layer's call."""
+    if layer.experts is not None:
+        return layer.experts.routed(args, kwargs)
+    if layer.input_of is not None:
+        return (layer.input_of(args, kwargs, output),)
+    x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    return None if x is None else (x,)
 
 
 def _for_each_row(ids: Tensor, output: Tensor, given: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
