@@ -8,6 +8,7 @@ calling the layer, or tokens are lost on the way.
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 

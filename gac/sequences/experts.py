@@ -5,9 +5,9 @@ A token ``t`` goes to a few experts ``e``, each with a weight of its own (the ro
     u = U_e x_t     h = gate(u)     y_t += w_te * D_e h        x_t: [d]  U_e: [u, d]  h: [m]  D_e: [d, m]
 
 With the gradient ``g_t`` of ``y_t``, each pair of token and expert adds ``(w_te g_t) h^T`` to the gradient of ``D_e``,
-and ``gu x_t^T`` to that of ``U_e``, where ``gu`` is ``D_e^T (w_te g_t)`` taken back through the gate. Inputs, routing and
-output gradient are seen at the module, whichever way it computes; ``h`` and ``gu`` are computed again, an expert at a
-time.
+and ``gu x_t^T`` to that of ``U_e``, where ``gu`` is ``D_e^T (w_te g_t)`` taken back through the gate. Inputs, routing
+and output gradient are seen at the module, whichever way it computes; ``h`` and ``gu`` are computed again, an expert at
+a time.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Routed(NamedTuple):
     """What a module of experts was called with.
 
     Attributes:
-        x: ``[N, d]``, tokens. index: ``[N, k]``, their experts; what is none of them goes nowhere.
+        x: ``[N, d]``, tokens. chosen: ``[N, k]``, their experts; what is none of them goes nowhere.
         weights: ``[N, k]``, what each output is multiplied with.
     """
 
     x: Tensor
-    index: Tensor
+    chosen: Tensor
     weights: Tensor
 
 
@@ -80,13 +80,15 @@ class Experts:
         if len(numbers) != 2 or len(indices) != 1:
             return None
         found = Routed(numbers[0], indices[0], numbers[1])
-        fits = found.x.dim() == 2 and found.index.shape == found.weights.shape and len(found.x) == len(found.index)
-        return found if fits and found.index.dim() == 2 else None
+        fits = found.x.dim() == 2 and found.chosen.shape == found.weights.shape and len(found.x) == len(found.chosen)
+        return found if fits and found.chosen.dim() == 2 else None
 
     def weights(self) -> dict[str, Tensor] | None:
         """Those at hand, by name; None where this rank has parts of them at the moment."""
-        found = {name: p.detach() for name, p in self.module._parameters.items() if p is not None}
-        whole = all(len(p) == self.count and p.dim() == 3 for p in (found[self.up], found[self.down]))
+        names = [self.up, self.down]
+        names += [f"{name}_bias" for name in names if self.biases]
+        found = {name: getattr(self.module, name).detach() for name in names}  # FSDP1's are no parameters at times
+        whole = all(found[name].dim() == 3 and len(found[name]) == self.count for name in (self.up, self.down))
         return found if whole else None
 
     def sent(self, routed: Routed, gradient: Tensor, own: Mapping[str, Tensor]) -> Iterator[Sent]:
@@ -96,7 +98,7 @@ class Experts:
             gradient: ``[N, d]``, of the module's output. own: the module's weights, by name.
         """
         up, down, up_bias = own[self.up], own[self.down], own.get(self.up + "_bias")
-        flat, weights = routed.index.reshape(-1), routed.weights.reshape(-1)
+        flat, weights = routed.chosen.reshape(-1), routed.weights.reshape(-1)
         order = flat.argsort(stable=True)
         numbers = torch.arange(self.count + 1, device=flat.device)
         bounds = torch.searchsorted(flat[order].to(torch.int64), numbers).tolist()
@@ -104,7 +106,7 @@ class Experts:
             pairs = order[bounds[expert] : bounds[expert + 1]]
             if not len(pairs):
                 continue
-            tokens = pairs // routed.index.shape[1]
+            tokens = pairs // routed.chosen.shape[1]
             g = gradient[tokens].to(down.dtype) * weights[pairs, None].to(down.dtype)
             u_map, d_map = (w[expert].t() if self.turned else w[expert] for w in (up, down))
             u = nn.functional.linear(routed.x[tokens].to(up.dtype), u_map, None if up_bias is None else up_bias[expert])
@@ -174,7 +176,7 @@ def _agrees(experts: Experts) -> bool:
 def _gradients(experts: Experts, routed: Routed, gradient: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """By name: of all tokens together."""
     found = {name: torch.zeros_like(p) for name, p in weights.items()}
-    each = routed.index.shape[1]
+    each = routed.chosen.shape[1]
     for sent in experts.sent(routed, gradient, weights):
         x = routed.x[sent.pairs // each]
         for name, g, inputs in ((experts.up, sent.up_gradient, x), (experts.down, sent.down_gradient, sent.inner)):

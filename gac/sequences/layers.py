@@ -132,8 +132,8 @@ def find_layers(model: nn.Module, parameters: Sequence[tuple[str, nn.Parameter]]
     """The layers of ``model`` whose gradients follow from their input and the gradient of their output.
 
     Linear layers (``nn.Linear``, GPT-2's ``Conv1D``, routers), embeddings, and norms that scale elementwise, each with
-    its bias, and modules of stacked experts, whose weights count as one matrix ``[E u, d]`` each. A parameter that several of them share has one slot, so that its uses add up; one that anything else has too
-    is not seen.
+    its bias, and modules of stacked experts, whose weights count as one matrix ``[E u, d]`` each. A parameter that
+    several of them share has one slot, so that its uses add up; one that anything else has too is not seen.
 
     Args:
         parameters: the trainable ones, each once. sketch_size: rows and columns of a matrix's sketch.

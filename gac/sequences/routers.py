@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,8 +51,7 @@ def router_of(module: nn.Module, shape: torch.Size) -> Router | None:
             results = [found] if isinstance(found, Tensor) else list(found)
             product = nn.functional.linear(x, **numbers)
             place = next(k for k, result in enumerate(results) if _close(result, product))
-            graphs = [r for r in results if isinstance(r, Tensor) and r.requires_grad]
-            total = torch.stack([(r * draw(*r.shape)).sum().float() for r in graphs]).sum()
+            total = torch.stack([(r * draw(*r.shape)).sum().float() for r in differentiable(results)]).sum()
             g, *gradients = torch.autograd.grad(total, [results[place], *numbers.values()])
     except Exception:  # whatever it wants, it is no module of this kind
         return None
@@ -59,6 +59,24 @@ def router_of(module: nn.Module, shape: torch.Size) -> Router | None:
     if not all(_close(gradient, expected[name]) for name, gradient in zip(numbers, gradients, strict=True)):
         return None
     return Router(None if isinstance(found, Tensor) else place)
+
+
+def differentiable(results: Sequence[object]) -> list[Tensor]:
+    """Those of a module's results that have gradients."""
+    return [r for r in results if isinstance(r, Tensor) and r.is_floating_point() and r.requires_grad]
+
+
+def gradient_of_product(module: nn.Module, x: Tensor, gradients: Sequence[Tensor], output: int) -> Tensor:
+    """The whole gradient of a router's linear map, by what it makes of it, from the gradients of its results.
+
+    Args:
+        x: its input. gradients: of :func:`differentiable` results. output: place of the map's result among all.
+    """
+    with torch.enable_grad():
+        results = module.forward(x.detach())
+        pairs = [(r, g.to(r.dtype)) for r, g in zip(differentiable(results), gradients, strict=True)]
+        (found,) = torch.autograd.grad([r for r, _ in pairs], [results[output]], [g for _, g in pairs])
+    return found
 
 
 def _close(found: object, expected: Tensor) -> bool:

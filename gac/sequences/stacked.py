@@ -1,4 +1,4 @@
-"""Sketches of weights that lie on one another, one for each expert: ``[E p, q]``, with tokens that see ``p`` rows each."""
+"""Sketches of weights that lie on one another, one for each expert: ``[E p, q]``; a token sees ``p`` rows of them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ class Stacked:
         dtype: of what comes; float64 stays, where the device has it.
     """
 
-    def __init__(
-        self, slot: Slot, keys: Tensor, *, experts: int, pairs: int, ones: bool, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, slot: Slot, keys: Tensor, *, experts: int, pairs: int, ones: bool, dtype: torch.dtype) -> None:
         tall, wide = slot.shape
         device = keys.device
         found = torch.float64 if dtype is torch.float64 else torch.float32

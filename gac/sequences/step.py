@@ -90,12 +90,12 @@ class Sketches:
 
     def _experts(self, layer: Layer, routed: Routed, gradient: Tensor, places: Found) -> None:
         """Both projections: pairs of token and expert are their tokens, and experts lie on one another."""
-        experts, each = layer.experts, routed.index.shape[1]
+        experts, each = layer.experts, routed.chosen.shape[1]
         own = None if experts is None else experts.weights()
         if experts is None or own is None or gradient.shape[:-1] != routed.x.shape[:-1]:
             self.lost.update(layer.slots)
             return
-        options = {"experts": experts.count, "pairs": routed.index.numel(), "dtype": gradient.dtype}
+        options: dict[str, Any] = {"experts": experts.count, "pairs": routed.chosen.numel(), "dtype": gradient.dtype}
         up, down = (
             None
             if part.weight is None or not self._signs.weights[part.weight.number]

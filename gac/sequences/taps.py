@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gac.sequences.layers import Kind, Layer
+from gac.sequences.routers import differentiable, gradient_of_product
 from gac.sequences.rows import Chosen, Given
 
 Take = Callable[[Layer, "Kept", Tensor], None]
@@ -70,18 +71,18 @@ _PLACE = 1 << 20
 """Layers that a model may have."""
 
 _library = torch.library.Library("gac", "FRAGMENT")
-_library.define("take(Tensor x, Tensor gradient, int place) -> ()")
+_library.define("take(Tensor[] inputs, Tensor[] gradients, int place) -> ()")
 
 
-def _take(x: Tensor, gradient: Tensor, place: int) -> None:
+def _take(inputs: list[Tensor], gradients: list[Tensor], place: int) -> None:
     """What compiled code calls in the backward pass; the compiler does not look into it."""
     taps = _places.get(place // _PLACE)
     if taps is not None:
-        taps.take(place % _PLACE, x, gradient)
+        taps.take(place % _PLACE, inputs, gradients)
 
 
 _library.impl("take", _take, "CompositeExplicitAutograd")
-torch.library.register_fake("gac::take", lambda x, gradient, place: None, lib=_library)
+torch.library.register_fake("gac::take", lambda inputs, gradients, place: None, lib=_library)
 
 
 @functools.cache
@@ -93,19 +94,18 @@ def _keep_in_compiled_code() -> None:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity; its backward pass hands over what it sees."""
+    """The identity of some outputs; its backward pass hands over what it sees."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, place: int) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, place: int, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors[count:])
         ctx.place = place
-        return output.view_as(output)
+        return tuple(output.view_as(output) for output in tensors[:count])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        torch.ops.gac.take(x, gradients[0], ctx.place)
-        return gradients[0], None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        torch.ops.gac.take(list(ctx.saved_tensors), list(gradients), ctx.place)
+        return (None, None, *gradients, *(None for _ in ctx.saved_tensors))
 
 
 class Taps:
@@ -130,9 +130,12 @@ class Taps:
         """What the model was last called with."""
         return None if self._given is None else Given(*self._given, self.chosen)
 
-    def take(self, number: int, x: Tensor, gradient: Tensor) -> None:
+    def take(self, number: int, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """What a layer saw, from compiled code."""
-        self._take(self._layers[number], Present(x, self.given), gradient)
+        layer, gradient = self._layers[number], gradients[0]
+        if layer.output is not None:
+            gradient = gradient_of_product(layer.module, inputs[0], gradients, layer.output)
+        self._take(layer, Present(inputs, self.given), gradient)
 
     def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
         """Puts the hooks on; what it returns takes them off."""
@@ -150,7 +153,7 @@ class Taps:
                 return
 
     def _hook(self, layer: Layer, place: int) -> Callable:
-        def on_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], returned: Any) -> Tensor | None:
+        def on_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], returned: Any) -> Any:
             output = returned if layer.output is None else returned[layer.output]
             if not isinstance(output, Tensor) or not output.requires_grad or not torch.is_grad_enabled():
                 return None
@@ -159,15 +162,24 @@ class Taps:
                 return None
             changed = None
             if layer.kind is Kind.EMBEDDING:
-                x, output = _for_each_row(*inputs, output, self._given)
+                x, output = _for_each_row(inputs[0], output, self._given)
                 inputs, changed = (x,), output
             if torch.compiler.is_compiling():
-                return _Tap.apply(output, inputs[0], place)
+                return _tapped(returned if changed is None else changed, inputs, place)
             kept = Kept(inputs, self.given)
             output.register_hook(lambda gradient: self._take(layer, kept, gradient))
             return changed
 
         return on_forward
+
+
+def _tapped(returned: Any, inputs: Sequence[Tensor], place: int) -> Any:
+    """What a layer returns, through the identity: of a tuple, all that have gradients."""
+    whole = (returned,) if isinstance(returned, Tensor) else tuple(returned)
+    outputs = differentiable(whole)
+    tapped = iter(_Tap.apply(place, len(outputs), *outputs, *inputs))
+    found = tuple(next(tapped) if any(result is output for output in outputs) else result for result in whole)
+    return found[0] if isinstance(returned, Tensor) else found
 
 
 def _inputs_of(layer: Layer, args: tuple, kwargs: Mapping[str, Any], output: Tensor) -> Sequence[Tensor] | None:

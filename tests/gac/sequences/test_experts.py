@@ -26,16 +26,16 @@ CONFIGS = {
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
 
-def model_of(family, implementation="grouped_mm", **options):
+def model_of(family, implementation="grouped_mm", *, layers=2):
     """No side of a layer is wider than 64, stacks of experts neither."""
     import transformers
 
     name, own = CONFIGS[family]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
         num_experts_per_tok=2, max_position_embeddings=32, tie_word_embeddings=False,
-        experts_implementation=implementation, **(own | options),
+        experts_implementation=implementation, **own,
     )  # fmt: skip
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     with torch.no_grad():
@@ -147,6 +147,18 @@ def test_checkpointing_and_packed_sequences():
             found = torch.autograd.grad((layer(x)[0] * weights).sum(1)[begin:end].sum(), list(layer.parameters()))
             gradients.append(torch.cat([g.double().flatten() for g in found]))
     assert_close(mixer.statistics, statistics(gradients[:1], gradients[1:]))
+
+
+def test_compiled_experts():
+    """In compiled code routers are tapped at all of their results, and run again."""
+    batch, model = mixed(), model_of("qwen3", layers=1)
+    wanted = expected(model, [batch])
+    mixer = patched(model)
+    model.model.layers[0].mlp.compile(backend="aot_eager", dynamic=False, fullgraph=True)
+    for _ in range(2):
+        assert_close(run(mixer, model, batch), wanted)
+        assert mixer.coverage.share == 1
+        model.zero_grad()
 
 
 def test_experts_of_another_formula_are_named():
