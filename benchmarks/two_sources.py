@@ -200,7 +200,7 @@ class Loop:
     @property
     def history(self) -> list[StepOfSources]:
         """What the steps so far have shown."""
-        return list(self.mixer._sequences("benchmarks.two_sources").sources)
+        return list(self.mixer._sequences("benchmarks.two_sources").history.sources)
 
 
 def inner_products(history: Sequence[StepOfSources]) -> Tensor:

@@ -344,12 +344,17 @@ class Measurement(FinishOnDevice):
         # moving means belong to one process: with several ranks they would be one rank's own
         means = self._means if self.topology.ranks == 1 else []
         worth = {} if self.worth is None else {"worth": self.worth.state_dict(alone=self.topology.ranks == 1)}
-        return worth | {
-            "skipped": self.skipped.to("cpu", copy=True),
-            "means": [_on_cpu(m.state) for m in means],
-            "uncertainty": _on_cpu(self._errors.state),
-            "cadence": self.spending.cadence.state_dict(),
-        }
+        own = {"sequences": self.observer.history.state_dict()} if isinstance(self.observer, SequenceObserver) else {}
+        return (
+            worth
+            | own
+            | {
+                "skipped": self.skipped.to("cpu", copy=True),
+                "means": [_on_cpu(m.state) for m in means],
+                "uncertainty": _on_cpu(self._errors.state),
+                "cadence": self.spending.cadence.state_dict(),
+            }
+        )
 
     @property
     def sketches(self) -> list[tuple[torch.device, int]]:
@@ -369,6 +374,8 @@ class Measurement(FinishOnDevice):
             self.spending.cadence.load_state_dict(state["cadence"])
         for k, means in enumerate(self._means):
             means.state = state["means"][k] if state["means"] else {}
+        if isinstance(self.observer, SequenceObserver):
+            self.observer.history.take_state(state.get("sequences"), self.device)
         if self.worth is not None and "worth" in state:
             self.worth.take_state(state["worth"])
 

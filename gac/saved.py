@@ -10,13 +10,15 @@ import torch
 from gac import cadence
 from gac.laws.controller import THEN, Controller
 from gac.observe.temporal import MovingMeans
+from gac.sequences.saved import SequencesEntry
 from gac.state import Entry, ListOf, Numbers, Range, Table, Whole, like, read
 from gac.statistics.uncertainty import StandardErrors, SuccessiveDifferences
 from gac.statistics.worth import WORTH
 from gac_kernels.arguments import accumulator_dtype
 
-VERSION = 2
-"""Of the form of a mixer's state: 2 has the cadence, and how old moving means are. One without a version is of 1."""
+VERSION = 3
+"""Of the form of a mixer's state: 2 has the cadence, and how old moving means are; 3 may have what is known of sources
+and single demonstrations. One without a version is of 1."""
 
 
 class MixerState:
@@ -56,7 +58,9 @@ class MixerState:
         if controller.law.measures_worth:
             errors = SuccessiveDifferences(len(WORTH), device, dtype)
             entries["worth"] = Table({"means": entries["means"], "errors": Table(like(errors.state, errors.RANGES))})
-        self._table = Table(entries)
+        self._second = Table(dict(entries))
+        entries["sequences"] = SequencesEntry(dtype)
+        self._table = Table(entries, together=[frozenset({"sequences"})])
 
     def read(self, value: Any, at: str) -> dict[str, Any]:
         version = 1
@@ -67,7 +71,7 @@ class MixerState:
                     f'{at}["version"] is {version}, and this gac knows states up to version {VERSION}: a newer gac '
                     "wrote it, which can read it"
                 )
-        return (self._first if version == 1 else self._table).read(value, at)
+        return {1: self._first, 2: self._second}.get(version, self._table).read(value, at)
 
 
 class _Means:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,26 @@ class Alignments:
                     sums = self._sums.setdefault(k, [0.0, 0.0, 0.0])
                     for at, part in enumerate((1.0, value, value * value)):
                         sums[at] += part
+
+    def state(self) -> tuple[list[int], Tensor]:
+        """Numbers of all that were seen, and ``[n, 3]`` float64: count, sum and sum of squares of each."""
+        self._settle()
+        return list(self._sums), torch.tensor(list(self._sums.values()), dtype=torch.float64).reshape(-1, 3)
+
+    def take_state(self, index: Sequence[int], sums: Tensor) -> None:
+        """Continues where :meth:`state` left off."""
+        self._waiting.clear()
+        self._sums = dict(zip(index, sums.tolist(), strict=True))
+
+    @staticmethod
+    def together(others: Iterable[tuple[Sequence[int], Tensor]]) -> Alignments:
+        """The sums of several :meth:`state`, in their order."""
+        found = Alignments()
+        for index, sums in others:
+            for k, own in zip(index, sums.tolist(), strict=True):
+                kept = found._sums.get(k, [0.0, 0.0, 0.0])
+                found._sums[k] = [a + b for a, b in zip(kept, own, strict=True)]
+        return found
 
     def of(self, index: Sequence[int] | None) -> Alignment:
         """Of some demonstrations, or of all that were seen, by number. Waits for the device."""

@@ -122,35 +122,47 @@ class SequenceMethods:
     def sources(self) -> SourceTable:
         """What each source of data gives to the gradient: noise, signal, cosine with the RL gradient and with others.
 
-        Of all steps whose batches were told ``sources``, the last 4,096 at most; on several ranks, of this rank's rows.
-        Averages over steps of unbiased inner products, with jackknife errors. ``print`` it. Waits for the device.
+        Of all steps whose batches were told ``sources``, the last 4,096 at most. On several ranks of all rows, where
+        ``gac.patch(sequences={"sources": [...]})`` names the labels, so that their sums travel with the step's;
+        otherwise of this rank's rows. Averages over steps of unbiased inner products, with jackknife errors. ``print``
+        it. Waits for the device.
 
         Raises:
             RuntimeError: another estimator; no batch was told ``sources`` yet.
         """
         observer = self._sequences("mixer.sources()")
         self._settle()  # type: ignore[attr-defined]
-        if not observer.sources:
+        if not observer.history.sources:
             raise RuntimeError("mixer.sources() has nothing to tell yet: pass sources= to mixer.batch")
-        return table_of(observer.sources)
+        return table_of(observer.history.sources)
 
     def _known_sources(self) -> SourceTable | None:
         """The table of sources; None where there is none."""
         observer = self._measurement.observer  # type: ignore[attr-defined]
-        return table_of(observer.sources) if isinstance(observer, SequenceObserver) and observer.sources else None
+        return (
+            table_of(observer.history.sources)
+            if isinstance(observer, SequenceObserver) and observer.history.sources
+            else None
+        )
 
-    def alignment(self, index: Sequence[int] | None = None) -> Alignment:
+    def alignment(self, index: Sequence[int] | None = None, *, all_ranks: bool = False) -> Alignment:
         """How demonstrations point, compared with the RL gradient: of those of ``index``, or of all that were seen.
 
-        Demonstrations are known by the ``index`` that :meth:`batch` was told; on several ranks, those of this rank. A
-        single one is judged poorly (docs/sequences.md): compare the means of many. Waits for the device.
+        Demonstrations are known by the ``index`` that :meth:`batch` was told. A single one is judged poorly
+        (docs/sequences.md): compare the means of many. Waits for the device.
+
+        Args:
+            index: numbers of demonstrations. None: all that were seen.
+            all_ranks: whether those that other ranks have seen count too: then every rank has to ask, at the same
+                point of its run, and all get the same. The RL gradient is that of all ranks either way.
 
         Raises:
             RuntimeError: another estimator.
         """
         observer = self._sequences("mixer.alignment()")
         self._settle()  # type: ignore[attr-defined]
-        return observer.alignments.of(index)
+        history = observer.history
+        return (history.alignments_of_all() if all_ranks else history.alignments).of(index)
 
     @property
     def coverage(self) -> Layers:

@@ -6,7 +6,6 @@ import functools
 import math
 import random
 import warnings
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
@@ -20,20 +19,16 @@ from gac.observe.module_names import some
 from gac.observe.observer import Observer
 from gac.observe.passes import Passes
 from gac.observe.topology import Topology
-from gac.sequences.alignment import Alignments
 from gac.sequences.check import GradientCheck
+from gac.sequences.history import History
 from gac.sequences.layers import Layer, find_layers
 from gac.sequences.options import SequenceOptions
 from gac.sequences.rows import Chosen, Given, Rows
 from gac.sequences.shared import share_signs
-from gac.sequences.sources import StepOfSources
 from gac.sequences.step import Signs, Sketches, StepSums
 from gac.sequences.supported import WRAPPER, check_supported
 from gac.sequences.taps import Kept, Taps
 from gac.statistics.branch import Branch
-
-HISTORY = 4096
-"""Steps of sources that are kept."""
 
 _graph_task_id = torch._C._current_graph_task_id
 _queue_callback = torch.autograd.Variable._execution_engine.queue_callback
@@ -54,7 +49,7 @@ class SequenceObserver(Observer):
     Attributes:
         layers: what is seen, and what not.
         sums: of the step, on this rank.
-        sources: of the steps whose rows were told theirs. alignments: of demonstrations that were told their numbers.
+        history: what the steps so far have told of sources and demonstrations.
         step: its number; set before :meth:`measure`.
         group_size: so many neighbouring rows of a pass in the RL branch (rollouts of a prompt) are one contribution.
     """
@@ -98,8 +93,7 @@ class SequenceObserver(Observer):
         self._unexplained: set[int] = set()  # numbers of slots that are left out
         self._check = GradientCheck(self.layers, parameters) if topology.ranks == 1 and not topology.managed else None
         self._undone: Tensor | None = None  # of the branch under way
-        self.sources: deque[StepOfSources] = deque(maxlen=HISTORY)
-        self.alignments = Alignments()
+        self.history = History(options.sources, topology)
         super().__init__([], lossless=True, running=False, seed=0)
         watched = [parameter for _, parameter in parameters]
         self._passes = Passes(watched, broken=lambda: setattr(self.seen, "broken", True))
@@ -184,6 +178,7 @@ class SequenceObserver(Observer):
         Args:
             scales: ``[2]``, what takes weighted gradients of SFT and RL back.
         """
+        self.history.check(rows.sources)
         told = rows.tokens is not None
         if self.sums.told not in (None, told) and self.measuring:
             raise ValueError("some batches of the step were told tokens= of their rows and some not: tell all, or none")

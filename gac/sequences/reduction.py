@@ -11,6 +11,7 @@ from gac.observe.reduction.message import Message
 from gac.observe.reduction.weights import scalar
 from gac.observe.topology import Topology
 from gac.sequences.observer import SequenceObserver
+from gac.sequences.sources import StepOfSources, pairs_of
 from gac.statistics.sums import StepSums, SumsOnHost
 from gac_kernels import pair_moments
 
@@ -21,7 +22,8 @@ class SequenceReduction:
     """Adds up what the sequences of all ranks left behind; made when the step ends, which posts the collective.
 
     Every rank has sequences of its own, whatever it holds of the model, and data parallelism averages gradients over
-    the ``W`` ranks: a contribution counts as ``x / W``. Branch sums of sketches and a few numbers are all that travels.
+    the ``W`` ranks: a contribution counts as ``x / W``. Branch sums of sketches and a few numbers are all that travels,
+    and sums of sketches for each source where all are named beforehand.
 
     Args:
         observer: of the step. device: where the sums go. topology: of the ranks.
@@ -45,9 +47,10 @@ class SequenceReduction:
         self.costs, self._time_noise = costs, time_noise
         sums, scale = observer.sums, 1.0 / topology.ranks
         self._observer, self._demonstrations = observer, sums.demonstrations
-        record = sums.sources.record(sums.totals, sums.power_of_rows, sums.n)
+        self._labels = observer.history.labels if topology.groups else None
+        record = None if self._labels else sums.sources.record(sums.totals, sums.power_of_rows, sums.n)
         if record is not None:
-            observer.sources.append(record)
+            observer.history.sources.append(record)
         self._device, self._segments = device, observer.layers.segments
         self._dtype = sums.power.dtype
         message = {
@@ -60,6 +63,13 @@ class SequenceReduction:
         }
         if sums.module_power is not None:
             message["module_power"] = sums.module_power * scale**2
+        if self._labels:
+            rows, numbers = sums.sources.of_labels(self._labels, sums.totals, sums.power)
+            message |= {
+                "source_totals": rows * scale,
+                "source_power": torch.cat([numbers[0], sums.power_of_rows]) * scale**2,
+                "source_n": numbers[1],
+            }
         if costs is not None and topology.groups:
             message["costs"] = torch.stack([scalar(cost, device, self._dtype) for cost in costs])
         self._message = Message(message, device, topology.groups)
@@ -70,7 +80,9 @@ class SequenceReduction:
         self.costs = found.pop("costs", self.costs)
         totals = found["totals"].view(2, -1)
         for index, rows in self._demonstrations:
-            self._observer.alignments.take(index, rows, totals[1])
+            self._observer.history.alignments.take(index, rows, totals[1])
+        if self._labels:
+            self._take_sources(found, totals)
         numbers = {name: found[name].reshape(-1).to(self._dtype) for name in ("power", "tokens", "n")}
         module_power = module_norms = None
         if "module_power" in found:
@@ -94,6 +106,14 @@ class SequenceReduction:
     def finish_on_device(self) -> Tensor:
         """:meth:`finish` as one vector."""
         return self.finish().stacked()
+
+    def _take_sources(self, found: dict[str, Tensor], totals: Tensor) -> None:
+        """The step's sources over all ranks, and both branches behind them."""
+        sources = pairs_of(self._labels or ())
+        rows = torch.cat([found["source_totals"].view(len(sources), -1), totals])
+        numbers = torch.stack([found["source_power"], torch.cat([found["source_n"], found["n"].reshape(-1)])])
+        record = StepOfSources(sources, (rows @ rows.T).to(self._dtype), numbers.to(self._dtype))
+        self._observer.history.sources.append(record)
 
     def _number(self, piece: Tensor) -> Tensor:
         return piece.reshape(()).to(self._dtype)

@@ -49,10 +49,26 @@ class SourceSums:
         """The step's numbers, with those of both branches (``[2, K]``, ``[2]``, ``[2]`` on this rank) at the end."""
         if not self.totals:
             return None
-        sources = tuple(self.totals)
         rows = torch.stack([*self.totals.values(), *totals])
         numbers = torch.stack([torch.stack([*self.power.values(), *power]), torch.stack([*self.n.values(), *n])])
-        return StepOfSources(sources, (rows @ rows.T).to(power.dtype), numbers)
+        return StepOfSources(tuple(self.totals), (rows @ rows.T).to(power.dtype), numbers)
+
+    def of_labels(self, labels: Sequence[Hashable], totals: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:
+        """``[2 L, K]`` and ``[2, 2 L]``: totals, and squares and counts, of each label in either branch.
+
+        Zeros where this rank has none; the layout is the same on every rank. ``totals`` and ``power`` say of which
+        shapes, kinds and devices they are.
+        """
+        places = pairs_of(labels)
+        nothing, zero = torch.zeros_like(totals[0]), torch.zeros_like(power[0])
+        rows = torch.stack([self.totals.get(source, nothing) for source in places])
+        own = [torch.stack([kept.get(source, zero) for source in places]) for kept in (self.power, self.n)]
+        return rows, torch.stack(own)
+
+
+def pairs_of(labels: Sequence[Hashable]) -> tuple[Source, ...]:
+    """Each label in either branch."""
+    return tuple((label, branch) for label in labels for branch in Branch)
 
 
 @dataclass(frozen=True)

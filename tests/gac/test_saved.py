@@ -291,7 +291,7 @@ def test_nothing_may_be_missing_and_nothing_more(case):
 def test_an_older_state_has_no_version():
     mixer = trained("exact")
     state = mixer.state_dict()
-    assert state.pop("version") == VERSION == 2
+    assert state.pop("version") == VERSION == 3
     del state["cadence"]
     _, other = patched("exact")
     other.load_state_dict(state)

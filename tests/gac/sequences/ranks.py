@@ -73,6 +73,60 @@ def _step(model: torch.nn.Module, wrapped: torch.nn.Module, rank: int, name: str
     return {"statistics": found, "mu": float(mixer.mu), "share": mixer.coverage.share}
 
 
+SOURCES = ("near", "far", "policy")
+
+
+def labelled_run(share: int, shares: int, steps: int = 5):
+    """A mixer that has seen every ``shares``-th row of each source from ``share`` on, in batches of one rank's rows.
+
+    ``shares`` of 1: all rows, in the two batches that two ranks have.
+    """
+    import gac
+
+    torch.manual_seed(3)
+    model = torch.nn.Linear(24, 1, bias=False)
+    wrapped = model if shares == 1 else torch.nn.parallel.DistributedDataParallel(model)
+    mixer = gac.patch(model, estimator="sequence", sketch_size=64, law="fixed", mu=0.5, sequences={"sources": SOURCES})
+    generator = torch.Generator().manual_seed(4)
+    for step in range(steps):
+        x = torch.randn(24, 24, generator=generator) + torch.arange(3).repeat(8)[:, None] / 3
+        labels = [SOURCES[k % 3] for k in range(24)]
+        if step == 2:
+            labels = ["far" if label == "near" and k < 12 else label for k, label in enumerate(labels)]
+        parts = [range(0, 12), range(12, 24)]
+        for rows in parts if shares == 1 else parts[share : share + 1]:
+            own, part = [labels[k] for k in rows], x[list(rows)]
+            is_expert = torch.tensor([label != "policy" for label in own])
+            with mixer.batch(is_expert=is_expert, sources=own, index=[k % 7 for k in rows]):
+                y = wrapped(part)[:, 0] / (2 if shares == 1 else 1)
+                mixer.mixed_loss(sft_loss=y[is_expert].mean(), rl_loss=y[~is_expert].mean()).backward()
+        mixer.step()
+        model.zero_grad()
+    return mixer
+
+
+def of_sources(mixer, *, all_ranks: bool) -> dict:
+    table, found = mixer.sources(), mixer.alignment(all_ranks=all_ranks)
+    rows = {row.label: (row.n, row.steps, row.noise, row.signal, row.cosine, row.cosine_se) for row in table.rows}
+    alignment = (found.index, found.cosine.tolist(), found.standard_error.tolist(), found.steps.tolist())
+    return {"rows": rows, "alignment": alignment}
+
+
+def sources(rank: int, world: int) -> dict:
+    """What this rank tells of all rows, before and after its mixer's state went through another one."""
+    mixer = labelled_run(rank, world)
+    found = of_sources(mixer, all_ranks=True)
+    own, states = mixer.alignment().steps.sum().item(), [None] * world
+    dist.all_gather_object(states, mixer.state_dict())
+    mixer.unpatch()
+    again = labelled_run(rank, world, steps=0)
+    again.load_state_dict(states[rank])
+    restored = of_sources(again, all_ranks=True)
+    again.load_state_dict(states[0])  # as of a checkpoint that the first rank writes
+    first = of_sources(again, all_ranks=True)
+    return {"found": found, "restored": restored, "first": first, "own": own}
+
+
 def zero(rank: int, world: int, stages: tuple[int, ...]) -> dict[int, dict]:
     """What is found under each of DeepSpeed's stages."""
     import os

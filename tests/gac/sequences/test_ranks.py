@@ -94,6 +94,27 @@ def test_shapes_of_layers_are_those_before_deepspeed_parted_them():
     assert (found.share, found.elements) == (1, expected.elements)
 
 
+def test_sources_and_demonstrations_of_all_ranks(tmp_path):
+    """Two ranks tell what one tells that has all rows; their states too, and of the first rank's alone the sources."""
+    found = on_ranks(WORLD, tmp_path, ranks.sources, preload=ranks.__name__, seconds=100)
+    mixer = ranks.labelled_run(0, 1)
+    wanted = ranks.of_sources(mixer, all_ranks=True)
+    assert {label: row[0] for label, row in wanted["rows"].items()} == {"near": 36, "far": 44, "policy": 40}
+    assert repr(found[0]["found"]) == repr(found[1]["found"]), "the same on every rank"
+    for label, row in wanted["rows"].items():
+        assert found[0]["found"]["rows"][label] == pytest.approx(row, rel=1e-4, nan_ok=True), label
+    index, *numbers = found[0]["found"]["alignment"]
+    assert index == wanted["alignment"][0]
+    for got, want in zip(numbers, wanted["alignment"][1:], strict=True):
+        assert got == pytest.approx(want, rel=1e-4, abs=1e-5)
+    assert sum(rank["own"] for rank in found) == sum(numbers[2])
+    assert 0 < found[0]["own"] < sum(numbers[2]), "each rank has seen a part"
+    for rank in found:
+        assert repr(rank["restored"]) == repr(rank["found"])  # numbers of policy are NaN
+        assert repr(rank["first"]["rows"]) == repr(rank["found"]["rows"])
+        assert sum(rank["first"]["alignment"][3]) == found[0]["own"], "the first rank's, once"
+
+
 def test_fsdp1_without_parameters_of_layers_is_refused(found):
     for rank in found:
         assert "use_orig_params=True" in rank["fsdp1, flat"]["error"]

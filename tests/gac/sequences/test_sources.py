@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
 
 import pytest
@@ -75,11 +77,20 @@ class Mean(nn.Module):
 
 def simulated(steps: int, seed: int, *, width: int = 40, rows: int = 4, report_interval=None):
     """Sources with the cosines .5 and 0 with the policy, in noise of 1.5 times their size; the sketch loses nothing."""
-    generator = torch.Generator().manual_seed(seed)
+    mixer = sourced(width, report_interval=report_interval)
+    go_on(mixer, steps, torch.Generator().manual_seed(seed), rows)
+    return mixer
+
+
+def sourced(width: int = 40, **options):
+    return gac.patch(Mean(width), estimator="sequence", sketch_size=64, law="fixed", mu=0.5, **options)
+
+
+def go_on(mixer, steps: int, generator, rows: int = 4):
+    model = mixer._model
+    width = model.layer.in_features
     e = torch.eye(width)
     means = {"near": 0.5 * e[0] + math.sqrt(0.75) * e[1], "far": e[2], "policy": e[0]}
-    model = Mean(width)
-    mixer = gac.patch(model, estimator="sequence", sketch_size=64, law="fixed", mu=0.5, report_interval=report_interval)
     for _ in range(steps):
         data, labels = [], []
         for label, mean in means.items():
@@ -91,7 +102,91 @@ def simulated(steps: int, seed: int, *, width: int = 40, rows: int = 4, report_i
             mixer.mixed_loss(sft_loss=y[is_expert].mean(), rl_loss=y[~is_expert].mean()).backward()
         mixer.step()
         model.zero_grad()
-    return mixer
+
+
+def of(mixer):
+    """All that it tells, to the bit."""
+    table, alignment = mixer.sources(), mixer.alignment()
+    numbers = [alignment.cosine, alignment.standard_error, alignment.steps, table.cosines, table.cosine_errors]
+    return str(table.rows), alignment.index, [x.numpy().tobytes() for x in numbers]
+
+
+def test_a_state_goes_on_where_it_ended():
+    """Through a file: what is told at the end is that of a run without a break, to the bit."""
+    generator = torch.Generator().manual_seed(5)
+    whole = sourced()
+    go_on(whole, 4, generator)
+    file = io.BytesIO()
+    torch.save(whole.state_dict(), file)
+    between = generator.get_state()
+    go_on(whole, 3, generator)
+    file.seek(0)
+    again = sourced()
+    go_on(again, 2, generator)  # which is forgotten
+    again.load_state_dict(torch.load(file, weights_only=True))
+    generator.set_state(between)
+    go_on(again, 3, generator)
+    assert of(again) == of(whole)
+    assert len(again._sequences("the test").history.sources) == 7
+
+
+def test_states_of_other_versions_and_estimators():
+    mixer = sourced()
+    go_on(mixer, 2, torch.Generator().manual_seed(0))
+    state = mixer.state_dict()
+    older = {name: value for name, value in state.items() if name != "sequences"} | {"version": 2}
+    mixer.load_state_dict(older)
+    assert mixer.alignment().index == ()
+    with pytest.raises(RuntimeError, match="sources= to"):
+        mixer.sources()
+    with pytest.raises(ValueError, match="has no place for sequences"):
+        mixer.load_state_dict(state | {"version": 2})
+    other = gac.patch(Mean(40), estimator="exact", law="fixed", mu=0.5)
+    with pytest.raises(TypeError, match='"labels"'):
+        other.load_state_dict(older | {"version": 3, "sequences": broken(state, "labels", "near")})
+    del older["means"], state["means"]
+    other.load_state_dict(state | {"means": other.state_dict()["means"]})
+    assert "sequences" not in other.state_dict()
+
+
+def broken(state, place, value):
+    """The state's part with one thing of its first block, or of its demonstrations, replaced."""
+    part = copy.deepcopy(state["sequences"])
+    owner = part if place in part else part["demonstrations"] if place in part["demonstrations"] else part["sources"][0]
+    owner[place] = value
+    return part
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("rank", -1, "rank.*from 0"),
+        ("shared", 1, "shared.*True or False"),
+        ("labels", [["a"], "b", "c"], "label, which can be hashed"),
+        ("labels", ["near"] * 6, "a branch for each of the 6 labels, no pair twice"),
+        ("branches", [0, 1, 2, 0, 1, 0], "branches.*from 0 to 1"),
+        ("gram", torch.ones(2, 3, 3, dtype=torch.float64), "gram.*must have the shape .any, 8, 8."),
+        ("numbers", torch.ones(1, 2, 8, dtype=torch.float64), "as many steps, got 2 and 1"),
+        ("index", [1, 1], "each number once"),
+        ("sums", torch.full((8, 3), math.nan), "sums.*finite"),
+    ],
+)
+def test_states_of_nonsense_are_refused(place, value, message):
+    mixer = sourced()
+    go_on(mixer, 2, torch.Generator().manual_seed(0))
+    before, state = of(mixer), mixer.state_dict()
+    with pytest.raises((TypeError, ValueError), match=message):
+        mixer.load_state_dict(state | {"sequences": broken(state, place, value)})
+    assert of(mixer) == before, "part of a refused state was taken"
+
+
+def test_labels_that_were_named_beforehand():
+    mixer = sourced(sequences={"sources": ["near", "policy"]})
+    with pytest.raises(ValueError, match=r"sources has 'far', .* names: 'near', 'policy'"):
+        go_on(mixer, 1, torch.Generator().manual_seed(0))
+    for error, wrong in ((TypeError, "near"), (TypeError, []), (ValueError, ["a", "a"])):
+        with pytest.raises(error, match="sources of sequences must"):
+            sourced(sequences={"sources": wrong})
 
 
 def test_errors_hold_the_truth():
