@@ -47,10 +47,8 @@ def draw_run(records: Sequence[Record], summary: Mapping[str, Any], path: str | 
     plt = _pyplot()
     with plt.rc_context(SETTINGS):
         figure, axes = plt.subplots(2, 2, figsize=(9.2, 6.8), layout="constrained", sharex=True)
-        _accuracy_panel(axes[0, 0], records, summary["warm_start_accuracy"])
-        _mu_panel(axes[0, 1], records)
-        _statistics_panel(axes[1, 0], records)
-        _norms_panel(axes[1, 1], records)
+        for axis, draw in zip(axes.flat, RUN_PANELS.values(), strict=True):
+            draw(axis, records, summary["warm_start_accuracy"])
         for axis in axes[1]:
             axis.set_xlabel("optimizer step")
         if title:
@@ -91,16 +89,20 @@ def draw_comparison(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str |
         plt.close(figure)
 
 
-def draw_modules(maps: Mapping[str, Any], path: str | Path, *, title: str = "") -> None:
+def draw_modules(
+    maps: Mapping[str, Any], path: Any, *, title: str = "", names: Sequence[str] = (), file_format: str | None = None
+) -> None:
     """Modules over steps as heat maps: disagreement, cosine, noise of both branches; the whole model above each.
 
     Args:
         maps: what :meth:`gac.report.Report.maps` returns. A map without any number is left out.
-        path: where the picture goes; the suffix says in which format.
+        path: where the picture goes, or a file; the suffix says in which format.
         title: a line above all panels.
+        names: of the maps to draw; by default all, with a note on what is grey.
+        file_format: such as ``"svg"``, where `path` is a file.
     """
-    panels = [(name, *_PANELS[name]) for name in _PANELS if _any_number(maps[name][0])]
-    missing = [name.replace("_", " of ") for name in _PANELS if not _any_number(maps[name][0])]
+    panels = [(name, *_PANELS[name]) for name in names or _PANELS if _any_number(maps[name][0])]
+    missing = [name.replace("_", " of ") for name in names or _PANELS if not _any_number(maps[name][0])]
     if not panels:
         raise ValueError("draw_modules: nothing was measurable in any module; measure more steps")
     plt = _pyplot()
@@ -120,11 +122,12 @@ def draw_modules(maps: Mapping[str, Any], path: str | Path, *, title: str = "") 
             image.set_yticks([])
         note = "grey: not measured, or not to be told from noise"
         note += f"; so everywhere, and left out: {', '.join(missing)}" if missing else ""
-        figure.supxlabel(note, x=0.01, ha="left", fontsize=7)
+        if not names:
+            figure.supxlabel(note, x=0.01, ha="left", fontsize=7)
         figure.get_layout_engine().set(w_pad=0.08)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-        figure.savefig(path)
+        figure.savefig(path, format=file_format)
         plt.close(figure)
 
 
@@ -261,16 +264,19 @@ def _noisy_line(axis: Any, points: Sequence[tuple[int, float]], label: str, **st
     _line(axis, _smooth(points), label, **style)
 
 
-def _accuracy_panel(axis: Any, records: Sequence[Record], warm: float) -> None:
+def _accuracy_panel(axis: Any, records: Sequence[Record], warm: float | None) -> None:
     axis.set_title("Held-out accuracy and training reward")
-    axis.axhline(warm, color=COLOURS[6], linestyle=":", linewidth=1.2, label="after the warm start")
+    accuracy: list[tuple[int, float]] = _points(records, "accuracy")
+    if warm is not None:
+        axis.axhline(warm, color=COLOURS[6], linestyle=":", linewidth=1.2, label="after the warm start")
+        accuracy = [(0, warm), *accuracy]
     _noisy_line(axis, _points(records, "reward"), "reward", color=COLOURS[1], linestyle="--")
-    _line(axis, [(0, warm), *_points(records, "accuracy")], "accuracy", color=COLOURS[0], marker="o", markersize=3)
+    _line(axis, accuracy, "accuracy", color=COLOURS[0], marker="o", markersize=3)
     axis.set_ylim(-0.02, 1.02)
     legend_below(axis)
 
 
-def _mu_panel(axis: Any, records: Sequence[Record]) -> None:
+def _mu_panel(axis: Any, records: Sequence[Record], warm: float | None) -> None:
     axis.set_title("mu, weight of the SFT branch")
     raw, error = _points(records, "gac/mu_raw"), dict(_points(records, "gac/mu_se"))
     _line(axis, raw, "estimate, with its standard error", color=COLOURS[5], linewidth=1.0)
@@ -283,7 +289,7 @@ def _mu_panel(axis: Any, records: Sequence[Record]) -> None:
     legend_below(axis)
 
 
-def _statistics_panel(axis: Any, records: Sequence[Record]) -> None:
+def _statistics_panel(axis: Any, records: Sequence[Record], warm: float | None) -> None:
     axis.set_title("Gradient statistics with standard errors")
     panels = (
         ("gac/sigma_s2", "SFT noise", COLOURS[0], "-"),
@@ -326,7 +332,7 @@ def _asinh_ticks(width: float, low: float, high: float) -> list[float]:
     return sorted(tick for tick in ticks if low <= tick <= high)
 
 
-def _norms_panel(axis: Any, records: Sequence[Record]) -> None:
+def _norms_panel(axis: Any, records: Sequence[Record], warm: float | None) -> None:
     axis.set_title("Branch gradient norms and their cosine")
     for key, label, colour, style in (
         ("gac/norm_s2", "|SFT gradient|", COLOURS[0], "-"),
@@ -345,6 +351,16 @@ def _norms_panel(axis: Any, records: Sequence[Record]) -> None:
     twin.set_ylabel("cosine", color=COLOURS[3])
     handles = [axis.get_legend_handles_labels(), twin.get_legend_handles_labels()]
     legend_below(axis, handles[0][0] + handles[1][0], handles[0][1] + handles[1][1])
+
+
+RUN_PANELS = {
+    "accuracy and reward": _accuracy_panel,
+    "mu": _mu_panel,
+    "gradient statistics": _statistics_panel,
+    "gradient norms and their cosine": _norms_panel,
+}
+"""The panels of a run by what they show, each drawn by a call with an axis, records, and the accuracy after the warm
+start or None."""
 
 
 def _band(axis: Any, curves: Sequence[Sequence[tuple[int, float]]], label: str, style: Mapping[str, Any]) -> None:
