@@ -35,6 +35,7 @@ FLOORS = (
         "benchmarks.kill_and_resume",
         "benchmarks.on_device",
         "benchmarks.overhead",
+        "benchmarks.real",
         "benchmarks.sequences",
         "benchmarks.study",
         "benchmarks.test_kernels",
