@@ -1,4 +1,4 @@
-"""The recipe of a pretrained model: its options are those of gac train, rows that exist are kept, the table is right."""
+"""The recipe of a pretrained model: options of gac train, rows that exist are kept, the table is right."""
 
 import json
 
@@ -12,7 +12,13 @@ from gac.runs.config import check
 
 
 def row(arm, seed, accuracy):
-    kept = {"warm_start_accuracy": 0.25, "final_accuracy": accuracy[-1][1], "mean_mu": 0.5, "gac_share": 0.001}
+    kept = {
+        "warm_start_accuracy": 0.25,
+        "final_accuracy": accuracy[-1][1],
+        "last_four_accuracy": 0.3,
+        "mean_mu": 0.5,
+        "gac_share": 0.001,
+    }
     return {"arm": arm, "seed": seed, **kept, "accuracy": accuracy, "mu": [0.5, 0.5]}
 
 
