@@ -37,6 +37,7 @@ FLOORS = (
         "benchmarks.kill_and_resume",
         "benchmarks.on_device",
         "benchmarks.overhead",
+        "benchmarks.real",
         "benchmarks.sequences",
         "benchmarks.study",
         "benchmarks.test_kernels",

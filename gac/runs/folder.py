@@ -156,7 +156,7 @@ def write_config(out: Path, options: dict[str, Any], command: Sequence[str], war
 def versions() -> dict[str, str]:
     """Versions of Python and of every package that decides a run's numbers; 'not installed' where absent."""
     names = ["gac-kernels", "torch", "triton", "transformers", "trl", "peft", "accelerate", "tokenizers", "datasets"]
-    names += ["reasoning-gym", "numpy", "matplotlib", "rich", "tensorboard"]
+    names += ["reasoning-gym", "gguf", "numpy", "matplotlib", "rich", "tensorboard"]
     return {"python": platform.python_version()} | package_versions(names)
 
 
