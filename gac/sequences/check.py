@@ -8,12 +8,11 @@ calling the layer, or tokens are lost on the way.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gac.sequences.layers import Layer, Layers, Slot
+from gac.sequences.layers import Layers, Slot
 from gac.sequences.step import Signs, folded
 from gac_kernels import kronecker_sketch
 
@@ -30,10 +29,6 @@ class GradientCheck:
 
     def __init__(self, layers: Layers, parameters: Sequence[tuple[str, nn.Parameter]]) -> None:
         self._parameters = dict(parameters)
-        self._biases = {layer.weight.name: layer for layer in layers.seen if layer.weight is not None and layer.ones}
-        self._turned = {
-            layer.weight.name for layer in layers.seen if layer.weight is not None and hasattr(layer.module, "nf")
-        }
         self._slots = layers.slots
         self._before: dict[Slot, Tensor | None] = {}
 
@@ -71,11 +66,11 @@ class GradientCheck:
         weight = signs.weights[slot.number]
         if len(slot.dims) == 1:
             return folded(gradient[None], slot, signs)[0] * weight
-        if slot.name in self._turned:
-            gradient = gradient.t()
-        layer = self._biases.get(slot.name)
-        if layer is not None:
-            gradient = torch.cat([gradient, self._bias(layer, gradient)], dim=1)
+        if slot.turned:
+            gradient = gradient.mT
+        gradient = gradient.reshape(-1, gradient.shape[-1])  # experts lie on one another
+        if slot.column is not None:
+            gradient = torch.cat([gradient, self._bias(slot.column, gradient)], dim=1)
         out = torch.zeros(1, *slot.shape, device=gradient.device)
         places = torch.arange(slot.dims[0], device=gradient.device)
         bounds = torch.tensor([0, slot.dims[0]], device=gradient.device)
@@ -83,7 +78,6 @@ class GradientCheck:
         kronecker_sketch(places, gradient, out, bounds=bounds, keys=keys, size=slot.dims[0], scale=weight)
         return out.flatten()
 
-    @staticmethod
-    def _bias(layer: Layer, gradient: Tensor) -> Tensor:
-        bias: Any = layer.module.bias
-        return gradient.new_zeros(len(gradient), 1) if bias.grad is None else bias.grad.detach().float()[:, None]
+    def _bias(self, name: str, gradient: Tensor) -> Tensor:
+        bias = self._parameters[name].grad
+        return gradient.new_zeros(len(gradient), 1) if bias is None else bias.detach().float().reshape(-1, 1)

@@ -9,10 +9,13 @@ from enum import Enum
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gac.observe.module_names import group_parameters
+from gac.sequences.experts import Experts, experts_of
+from gac.sequences.magnitudes import InputOf, magnitudes_of
 from gac.sequences.normalization import Normalize, normalization_of
+from gac.sequences.routers import router_of
 from gac.sequences.supported import WRAPPER, whole_shapes
 
 
@@ -22,6 +25,7 @@ class Kind(Enum):
     LINEAR = "linear"
     EMBEDDING = "embedding"
     NORM = "norm"
+    EXPERTS = "experts"
 
 
 @dataclass(eq=False)
@@ -37,6 +41,7 @@ class Slot:
         number: of its signs. inputs: of those of its inputs, and shares: whether another slot has them too.
         offset: of its first number in a row.
         column: name of the bias that is the last column.
+        turned: whether the parameter has the weight's inputs on the left.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Slot:
     shares: bool = False
     offset: int = 0
     column: str | None = None
+    turned: bool = False
 
     @property
     def size(self) -> int:
@@ -64,7 +70,10 @@ class Layer:
         weight: where its weight's gradient goes. ones: whether that has the column of its bias.
         bias: where its bias's gradient goes by itself.
         normalize: of a norm.
+        input_of: what stands for the layer's input; None where that is its first argument.
+        output: place of its output in what it returns; None where that is all.
         padding: place of an embedding that gets no gradient.
+        experts: of a module of these. parts: its projections, up and down, whose weights are seen by it.
     """
 
     name: str
@@ -74,12 +83,17 @@ class Layer:
     ones: bool = False
     bias: Slot | None = None
     normalize: Normalize | None = None
+    input_of: InputOf | None = None
+    output: int | None = None
     padding: int | None = None
+    experts: Experts | None = None
+    parts: tuple[Layer, ...] = ()
 
     @property
     def slots(self) -> list[Slot]:
         """Those that it adds to."""
-        return [slot for slot in (self.weight, self.bias) if slot is not None]
+        own = [slot for slot in (self.weight, self.bias) if slot is not None]
+        return own + [slot for part in self.parts for slot in part.slots]
 
 
 @dataclass
@@ -117,9 +131,9 @@ class Layers:
 def find_layers(model: nn.Module, parameters: Sequence[tuple[str, nn.Parameter]], sketch_size: int) -> Layers:
     """The layers of ``model`` whose gradients follow from their input and the gradient of their output.
 
-    Linear layers (``nn.Linear`` and GPT-2's ``Conv1D``), embeddings, and norms that scale elementwise, each with its
-    bias. A parameter that several of them share has one slot, so that its uses add up; one that anything else has too
-    is not seen.
+    Linear layers (``nn.Linear``, GPT-2's ``Conv1D``, routers), embeddings, and norms that scale elementwise, each with
+    its bias, and modules of stacked experts, whose weights count as one matrix ``[E u, d]`` each. A parameter that
+    several of them share has one slot, so that its uses add up; one that anything else has too is not seen.
 
     Args:
         parameters: the trainable ones, each once. sketch_size: rows and columns of a matrix's sketch.
@@ -137,18 +151,20 @@ def find_layers(model: nn.Module, parameters: Sequence[tuple[str, nn.Parameter]]
         for p, own in use.own():
             if dims.setdefault(id(p), own) != own:
                 unseen.add(id(p))  # once in this and once in that orientation
+    turned = {id(use.weight) for use in uses if use.turned}
     slots: dict[int, Slot] = {}
     for key, own in dims.items():
         if key not in unseen:
             name, label = place[key]
             limit = sketch_size if len(own) == 2 else sketch_size**2
-            slots[key] = Slot(name, tuple(min(limit, d) for d in own), own, label)
+            slots[key] = Slot(name, tuple(min(limit, d) for d in own), own, label, turned=key in turned)
     for use in uses:
         use.layer.weight = slots.get(id(use.weight))
         use.layer.bias = None if use.layer.ones else slots.get(id(use.bias))
         if use.layer.ones and use.layer.weight is not None:
             use.layer.weight.column = place[id(use.bias)][0]
-    found = Layers([use.layer for use in uses if use.layer.slots], _in_order(slots.values()), labels)
+    seen = dict.fromkeys(use.owner or use.layer for use in uses if use.layer.slots)
+    found = Layers(list(seen), _in_order(slots.values()), labels)
     found.segments = [_segment(found.slots, label) for label in range(len(labels))]
     found.unseen = [name for name, p in parameters if id(p) not in slots and id(p) not in columns]
     found.elements = {name: math.prod(shapes[id(p)]) for name, p in parameters}
@@ -174,12 +190,17 @@ def _segment(slots: Sequence[Slot], label: int) -> tuple[int, int]:
 
 @dataclass(eq=False)
 class _Use:
-    """A layer and its trainable parameters; ``dims`` of the weight, or of the vectors of a norm."""
+    """A layer and its trainable parameters; ``dims`` of the weight, or of the vectors of a norm.
+
+    ``turned`` as of :class:`Slot`; ``owner`` is the layer that it is a part of.
+    """
 
     layer: Layer
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     dims: tuple[int, ...]
+    turned: bool = False
+    owner: Layer | None = None
 
     def may_share(self, users: Mapping[int, int]) -> bool:
         """Whether the bias may be a column of the weight: nobody else has either."""
@@ -207,12 +228,31 @@ def _uses(
         own = {key: p for key, p in module._parameters.items() if p is not None and id(p) in place}
         for p in own.values():
             users[id(p)] += 1
-        use = _use(name.replace(WRAPPER, ""), module, own, shapes) if own else None
-        if use is not None:
-            uses.append(use)
-        else:
+        found = _uses_of(name.replace(WRAPPER, ""), module, own, shapes) if own else []
+        uses += found
+        if not found:
             unseen.update(map(id, own.values()))
     return uses, unseen, users
+
+
+def _uses_of(
+    name: str, module: nn.Module, own: dict[str, nn.Parameter], shapes: Mapping[int, torch.Size]
+) -> list[_Use]:
+    """Of a module; a bias of experts whose weight is frozen is not seen."""
+    experts = experts_of(module)
+    if experts is None:
+        use = _use(name, module, own, shapes)
+        return [] if use is None else [use]
+    parts = tuple(Layer(f"{name}.{part}", module, Kind.LINEAR) for part in (experts.up, experts.down))
+    owner = Layer(name, module, Kind.EXPERTS, experts=experts, parts=parts)
+    found = []
+    for part, key in zip(parts, (experts.up, experts.down), strict=True):
+        weight: Any = module._parameters[key]
+        count, *sides = shapes.get(id(weight), weight.shape)
+        tall, wide = reversed(sides) if experts.turned else sides
+        bias = own.get(f"{key}_bias") if key in own else None
+        found.append(_Use(part, own.get(key), bias, (count * tall, wide), experts.turned, owner))
+    return found
 
 
 def _use(name: str, module: Any, own: dict[str, nn.Parameter], shapes: Mapping[int, torch.Size]) -> _Use | None:
@@ -230,13 +270,17 @@ def _use(name: str, module: Any, own: dict[str, nn.Parameter], shapes: Mapping[i
             return None
         return _Use(Layer(name, module, Kind.LINEAR), weight, bias, (module.out_features, module.in_features))
     if type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int) and hasattr(module, "nx"):
-        return _Use(Layer(name, module, Kind.LINEAR), weight, bias, (module.nf, module.nx))
-    normalize = normalization_of(module, shapes)
+        return _Use(Layer(name, module, Kind.LINEAR), weight, bias, (module.nf, module.nx), turned=True)
+    held = getattr(module, "weight", None)
+    if not isinstance(held, Tensor):
+        return None
+    shape = shapes.get(id(held), held.shape)
+    if len(shape) == 2:
+        router = router_of(module, shape)
+        layer = None if router is None else Layer(name, module, Kind.LINEAR, output=router.output)
+        return None if layer is None else _Use(layer, weight, bias, tuple(shape))
+    input_of = magnitudes_of(module, shape)
+    normalize = normalization_of(module, shapes) if input_of is None else Tensor.float
     if normalize is None:
         return None
-    return _Use(
-        Layer(name, module, Kind.NORM, normalize=normalize),
-        weight,
-        bias,
-        tuple(shapes.get(id(module.weight), module.weight.shape)),
-    )
+    return _Use(Layer(name, module, Kind.NORM, normalize=normalize, input_of=input_of), weight, bias, tuple(shape))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ Normalize = Callable[[Tensor], Tensor]
 
 _AS_THEY_ARE: Mapping[int, torch.Size] = {}
 _EPS = ("eps", "variance_epsilon", "epsilon", "layer_norm_epsilon")
-_AGREE = 1e-3
+AGREE = 1e-3
 """Relative difference of a weight's gradient on random numbers below which a formula is a layer's own: with another one
 it is of the order of 1."""
 
@@ -54,15 +55,15 @@ def normalization_of(module: nn.Module, shapes: Mapping[int, torch.Size] = _AS_T
     return None
 
 
-class _Bare(nn.Module):
+class Bare(nn.Module):
     """A module without its hooks, which would take random numbers for a part of the training."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.module.forward(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
 
 
 def _agrees(module: nn.Module, normalize: Normalize, shapes: dict[str, torch.Size], device: torch.device) -> bool:
@@ -73,12 +74,12 @@ def _agrees(module: nn.Module, normalize: Normalize, shapes: dict[str, torch.Siz
     x, g = draw(3, d) + 0.5, draw(3, d)
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            out = functional_call(_Bare(module), own, (x,))
+            out = functional_call(Bare(module), own, (x,))
             found = torch.autograd.grad(out, list(own.values()), g)
     except Exception:  # whatever it wants, it is no layer of this kind
         return False
     expected = {"weight": (g * normalize(x)).sum(0), "bias": g.sum(0)}
     return all(
-        bool((gradient - expected[name]).norm() <= _AGREE * expected[name].norm())
+        bool((gradient - expected[name]).norm() <= AGREE * expected[name].norm())
         for name, gradient in zip(shapes, found, strict=True)
     )

@@ -366,7 +366,8 @@ class SequenceObserver(Observer):
             self._lost |= lost
             warnings.warn(
                 f"of {some(sorted(lost))} it cannot be told which token belongs to which sequence (tokens were routed, "
-                "selected or reordered before the layer): their gradients are not measured",
+                "selected or reordered before the layer), or the weights of experts were not at hand in the backward "
+                "pass: their gradients are not measured",
                 stacklevel=2,
             )
 

@@ -9,10 +9,12 @@ import einops
 import torch
 from torch import Tensor
 
+from gac.sequences.experts import Routed
 from gac.sequences.layers import Kind, Layer, Layers, Slot
 from gac.sequences.rows import Found, Places, Rows
 from gac.sequences.shared import Projections
 from gac.sequences.sources import SourceSums
+from gac.sequences.stacked import Stacked
 from gac.sequences.taps import Kept
 from gac_kernels import kronecker_sketch, moments
 from gac_kernels.arguments import accumulator_dtype
@@ -63,10 +65,17 @@ class Sketches:
         """Adds what one use of a layer gives to the sketch of each sequence."""
         if not any(self._signs.weights[slot.number] for slot in layer.slots):
             return
-        x = kept.take()
+        inputs = kept.take()
         found = self._places.find(gradient.shape[:-1], kept.given, gradient.device)
-        lead = None if x is None else x.shape if layer.kind is Kind.EMBEDDING else x.shape[:-1]
-        if x is None or found is None or lead != gradient.shape[:-1]:
+        if inputs is None or found is None:
+            self.lost.update(layer.slots)
+            return
+        if layer.experts is not None:
+            self._experts(layer, Routed(*inputs), gradient, found)
+            return
+        (x,) = inputs
+        lead = x.shape if layer.kind is Kind.EMBEDDING else x.shape[:-1]
+        if lead.numel() != gradient.shape[:-1].numel():
             self.lost.update(layer.slots)
             return
         g = gradient.reshape(-1, gradient.shape[-1])
@@ -78,6 +87,34 @@ class Sketches:
         elif layer.weight is not None and self._signs.weights[layer.weight.number]:
             self._matrix(layer, flat, g, found)
         self._add(layer.bias, lambda: g, found)
+
+    def _experts(self, layer: Layer, routed: Routed, gradient: Tensor, places: Found) -> None:
+        """Both projections: pairs of token and expert are their tokens, and experts lie on one another."""
+        experts, each = layer.experts, routed.chosen.shape[1]
+        own = None if experts is None else experts.weights()
+        if experts is None or own is None or gradient.shape[:-1] != routed.x.shape[:-1]:
+            self.lost.update(layer.slots)
+            return
+        options: dict[str, Any] = {"experts": experts.count, "pairs": routed.chosen.numel(), "dtype": gradient.dtype}
+        up, down = (
+            None
+            if part.weight is None or not self._signs.weights[part.weight.number]
+            else Stacked(part.weight, self._signs.keys(part.weight, gradient.device), ones=part.ones, **options)
+            for part in layer.parts
+        )
+        inputs = None if up is None else up.project(routed.x)
+        for sent in experts.sent(routed, gradient, own):
+            if up is not None and inputs is not None:
+                up.put(sent.expert, sent.pairs, sent.up_gradient, inputs[sent.pairs // each])
+            if down is not None:
+                down.put(sent.expert, sent.pairs, sent.down_gradient, down.project(sent.inner))
+        for part, stacked in zip(layer.parts, (up, down), strict=True):
+            slot = part.weight
+            if slot is not None and stacked is not None:
+                out = self._stretch(slot, gradient.device).view(-1, *slot.shape)
+                scale = self._signs.weights[slot.number]
+                stacked.add_to(out, bounds=places.bounds * each, longest=places.longest * each, scale=scale)
+                self._bring(slot, out)
 
     def _matrix(self, layer: Layer, x: Tensor, g: Tensor, places: Found) -> None:
         slot = layer.weight

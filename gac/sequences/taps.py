@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gac.sequences.layers import Kind, Layer
+from gac.sequences.routers import differentiable, gradient_of_product
 from gac.sequences.rows import Chosen, Given
 
 Take = Callable[[Layer, "Kept", Tensor], None]
@@ -26,8 +27,8 @@ class _Saved(torch.autograd.Function):
     """A node that saves a tensor and is never run."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, anchor: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
         return anchor.new_empty(0)
 
     @staticmethod
@@ -39,29 +40,29 @@ class Kept:
     """A layer's input until the gradient of its output comes.
 
     Args:
-        x: the input. given: what the model was called with.
+        inputs: it, in its parts. given: what the model was called with.
     """
 
-    def __init__(self, x: Tensor, given: Given | None) -> None:
+    def __init__(self, inputs: Sequence[Tensor], given: Given | None) -> None:
         self.given = given
         with torch.enable_grad():
-            self._node = _Saved.apply(torch.empty(0, requires_grad=True), x.detach()).grad_fn
+            self._node = _Saved.apply(torch.empty(0, requires_grad=True), *(x.detach() for x in inputs)).grad_fn
 
-    def take(self) -> Tensor | None:
+    def take(self) -> Sequence[Tensor] | None:
         """The input, once; None when it was taken before."""
         node, self._node = self._node, None
-        return None if node is None else node.saved_tensors[0]
+        return None if node is None else node.saved_tensors
 
 
 class Present(Kept):
     """An input that is at hand."""
 
-    def __init__(self, x: Tensor, given: Given | None) -> None:
-        self.given, self._x = given, x
+    def __init__(self, inputs: Sequence[Tensor], given: Given | None) -> None:
+        self.given, self._inputs = given, inputs
 
-    def take(self) -> Tensor | None:
+    def take(self) -> Sequence[Tensor] | None:
         """The input."""
-        return self._x
+        return self._inputs
 
 
 _places: WeakValueDictionary[int, Taps] = WeakValueDictionary()
@@ -70,18 +71,18 @@ _PLACE = 1 << 20
 """Layers that a model may have."""
 
 _library = torch.library.Library("gac", "FRAGMENT")
-_library.define("take(Tensor x, Tensor gradient, int place) -> ()")
+_library.define("take(Tensor[] inputs, Tensor[] gradients, int place) -> ()")
 
 
-def _take(x: Tensor, gradient: Tensor, place: int) -> None:
+def _take(inputs: list[Tensor], gradients: list[Tensor], place: int) -> None:
     """What compiled code calls in the backward pass; the compiler does not look into it."""
     taps = _places.get(place // _PLACE)
     if taps is not None:
-        taps.take(place % _PLACE, x, gradient)
+        taps.take(place % _PLACE, inputs, gradients)
 
 
 _library.impl("take", _take, "CompositeExplicitAutograd")
-torch.library.register_fake("gac::take", lambda x, gradient, place: None, lib=_library)
+torch.library.register_fake("gac::take", lambda inputs, gradients, place: None, lib=_library)
 
 
 @functools.cache
@@ -93,19 +94,18 @@ def _keep_in_compiled_code() -> None:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity; its backward pass hands over what it sees."""
+    """The identity of some outputs; its backward pass hands over what it sees."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, place: int) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, place: int, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors[count:])
         ctx.place = place
-        return output.view_as(output)
+        return tuple(output.view_as(output) for output in tensors[:count])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        torch.ops.gac.take(x, gradients[0], ctx.place)
-        return gradients[0], None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        torch.ops.gac.take(list(ctx.saved_tensors), list(gradients), ctx.place)
+        return (None, None, *gradients, *(None for _ in ctx.saved_tensors))
 
 
 class Taps:
@@ -130,9 +130,12 @@ class Taps:
         """What the model was last called with."""
         return None if self._given is None else Given(*self._given, self.chosen)
 
-    def take(self, number: int, x: Tensor, gradient: Tensor) -> None:
+    def take(self, number: int, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """What a layer saw, from compiled code."""
-        self._take(self._layers[number], Present(x, self.given), gradient)
+        layer, gradient = self._layers[number], gradients[0]
+        if layer.output is not None:
+            gradient = gradient_of_product(layer.module, inputs[0], gradients, layer.output)
+        self._take(layer, Present(inputs, self.given), gradient)
 
     def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
         """Puts the hooks on; what it returns takes them off."""
@@ -150,23 +153,43 @@ class Taps:
                 return
 
     def _hook(self, layer: Layer, place: int) -> Callable:
-        def on_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        def on_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], returned: Any) -> Any:
+            output = returned if layer.output is None else returned[layer.output]
             if not isinstance(output, Tensor) or not output.requires_grad or not torch.is_grad_enabled():
                 return None
-            x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            if x is None:
+            inputs = _inputs_of(layer, args, kwargs, output)
+            if inputs is None:
                 return None
             changed = None
             if layer.kind is Kind.EMBEDDING:
-                x, output = _for_each_row(x, output, self._given)
-                changed = output
+                x, output = _for_each_row(inputs[0], output, self._given)
+                inputs, changed = (x,), output
             if torch.compiler.is_compiling():
-                return _Tap.apply(output, x, place)
-            kept = Kept(x, self.given)
+                return _tapped(returned if changed is None else changed, inputs, place)
+            kept = Kept(inputs, self.given)
             output.register_hook(lambda gradient: self._take(layer, kept, gradient))
             return changed
 
         return on_forward
+
+
+def _tapped(returned: Any, inputs: Sequence[Tensor], place: int) -> Any:
+    """What a layer returns, through the identity: of a tuple, all that have gradients."""
+    whole = (returned,) if isinstance(returned, Tensor) else tuple(returned)
+    outputs = differentiable(whole)
+    tapped = iter(_Tap.apply(place, len(outputs), *outputs, *inputs))
+    found = tuple(next(tapped) if any(result is output for output in outputs) else result for result in whole)
+    return found[0] if isinstance(returned, Tensor) else found
+
+
+def _inputs_of(layer: Layer, args: tuple, kwargs: Mapping[str, Any], output: Tensor) -> Sequence[Tensor] | None:
+    """What is kept of a layer's call."""
+    if layer.experts is not None:
+        return layer.experts.routed(args, kwargs)
+    if layer.input_of is not None:
+        return (layer.input_of(args, kwargs, output),)
+    x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    return None if x is None else (x,)
 
 
 def _for_each_row(ids: Tensor, output: Tensor, given: tuple[int, int] | None) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 import gac
 from tests.gac.models import tiny_model
+from tests.gac.sequences.test_experts import model_of as experts_model
 from tests.gac.sequences.truth import losses, mixed
 
 ENGINES = (
@@ -18,11 +19,12 @@ ENGINES = (
     "fsdp2, bfloat16 buffers",
     "plain replicas",
 )
+EXPERTS = ("fsdp1, experts", "fsdp2, experts")
 REFUSED = ("tensor parallel", "fsdp1, flat")
 
 
-def model_of() -> torch.nn.Module:
-    return tiny_model("qwen2", width=16)
+def model_of(name: str = "") -> torch.nn.Module:
+    return experts_model("qwen3") if "experts" in name else tiny_model("qwen2", width=16)
 
 
 def batches_of(rank: int) -> list:
@@ -36,7 +38,7 @@ def run(rank: int, world: int, names: list[str]) -> dict[str, dict]:
 
 
 def _one(name: str, rank: int) -> dict:
-    model = model_of()
+    model = model_of(name)
     wrapped = model
     if name == "fsdp1, flat":
         return _error(fsdp1(model, name, use_orig_params=False))

@@ -19,15 +19,19 @@ WORLD = 2
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    names = [*ranks.ENGINES, *ranks.REFUSED]
+    names = [*ranks.ENGINES, *ranks.EXPERTS, *ranks.REFUSED]
     folder = tmp_path_factory.mktemp("ranks")
     return on_ranks(WORLD, folder, ranks.run, names, preload=ranks.__name__, seconds=200)
 
 
 @pytest.fixture(scope="module")
 def wanted():
+    return wanted_of("")
+
+
+def wanted_of(name):
     """Losses are halved for two batches, and gradients averaged over two ranks."""
-    model = ranks.model_of()
+    model = ranks.model_of(name)
     sft, rl = [], []
     for rank in range(WORLD):
         for batch in ranks.batches_of(rank):
@@ -45,6 +49,13 @@ def test_ranks_agree_with_the_truth(found, wanted, engine):
         other = second["statistics"][name]
         assert value == other or (value != value and other != other), name
     assert_close(SimpleNamespace(**first["statistics"]), wanted, rel=0.02 if "bfloat16" in engine else 2e-4)
+
+
+@pytest.mark.parametrize("engine", ranks.EXPERTS)
+def test_ranks_agree_with_the_truth_of_experts(found, engine):
+    for rank in found:
+        assert rank[engine]["share"] == 1
+        assert_close(SimpleNamespace(**rank[engine]["statistics"]), wanted_of(engine))
 
 
 def test_tensor_parallel_layers_are_refused(found):

@@ -252,23 +252,89 @@ def expected_of(model, batch, mixer):
         return expected(model, [batch])
 
 
-def test_frozen_parameters_and_adapters_alone():
-    """LoRA: the layers that are trained are plain linear ones; nothing else is looked at."""
+def adapted(family="qwen2", *, dropout=0.0, **options):
+    """LoRA, its second matrices and magnitudes away from where they begin."""
     import peft
 
-    model = peft.get_peft_model(
-        small(tied=False), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], lora_dropout=0.0)
+    targets = {"qwen2": ["q_proj", "v_proj", "up_proj"], "gpt2": ["c_attn", "c_fc"]}[family]
+    config = peft.LoraConfig(
+        r=4, target_modules=targets, lora_dropout=dropout, fan_in_fan_out=family == "gpt2", **options
     )
+    model = peft.get_peft_model(small(family, tied=False), config)
+    torch.manual_seed(1)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.normal_()
-    batch = mixed()
+            elif "magnitude" in name:
+                p.mul_(torch.rand_like(p) + 0.5)
+    return model
+
+
+def test_frozen_parameters_and_adapters_alone():
+    """LoRA: the layers that are trained are plain linear ones; nothing else is looked at."""
+    model, batch = adapted(), mixed()
     wanted = expected(model, [batch])
     mixer = patched(model)
     assert mixer.coverage.share == 1
     assert {layer.kind.value for layer in mixer.coverage.seen} == {"linear"}
     assert_close(run(mixer, model, batch), wanted)
+
+
+class Same(nn.Module):
+    """A dropout that drops nothing, in whose presence PEFT's layer takes the other way."""
+
+    def forward(self, x):
+        return 1 * x
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_magnitudes_of_dora(family, dropout):
+    """With and without biases, weights in either orientation; where there is dropout the layer makes its base anew."""
+    model, batch = adapted(family, use_dora=True), mixed()
+    if dropout:
+        for module in model.modules():
+            if hasattr(module, "lora_dropout"):
+                module.lora_dropout["default"] = Same()
+    model.train()
+    wanted = expected(model, [batch])
+    mixer = patched(model)
+    assert mixer.coverage.share == 1
+    assert_close(run(mixer, model, batch), wanted)
+    magnitudes = [layer for layer in mixer.coverage.seen if layer.name.endswith("lora_magnitude_vector.default")]
+    assert len(magnitudes) == 2 * len({"qwen2": "qvu", "gpt2": "ac"}[family])
+
+
+def test_magnitudes_under_checkpointing_and_compilation():
+    batch = mixed()
+    wanted = expected(adapted(use_dora=True), [batch])
+    for how in ("checkpointed", "compiled"):
+        model = adapted(use_dora=True)
+        if how == "checkpointed":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        mixer = patched(model)
+        if how == "compiled":
+            first = next(module for module in model.modules() if hasattr(module, "lora_magnitude_vector"))
+            first.compile(backend="aot_eager", dynamic=False)
+        assert_close(run(mixer, model, batch), wanted)
+        assert mixer.coverage.share == 1, "held against the gradients"
+
+
+def test_a_layer_of_another_formula_is_no_magnitude():
+    from peft.tuners.lora.dora import DoraLinearLayer as Known
+
+    from gac.sequences.magnitudes import magnitudes_of
+
+    class DoraLinearLayer(Known):
+        def forward(self, x, **kwargs):
+            return 2 * super().forward(x, **kwargs)
+
+    for kind, known in ((Known, True), (DoraLinearLayer, False), (type("Other", (Known,), {}), False)):
+        layer = kind(fan_in_fan_out=False)
+        layer.weight = nn.Parameter(torch.ones(6))
+        assert (magnitudes_of(layer, (6,)) is not None) is known, kind
 
 
 def test_statistics_by_module_add_up():
