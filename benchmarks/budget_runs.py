@@ -2,10 +2,10 @@
 
     python -m benchmarks.budget_runs --seeds 0 1 2 3 4 --json benchmarks/results/budget_runs.json
 
-Two runs a seed, one after the other, in an order that changes from seed to seed: the default run of ``make train``, and
-the same with ``--interval 1``. The share is that of all the time of the steps from the sixth (or eleventh: the first ten
-are always measured) on that was spent in GAC's code. Rows are written as soon as a run is done, and those that are there
-are not made again.
+Two runs a seed, one after the other, in an order that changes from seed to seed: the default run of ``make train`` and
+the same with ``--interval 1``. The share is that of all the time of the steps from the sixth (or eleventh: the first
+ten are always measured) on that was spent in GAC's code. Rows are written as soon as a run is done, and those that are
+there are not made again.
 """
 
 from __future__ import annotations
@@ -82,7 +82,11 @@ def main() -> None:
                     continue
                 rows.append(one_run(arm, seed, Path(folder), arguments.train))
                 print(json.dumps(rows[-1]), flush=True)
-                found = {"facts": collect(torch.device("cpu")), "rows": rows, "budget_less_every_step": differences(rows)}
+                found = {
+                    "facts": collect(torch.device("cpu")),
+                    "rows": rows,
+                    "budget_less_every_step": differences(rows),
+                }
                 arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 

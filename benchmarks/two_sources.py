@@ -80,7 +80,7 @@ class Loop:
         from gac.trainers.demonstrations import encode_pair
 
         data, folder = warm_start(Row("two_sources", task, "small", "gac", "", LR, seed), cache)
-        self.model, self.tokenizer = load_model(str(folder))
+        self.model, self.tokenizer = load_model(str(folder), tokenizer_as_saved=False)
         self.model.train()
         half = len(data["demonstrations"]) // 2
         sources = {

@@ -15,6 +15,7 @@ from gac.observe.contribution import Tokens
 from gac.observe.engine import EngineChecks
 from gac.observe.marker import mark
 from gac.observe.pending import resolve_buffers
+from gac.quiet import Quiet
 from gac.sequences.observer import SequenceObserver
 from gac.sequences.rows import Rows
 from gac.statistics.branch import Branch
@@ -29,16 +30,20 @@ class Within(ContextDecorator):
 
     Args:
         ready: gives the branches of the step under way when the context begins.
+        quiet: the steps that measure nothing.
         branch: which one. tokens: what its contributions count for.
         gives: what ``as`` names.
     """
 
-    __slots__ = ("_branch", "_gives", "_observer", "_ready", "_tokens")
+    __slots__ = ("_branch", "_gives", "_observer", "_quiet", "_ready", "_tokens")
 
-    def __init__(self, ready: Callable[[], Branches], branch: Branch, tokens: Tokens, gives: Any) -> None:
-        self._ready, self._branch, self._tokens, self._gives = ready, branch, tokens, gives
+    def __init__(self, ready: Callable[[], Branches], quiet: Quiet, branch: Branch, tokens: Tokens, gives: Any) -> None:
+        self._ready, self._quiet, self._branch, self._tokens, self._gives = ready, quiet, branch, tokens, gives
 
     def __enter__(self) -> Any:
+        quiet = self._quiet
+        if quiet.left and quiet.enters and self._tokens is None and quiet.enter(self._branch):
+            return self._gives
         branches = self._ready()
         self._observer = observer = branches.observer
         start = perf_counter()
@@ -47,6 +52,9 @@ class Within(ContextDecorator):
         return self._gives
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._quiet.weight is not None:
+            self._quiet.leave()
+            return
         observer, start = self._observer, perf_counter()
         before = observer.now.seconds
         observer.leave(failed=kind is not None)
@@ -60,10 +68,9 @@ class Branches:
         measurement: watches the parameters.
         engine: what the engine must not have done.
         scaler: multiplies the losses too (AMP in float16); None: nothing does.
-        weights: of the first step.
+        quiet: the steps that measure nothing; it has the weights.
 
     Attributes:
-        weights: of the present step; the mixer replaces them.
         observer: watches the parameters.
     """
 
@@ -72,9 +79,9 @@ class Branches:
         measurement: Measurement,
         engine: EngineChecks,
         scaler: torch.amp.GradScaler | None,
-        weights: Weights,
+        quiet: Quiet,
     ) -> None:
-        self.weights = weights
+        self._quiet = quiet
         self._checks = _CHECKED_LOSSES
         self._measurement = measurement
         self.observer = measurement.observer
@@ -82,6 +89,17 @@ class Branches:
         self._in_sequences = isinstance(self.observer, SequenceObserver)
         self._engine = engine
         self._scaler = scaler
+        self._may_be_quiet = not (self._in_sequences or engine.reduces_late) and self.observer.hooks
+        quiet.enters = False  # until the losses of the first steps were checked
+
+    @property
+    def weights(self) -> Weights:
+        """Those of the present step."""
+        return self._quiet.weights
+
+    @weights.setter
+    def weights(self, weights: Weights) -> None:
+        self._quiet.weights = weights
 
     @property
     def weight(self) -> Tensor:
@@ -172,6 +190,7 @@ class Branches:
         if self._checks == 0:
             return
         self._checks -= 1
+        self._quiet.enters = self._may_be_quiet and self._checks == 0
         for branch, weight in self.weights.of.items():
             if is_factor(weight, loss):
                 raise ValueError(

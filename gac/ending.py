@@ -21,6 +21,7 @@ from gac.laws.gac import GacLaw
 from gac.measurement import Measurement
 from gac.metrics import StepMetrics
 from gac.options import Options
+from gac.quiet import Quiet
 from gac.statistics.step import Statistics
 from gac.weights import DeviceWeights, HostWeights, Weights
 
@@ -32,17 +33,16 @@ class Ending:
         measurement: of the steps; another one takes its place where other parameters are watched.
         controller: of the law.
         metrics: where a step's numbers go.
+        quiet: the steps that pass without being ended.
     """
 
-    def __init__(self, measurement: Measurement, controller: Controller, metrics: StepMetrics) -> None:
+    def __init__(self, measurement: Measurement, controller: Controller, metrics: StepMetrics, quiet: Quiet) -> None:
         self.measurement, self._metrics = measurement, metrics
         self._controller = controller
         self._found: Statistics | StepVector | Mapping[str, float] | None = None
-        self._left = 0  # steps to come that are not measured
-        self._quiet = 0  # steps that have passed without being ended
-        self._state: HostState | None = None  # the law's, where it can pass steps by itself ...
-        self._mu, self._target = 0.5, 0.5  # ... and the numbers that it moves between
-        self._told_by: tuple[float, float] = (0.0, 0.0)  # momentum and alpha at the last estimate
+        self._left = 0  # steps to come that may pass by
+        self._quiet = quiet
+        quiet.begins = self._begin_quietly
         self._program: fused_device.DeviceProgram | None = None  # made with the first step that it ends
         self._vector: StepVector | None = None  # of the last step that it has ended
         self._told: StepVector | None = None  # the last one that the metrics have
@@ -58,8 +58,8 @@ class Ending:
 
     def metrics(self, *, wait: bool) -> dict[str, float | str]:
         """Those of :class:`gac.metrics.StepMetrics`."""
-        if self._quiet:  # host time of the steps that were passed by, in equal parts
-            seconds = self.measurement.observer.now.seconds / self._quiet
+        if self._quiet.passed:  # host time of the steps that were passed by, in equal parts
+            seconds = self.measurement.observer.now.seconds / self._quiet.passed
             if self._vector is None:
                 self._publish(UNMEASURED, self._numbers_of_law(), self._controller.steps - 1, seconds)
             elif self._vector is not self._told:
@@ -71,43 +71,29 @@ class Ending:
     def plan(self) -> None:
         """Prepares the step to come, whose number the controller knows."""
         begin = perf_counter()
-        self.measurement.plan(self._controller.steps)
-        self._left = self.measurement.spending.cadence.until_due(self._controller.steps)
-        self.measurement.observer.now.seconds = perf_counter() - begin
+        measurement = self.measurement
+        measurement.plan(self._controller.steps)
+        left = max(measurement.spending.cadence.until_due(self._controller.steps) - 1, 0)
+        self._left = left
+        self._quiet.plan(left, measurement.observer, measurement.spending.clock)
+        measurement.observer.now.seconds = perf_counter() - begin
+
+    def _begin_quietly(self) -> None:
+        """What was found is no news any more."""
+        self._found = self.measurement.coefficient = None
+        if self.measurement.worth is not None:
+            self.measurement.worth.latest = None
 
     def pass_by(self, weights: Weights, since: float) -> Weights | None:
         """The weights of the next step after one that measured nothing and told the law nothing; None: :meth:`end` it.
 
-        Law ``gac`` then only goes on towards its estimate, for which no statistics, state or metrics have to be made.
+        By one launch: where ``mu`` goes the host does not know. On the host :class:`Quiet` does it.
         """
-        if isinstance(weights, DeviceWeights):
-            return self._pass_by_on_device(weights, since)
-        law: Any = self._controller.law
-        state = self._state
-        if self._left <= 1 or state is None or law.state is not state or state.was_read:
+        if not isinstance(weights, DeviceWeights):
             return None
-        if self._told_by != (law.momentum, law.alpha):
-            return None
-        self._left -= 1
-        self._quiet += 1
-        self._controller.steps += 1
-        self._found = self.measurement.coefficient = None
-        if self.measurement.worth is not None:
-            self.measurement.worth.latest = None
-        state.passed += 1
-        if self._mu != self._target:
-            moved = fused_law.towards(law, self._mu, self._target)
-            if moved != self._mu:
-                with torch.inference_mode(False):  # backward passes to come save them
-                    self._mu, weights = moved, HostWeights(moved)
-        self._tick(since)
-        return weights
-
-    def _pass_by_on_device(self, weights: DeviceWeights, since: float) -> Weights | None:
-        """As :meth:`pass_by`, by one launch: where ``mu`` goes the host does not know."""
         law: Any = self._controller.law
         state, vector = law.state, self._vector
-        if self._left <= 1 or law.follows_kl or vector is None:
+        if self._left == 0 or law.follows_kl or vector is None:
             return None
         if not isinstance(state, VectorState) or state.vector is not vector:
             return None
@@ -115,17 +101,13 @@ class Ending:
             after = self._run(weights, Step(self._controller.steps), None)
         self.measurement.carry(after[0])
         self._left -= 1
-        self._quiet += 1
+        self._quiet.passed += 1
         self._controller.steps += 1
-        self._found = self.measurement.coefficient = None
-        self._tick(since)
-        return after[1]
-
-    def _tick(self, since: float) -> None:
-        """A step was passed by, which took the host so long."""
+        self._begin_quietly()
         now, inside = perf_counter(), self.measurement.observer.now
         inside.seconds += now - since
         self.measurement.spending.clock.tick(now, inside.seconds)
+        return after[1]
 
     def ended(self, gac: float) -> None:
         """A step has ended, and those before it that were passed by; :meth:`plan` comes next.
@@ -136,14 +118,14 @@ class Ending:
         spending = self.measurement.spending
         spending.clock.tick(perf_counter(), gac)
         spending.ended(gac, measured=self.measurement.is_measured)
-        self._quiet = 0
+        self._quiet.passed = 0
 
     def catch_up(self) -> None:
         """Ends what was passed by, for a state that can be kept."""
-        if self._quiet:
+        if self._quiet.passed:
             observer = self.measurement.observer
             self.measurement.spending.ended(observer.now.seconds, measured=False)
-            observer.now.seconds, self._quiet = 0.0, 0
+            observer.now.seconds, self._quiet.passed = 0.0, 0
 
     def end(self, weights: Weights, told: Mapping[str, Any], since: float) -> Weights:
         """The weights of the next step.
@@ -172,7 +154,8 @@ class Ending:
         if isinstance(weights, DeviceWeights):
             return self._end_on_device(weights, self._controller.told(**told), since)
         found = measurement.finish(weights.present, number)
-        self._found, self._state, self._vector = found, None, None
+        self._found, self._vector = found, None
+        self._quiet.keep(None)
         worth = None if measurement.worth is None else measurement.worth.latest
         self._controller.update(found, worth=worth, **told)
         after = present_weights(self._controller, measurement.device)
@@ -223,10 +206,7 @@ class Ending:
         kept = HostState(state, functools.partial(fused_law.coast, law))
         law.state = kept  # type: ignore[assignment]
         idle = alone and law.prior is None and not law.follows_kl
-        self._state = kept if idle else None
-        self._mu = state["mu"]
-        self._target = fused_law.target_of(state)
-        self._told_by = law.momentum, law.alpha
+        self._quiet.keep(kept if idle else None)
 
     def _numbers_of_law(self) -> Numbers:
         return numbers_of(self._controller.law.state)

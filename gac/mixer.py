@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +25,14 @@ from gac.observe.observer import Observer
 from gac.observe.topology import topology_of
 from gac.observe.watched import claim, release, trainable
 from gac.options import Options
+from gac.quiet import Quiet
+from gac.results import Results
 from gac.saved import VERSION, MixerState, read_state
 from gac.sequences.mixin import SequenceMethods
 from gac.statistics.branch import Branch
-from gac.statistics.by_module import ModuleStatistics
-from gac.statistics.step import Statistics
-
-if TYPE_CHECKING:
-    from gac.report import Report
 
 
-class Mixer(SequenceMethods):
+class Mixer(SequenceMethods, Results):
     """Measures the gradients of both branches and holds the weight of each. Made by :func:`gac.patch`.
 
     A step of a training loop::
@@ -60,8 +57,11 @@ class Mixer(SequenceMethods):
         self._following = Following(self._measure_by)
         weakref.finalize(self, self._following.remove)
         self._told: dict[str, Any] | None = None  # what the law is told of a step that has ended and is not settled
+        self._quiet = Quiet(self.controller, present_weights(self.controller, torch.device("cpu")))
         self._watch_parameters()
-        self._ending = Ending(self._measurement, self.controller, StepMetrics(self.device, self.controller.law.shows))
+        metrics = StepMetrics(self.device, self.controller.law.shows)
+        self._ending = Ending(self._measurement, self.controller, metrics, self._quiet)
+        self._in_sft, self._in_rl = (Within(self._ready, self._quiet, branch, None, self) for branch in Branch)
         if options.optimizer is not None:
             self._following.end_with(options.optimizer, self.step)
         self._ending.plan()
@@ -80,8 +80,8 @@ class Mixer(SequenceMethods):
         self._parameters = [parameter for _, parameter in parameters]
         self.controller.law.to(self.device)
         engine = EngineChecks(model, self._parameters, topology)
-        weights = present_weights(self.controller, self.device)
-        self._branches = Branches(self._measurement, engine, options.scaler, weights)
+        self._branches = Branches(self._measurement, engine, options.scaler, self._quiet)
+        self._branches.weights = present_weights(self.controller, self.device)
         self._patched = self._measurement.observer
         weakref.finalize(self, self._patched.remove)  # nobody could end a step any more
         self._following.look_out(self._parameters, named=options.optimizer)
@@ -150,11 +150,15 @@ class Mixer(SequenceMethods):
 
     def sft(self, *, tokens: Tokens = None) -> AbstractContextManager[Mixer]:
         """Context of the supervised branch: backward passes inside are its contributions; ``tokens``: of each."""
-        return Within(self._ready, Branch.SFT, tokens, self)
+        if tokens is None:
+            return self._in_sft
+        return Within(self._ready, self._quiet, Branch.SFT, tokens, self)
 
     def rl(self, *, tokens: Tokens = None) -> AbstractContextManager[Mixer]:
         """Context of the reinforcement branch; as :meth:`sft`."""
-        return Within(self._ready, Branch.RL, tokens, self)
+        if tokens is None:
+            return self._in_rl
+        return Within(self._ready, self._quiet, Branch.RL, tokens, self)
 
     def backward(self, loss: Tensor, *, tokens: Tokens = None) -> None:
         """``(weight * loss).backward()`` as one contribution of the active branch.
@@ -169,7 +173,11 @@ class Mixer(SequenceMethods):
         Raises:
             RuntimeError: outside a branch. TypeError, ValueError: ``loss`` or ``tokens`` is wrong.
         """
-        self._ready().backward(loss, tokens)
+        weight = self._quiet.weight
+        if weight is None or tokens is not None or not isinstance(loss, Tensor):
+            self._ready().backward(loss, tokens)
+        else:
+            (weight * loss).backward()
 
     def weigh(self, loss: Tensor, *, tokens: Tokens = None) -> Tensor:
         """``weight * loss`` for a backward pass of the branch that somebody else runs: a trainer, accelerate.
@@ -268,13 +276,15 @@ class Mixer(SequenceMethods):
         Raises:
             RuntimeError: inside a branch, or when no backward pass was seen since the last step.
         """
+        untold = step is prior is alpha is kl is entropy is None
+        if untold and self._quiet.left and (weights := self._quiet.pass_by()):
+            return weights.mu
         observer = self._observer
         self._branches.require_none("mixer.step()", "leave the branch first")
         self._settle()
         self._measurement.check_observed()
         self._following.settle()
         start = perf_counter()
-        untold = step is prior is alpha is kl is entropy is None
         if untold and not observer.measuring and (weights := self._ending.pass_by(self._branches.weights, start)):
             self._branches.pass_by(weights)
             return weights.mu
@@ -289,6 +299,8 @@ class Mixer(SequenceMethods):
 
     def _settle(self, *, passed_by: bool = False) -> None:
         """Finishes a step whose sums are on their way: statistics, law, weights of the step to come."""
+        if self._quiet.entered:
+            self._observer.seen.fired = True
         if passed_by:
             self._ending.catch_up()
         if self._told is None:
@@ -302,59 +314,6 @@ class Mixer(SequenceMethods):
             self._branches.end_step()
             self._ending.ended(self._measurement.observer.now.seconds + perf_counter() - start)
             self._ending.plan()
-
-    # -- what was found -------------------------------------------------------------------------------------------
-
-    @property
-    def statistics(self) -> Statistics | None:
-        """Statistics of the last step, as 0-dim tensors on the device; None where it measured none."""
-        self._settle()
-        return self._ending.statistics
-
-    @property
-    def coefficient(self) -> Statistics | None:
-        """The coefficient estimator's statistics of the last step; None without :meth:`observe_tokens`."""
-        return self._measurement.coefficient
-
-    @property
-    def modules(self) -> ModuleStatistics | None:
-        """Statistics by module, of the newest step that was taken apart (every ``report_interval`` measured steps)."""
-        self._settle()
-        return self._measurement.modules[-1] if self._measurement.modules else None
-
-    def report(self, **options: Any) -> Report:
-        """What the gradients say so far, overall and by module: signal-to-noise ratio, noise scale, disagreement.
-
-        It averages over the steps that were taken apart (every ``report_interval`` measured steps, the last 512 at
-        most), with a part for each source that :meth:`batch` was told of, and waits for the device. ``print`` it;
-        ``options`` are those of :class:`gac.report.Report`. Raises RuntimeError where no step was taken apart yet.
-        """
-        from gac.report import Report
-
-        self._settle()
-        return Report(self._measurement.taken_apart(self.controller.steps), sources=self._known_sources(), **options)
-
-    @property
-    def interval(self) -> int:
-        """Steps from one measurement to the next, at present."""
-        return self._measurement.spending.cadence.interval
-
-    def metrics(self, *, wait: bool = False) -> dict[str, float | str]:
-        """Numbers of the newest step that has reached the host (``wait``: of the last one); empty before the first.
-
-        Returns:
-            ``mu`` (of the step to come), ``mu_raw`` (the law's estimate before prior and guardrails), ``mu_se`` (its
-            standard error), ``prior``, what else the law shows, the fields of :class:`gac.Statistics`, ``cosine``,
-            ``skipped`` (steps dropped for non-finite gradients so far), ``silent_s`` and ``silent_r`` (1 where the
-            branch took part and its gradient was exactly 0, else 0; after 5 steps in a row a warning names it),
-            ``seconds`` (host time spent in GAC during the step), ``overhead`` (that time over all other time, of late;
-            NaN in the first ten steps of a budget), ``step`` and the name of the ``estimator`` (with ``+time`` where a
-            lone contribution was compared with earlier steps). NaN: not measured. Behind ``name/`` if it has one.
-        """
-        if wait:
-            self._settle()
-        prefix = "" if self._options.name is None else f"{self._options.name}/"
-        return {prefix + name: value for name, value in self._ending.metrics(wait=wait).items()}
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -390,7 +349,7 @@ class Mixer(SequenceMethods):
         self._observer.remove()
         release(self._parameters)
         self._following.remove()
-        self._patched = None
+        self._patched, self._quiet.left = None, 0
 
     def __enter__(self) -> Mixer:
         _ = self._observer

@@ -18,6 +18,10 @@ PAUSE = 16
 """A step counts as no longer than the longest of so many before it: what takes longer is a pause."""
 
 
+_AT_ONCE = 1024
+"""Steps that are looked at together at most."""
+
+
 class StepClock:
     """Tells how long steps take outside GAC, with pauses left out.
 
@@ -31,6 +35,7 @@ class StepClock:
 
     def __init__(self, now: float | None = None) -> None:
         self._since = perf_counter() if now is None else now
+        self._ended: list[tuple[float, float]] = []  # looked at later, all together: that is what caches are for
         self._gac = self._rest = 0.0
         self._steps = 0
         self._before: deque[float] = deque(maxlen=PAUSE)
@@ -38,17 +43,25 @@ class StepClock:
 
     def tick(self, now: float, gac: float) -> None:
         """A step ends; ``gac``: seconds in GAC since :meth:`take`."""
-        rest = now - self._since - (gac - self._gac)
-        if rest < 0.0:
-            rest = 0.0
-        self._since, self._gac = now, gac
-        self._rest += min(rest, self._longest)
-        self._before.append(rest)
-        self._longest = max(self._before)
-        self._steps += 1
+        self._ended.append((now, gac))
+        if len(self._ended) == _AT_ONCE:
+            self._look()
+
+    def _look(self) -> None:
+        for now, gac in self._ended:
+            rest = now - self._since - (gac - self._gac)
+            if rest < 0.0:
+                rest = 0.0
+            self._since, self._gac = now, gac
+            self._rest += min(rest, self._longest)
+            self._before.append(rest)
+            self._longest = max(self._before)
+        self._steps += len(self._ended)
+        self._ended.clear()
 
     def take(self) -> tuple[float, int]:
         """Seconds outside GAC of the steps that have ended since this was last asked, and how many they are."""
+        self._look()
         found = self._rest, self._steps
         self._gac = self._rest = 0.0
         self._steps = 0

@@ -41,6 +41,7 @@ SLOW = (
     "gac/statistics/test_standard_errors.py",
     "gac/statistics/test_unbiased.py",
     # pictures
+    "gac/runs/test_page.py",
     "gac/test_plots.py",
     # a thousand cases
     "fuzz",

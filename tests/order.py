@@ -15,9 +15,10 @@ FLOORS = (
     ("gac.fused", "gac.sequences"),
     ("gac.metrics", "gac.options", "gac.saved", "gac.weights", "gac.worth"),
     ("gac.finishing", "gac.spending"),
-    ("gac.measurement",),
+    ("gac.measurement", "gac.quiet"),
     ("gac.branches", "gac.ending", "gac.following"),
     ("gac.report",),  # below the mixer, whose report() makes one when asked
+    ("gac.results",),
     ("gac.mixer",),
     ("gac.patching",),
     ("gac",),  # the package's face
@@ -29,12 +30,14 @@ FLOORS = (
     ("gac.cli",),
     (
         "benchmarks.accumulate",
+        "benchmarks.budget_runs",
         "benchmarks.communication",
         "benchmarks.conftest",
         "benchmarks.fallback",
         "benchmarks.kill_and_resume",
         "benchmarks.on_device",
         "benchmarks.overhead",
+        "benchmarks.real",
         "benchmarks.sequences",
         "benchmarks.study",
         "benchmarks.test_kernels",

@@ -26,7 +26,7 @@ SIZES = {
 
 def build(size: str, texts: Iterable[str], seed: int) -> tuple[Any, Any]:
     """``(model, tokenizer)`` of a size, fp32 on the CPU; the tokenizer knows the characters of `texts`."""
-    from gac.tasks.models import build_model_and_tokenizer
+    from gac.tasks.models import build_small_model_and_tokenizer
 
     chosen = SIZES[size]
-    return build_model_and_tokenizer(None, texts, seed=seed, hidden_size=chosen.hidden_size, layers=chosen.layers)
+    return build_small_model_and_tokenizer(texts, seed=seed, hidden_size=chosen.hidden_size, layers=chosen.layers)

@@ -23,7 +23,8 @@ examples:
   gac train                                   a small model that learns to spell backwards, minutes on a CPU
   gac train --task gcd:max_value=50 --law chord --out runs/gcd
   gac train --out runs/gcd --resume           go on after an interruption
-  gac report runs/gcd                         what its gradients say, module by module
+  gac watch runs/gcd                          a run in the terminal, while it goes on
+  gac report runs/gcd                         what its gradients say, module by module; --html: as a page
   gac compare --laws gac,fixed:0.5,chord --seeds 3
   gac audit                                   estimators and laws against a measured truth
   gac plan --params 70e9 --ranks 1024         overhead, memory and traffic of a run, before it is started

@@ -40,12 +40,34 @@ def add_training_options(parser: argparse.ArgumentParser, *, leave_out: tuple[st
     model = parser.add_argument_group("model")
     add(
         model, "--model",
-        "folder or hub name of a causal LM with its tokenizer (default: a small Qwen2-architecture model with a "
-        "character tokenizer, from scratch)",
+        "a causal LM with its tokenizer and chat template: a folder (of LoRA adapters too), a hub name, a GGUF file, "
+        "the quoted pattern of its parts, or package:NAME for one that an installed package ships (default: a small "
+        "Qwen2-architecture model with a character tokenizer, from scratch)",
         metavar="NAME",
     )  # fmt: skip
-    add(model, "--hidden-size", "width of the small model", type=positive, metavar="N")
-    add(model, "--layers", "depth of the small model", type=positive, metavar="N")
+    add(
+        model, "--lora",
+        "train LoRA adapters of this rank on all linear layers, by peft, instead of all weights (16 where no rank is "
+        "given)",
+        nargs="?", const=16, type=positive, metavar="RANK",
+    )  # fmt: skip
+    add(
+        model, "--gradient-checkpointing",
+        "compute activations again in backward passes: less memory, a third more time (default: with --model)",
+        action=argparse.BooleanOptionalAction,
+    )  # fmt: skip
+    add(
+        model, "--chat-template",
+        "Jinja template instead of the tokenizer's own, or none to ask in plain text",
+        metavar="FILE",
+    )  # fmt: skip
+    add(
+        model, "--model-cache",
+        "where GGUF files are converted to, once (default: gac in XDG_CACHE_HOME or ~/.cache)",
+        metavar="DIR",
+    )  # fmt: skip
+    add(model, "--hidden-size", "width of the small model (default: 96)", type=positive, metavar="N")
+    add(model, "--layers", "depth of the small model (default: 3)", type=positive, metavar="N")
     add(model, "--device", "where to train", choices=("auto", "cpu", "cuda"))
 
     mix = parser.add_argument_group("mix of the branches")
@@ -86,7 +108,13 @@ def add_training_options(parser: argparse.ArgumentParser, *, leave_out: tuple[st
 
     training = parser.add_argument_group("training")
     add(training, "--steps", "optimizer steps of the hybrid phase", type=positive, metavar="N")
-    add(training, "--lr", "learning rate (default: 4e-4; 1e-5 with --model)", type=positive_float, metavar="X")
+    add(
+        training,
+        "--lr",
+        "learning rate (default: 4e-4; 1e-5 with --model, 1e-4 with --lora)",
+        type=positive_float,
+        metavar="X",
+    )
     add(training, "--micro-batches", "micro-batches a branch and step", type=positive, metavar="N")
     add(training, "--batch-size", "rollouts a micro-batch", type=positive, metavar="N")
     add(training, "--generations", "rollouts a prompt", type=positive, metavar="N")

@@ -142,7 +142,11 @@ def _options(config: TrainConfig, law: str | None, seed: int) -> list[Any]:
     for name, value in vars(config).items():
         if name in skipped or value is None:
             continue
-        options += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            options.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            options += [f"--{flag}", *(value if isinstance(value, list) else [value])]
     return options
 
 

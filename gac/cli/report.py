@@ -10,13 +10,17 @@ from typing import Any
 from gac.cli._options import positive
 from gac.runs.errors import UsageError
 
+_BESIDE = Path()
+"""Stands for the page's own name in the run directory."""
+
 HELP = "what a run's gradients say, module by module"
 USAGE = "gac report RUN [options]"
 EPILOG = """\
 examples:
   gac report runs/default
   gac report runs/default --last 10 --plot modules.png
-  gac report runs/default --json > report.json"""
+  gac report runs/default --json > report.json
+  gac report runs/default --html              one page, in the run directory"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot", type=Path, metavar="FILE", help="draw a heat map of modules over steps (PNG, PDF, SVG)"
     )
     parser.add_argument(
+        "--html", nargs="?", const=_BESIDE, type=Path, metavar="FILE",
+        help="write one page with pictures, maps, tables and advice, that needs nothing beside itself (default: "
+        "report.html in RUN)",
+    )  # fmt: skip
+    parser.add_argument(
         "--last", type=positive, metavar="K", help="use the last K steps measured by module (default: all of them)"
     )
 
@@ -35,10 +44,22 @@ def run(args: argparse.Namespace) -> int:
     """Runs ``gac report``."""
     from gac.report import Report
 
+    report, missing = None, ""
     try:
         report = Report.from_run(args.directory, last=args.last, **_sizes(args.directory))
     except (FileNotFoundError, ValueError) as error:
-        raise UsageError(str(error)) from error
+        missing = str(error)
+        if args.html is None or args.json or args.plot or not args.directory.is_dir():
+            raise UsageError(missing) from error
+    if report is not None:
+        _tell(report, args)
+    if args.html is not None:
+        _write_page(report, missing, args)
+    return 0
+
+
+def _tell(report: Any, args: argparse.Namespace) -> None:
+    """The report as text, JSON, a picture."""
     if args.json:
         print(json.dumps(report.as_json(), indent=2, allow_nan=False))
     else:
@@ -52,7 +73,21 @@ def run(args: argparse.Namespace) -> int:
         except ValueError as error:  # an unknown suffix, or nothing that could be drawn
             raise UsageError(f"--plot {args.plot}: {error}") from error
         print(f"heat map: {args.plot}", file=sys.stderr if args.json else sys.stdout)
-    return 0
+
+
+def _write_page(report: Any, missing: str, args: argparse.Namespace) -> None:
+    """The page; a run that was not measured by module has one without maps and advice."""
+    from gac.runs.page import PAGE, write_page
+
+    folder = args.directory if args.directory.is_dir() else args.directory.parent
+    path = folder / PAGE if args.html == _BESIDE else args.html
+    try:
+        write_page(args.directory, report, path, missing=missing)
+    except ImportError as error:
+        raise UsageError(f"--html needs matplotlib, which cannot be imported: {error}") from error
+    except OSError as error:
+        raise UsageError(f"--html {path} cannot be written: {error.strerror or error}") from error
+    print(f"page: {path}", file=sys.stderr if args.json else sys.stdout)
 
 
 def _sizes(directory: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ examples:
   gac train --task chain_sum:num_terms=2,num_digits=1 --law fixed:0.5 --seed 1
   gac train --task gcd:max_value=50 spell_backward:max_word_len=5 --steps 500
   gac train --model Qwen/Qwen2.5-0.5B-Instruct --task chain_sum --steps 100 --device cuda
+  gac train --model SmolLM2-135M-Instruct.gguf --lora 16 --warm-start-steps 10 --task chain_sum --steps 50
   gac train --prior 20,200,0.85,0.15 --law-option prior_weight=0.3
   gac train --out runs/first --resume"""
 
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--resume", action="store_true",
         help="continue the run in --out from its last checkpoint, with its options; only "
-        + ", ".join(f"--{name}" for name in RESUME_MAY_CHANGE) + " may differ",
+        + ", ".join(f"--{name.replace('_', '-')}" for name in RESUME_MAY_CHANGE) + " may differ",
     )  # fmt: skip
     output.add_argument(
         "--warm-start", type=Path, metavar="DIR",
@@ -122,7 +123,7 @@ def resolve(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
             raise UsageError(f"nothing to resume: {args.out} holds no {CONFIG}")
         stored = read_json(args.out / CONFIG)
         try:
-            base, warm_start = TrainConfig(**stored["options"]), stored["warm_start"]
+            base, warm_start = TrainConfig.from_stored(stored["options"]), stored["warm_start"]
         except (TypeError, KeyError) as error:
             raise UsageError(
                 f"{args.out / CONFIG} is not of a run that this gac knows ({error}); start anew"

@@ -64,9 +64,16 @@ class Hooks:
         self._told(index)
 
     def remove(self) -> None:
-        """Takes the hooks off."""
+        """Takes the hooks off.
+
+        Where none is left on a parameter's gradient, torch would still wrap the gradient for Python, in every pass.
+        """
         while self._handles:
             self._handles.pop().remove()
+        if self._gradient is not None:
+            for parameter in self._parameters:
+                if parameter._backward_hooks is not None and not parameter._backward_hooks:
+                    parameter._backward_hooks = None
 
 
 class Guided:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,11 @@ OPPOSED = 3.0
 _PAYS, _LITTLE = 1.5, 1.1
 """What twice the batch multiplies a step's progress by (at most 2) where it pays, and where it brings little."""
 
+_ENOUGH = (2 - _LITTLE) / (2 * (_LITTLE - 1))
+"""Batch over noise scale, hence SNR, from which twice the batch brings little: where :func:`_gain` is that."""
+
+_MOST = 4
+"""Places that a sentence names."""
 
 _FEW = 0.5
 """Share of groups whose rewards differ below which most groups say nothing."""
@@ -82,10 +88,14 @@ def _batch(report: Findings, name: str, title: str, branch: BranchSignal) -> str
             "as much."
         )
     pays = "would pay" if gain > _PAYS else "would bring little" if gain < _LITTLE else "would pay in part"
-    return (
+    text = (
         f"{title}: with the present batch{batch} a step makes about {now:.0%} of the progress of a noiseless one; "
         f"twice the batch would make it {gain:.2f} times as much: a larger batch {pays}."
     )
+    if gain >= _LITTLE and report.unit is not None:
+        most = digits(_ENOUGH * branch.noise_scale.value, 2)
+        text += f" The noise scale says that batches above about {most} {report.unit} bring little."
+    return text
 
 
 def _gain(snr: float) -> float:
@@ -129,7 +139,42 @@ def _disagreement(report: Findings) -> list[str]:
     if opposed:
         lowest = min(opposed, key=lambda row: row.cosine.value)
         found.append(
-            f"Their gradients oppose each other in {len(opposed)} of {len(report.modules)} modules, most in "
-            f"{lowest.label} (cosine {lowest.cosine.text()})."
+            f"Demonstrations pull against rewards in {places([row.label for row in opposed])}: the gradients oppose "
+            f"each other in {len(opposed)} of {len(report.modules)} modules, most in {lowest.label} (cosine "
+            f"{lowest.cosine.text()})."
         )
     return found
+
+
+_LAYER = re.compile(r"(?:(?P<stack>.+)\.)?layers\.(?P<index>\d+)(?:\..*)?")
+
+
+def places(labels: Sequence[str]) -> str:
+    """Modules in a few words: ``layers 3 and 8 to 11, head``. A layer is named where any of its modules is.
+
+    Args:
+        labels: of modules, in model order, at least one.
+    """
+    layers: dict[str, list[int]] = {}
+    others = []
+    for label in labels:
+        layer = _LAYER.fullmatch(label)
+        if layer is None:
+            others.append(label)
+        else:
+            layers.setdefault(layer["stack"] or "", []).append(int(layer["index"]))
+    words = []
+    for stack, indices in layers.items():
+        runs: list[list[int]] = []
+        for index in sorted(set(indices)):
+            if runs and runs[-1][-1] == index - 1:
+                runs[-1].append(index)
+            else:
+                runs.append([index])
+        spans = [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+        name = "layer" if spans == [str(indices[0])] else "layers"
+        listed = ", ".join(spans[:-1]) + " and " + spans[-1] if len(spans) > 1 else spans[0]
+        words.append(f"{stack} {name} {listed}".strip())
+    shown = words + others[: max(_MOST - len(words), 1)]
+    left = len(words) + len(others) - len(shown)
+    return ", ".join(shown) + (f" and {left} more" if left else "")

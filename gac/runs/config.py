@@ -3,11 +3,16 @@
 import ast
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from gac.runs.errors import UsageError, usage_errors
+from gac.tasks.chat import PLAIN
 
 DEFAULT_TASK = "spell_backward:min_word_len=3,max_word_len=6"
+SMALL_MODEL = {"hidden_size": 96, "layers": 3}
+_OF_SMALL_MODELS = tuple(SMALL_MODEL)
+_OF_PRETRAINED_MODELS = ("lora", "chat_template", "model_cache")
 
 
 @dataclasses.dataclass
@@ -19,8 +24,12 @@ class TrainConfig:
     prompts: int = 5000
     heldout: int = 500
     model: str | None = None
-    hidden_size: int = 96
-    layers: int = 3
+    hidden_size: int | None = None
+    layers: int | None = None
+    chat_template: str | None = None
+    lora: int | None = None
+    gradient_checkpointing: bool | None = None
+    model_cache: str | None = None
     device: str = "auto"
     law: str = "gac"
     mu: float | None = None
@@ -48,12 +57,27 @@ class TrainConfig:
     eval_every: int = 20
     save_every: int = 50
 
+    @classmethod
+    def from_stored(cls, options: Mapping[str, Any]) -> "TrainConfig":
+        """The configuration that a run directory holds.
+
+        Raises:
+            TypeError: it holds an option that there is none of.
+        """
+        config = cls(**options)
+        # earlier versions stored the small model's size for every model
+        return config if config.model is None else dataclasses.replace(config, hidden_size=None, layers=None)
+
     def with_model_defaults(self) -> "TrainConfig":
         """A copy where every option that depends on the kind of model has its value."""
         small = self.model is None
-        fill = {"lr": 4e-4 if small else 1e-5, "warm_start_steps": 300 if small else 0}
-        fill["warm_start_lr"] = 1e-3 if small else fill["lr"]
+        # adapters begin at 0 and are scaled down: they take ten times the rate of all weights
+        fill = {"lr": 4e-4 if small else 1e-4 if self.lora else 1e-5, "warm_start_steps": 300 if small else 0}
+        fill["warm_start_lr"] = 1e-3 if small else self.lr or fill["lr"]
         fill["threads"] = 1 if small else 0  # its operations are too small to share out
+        fill["gradient_checkpointing"] = not small
+        if small:
+            fill |= SMALL_MODEL
         return dataclasses.replace(self, **{k: v for k, v in fill.items() if getattr(self, k) is None})
 
     def law_and_options(self) -> tuple[str, dict[str, Any]]:
@@ -70,7 +94,7 @@ class TrainConfig:
         return name, options
 
 
-RESUME_MAY_CHANGE = ("steps", "device", "threads")
+RESUME_MAY_CHANGE = ("steps", "device", "threads", "model_cache")
 """Options that `--resume` may change: more steps continue the same run."""
 
 
@@ -93,6 +117,7 @@ def check(config: TrainConfig) -> None:
     from gac.tasks.problems import parse_task
     from gac.trainers.rules import rule_of
 
+    _check_model(config)
     with usage_errors():
         for task in config.task:
             parse_task(task)
@@ -125,6 +150,28 @@ def check(config: TrainConfig) -> None:
 
         if not torch.cuda.is_available():
             raise UsageError("--device cuda: torch sees no CUDA device; use --device cpu or auto")
+
+
+def _check_model(config: TrainConfig) -> None:
+    """Raises `UsageError` for options that do not go with the kind of model, and for what they need."""
+    kind, others = ("--model", _OF_SMALL_MODELS) if config.model else ("no --model", _OF_PRETRAINED_MODELS)
+    if config.model == "":
+        raise UsageError("--model is empty: give a folder, a hub name or a GGUF file, or leave it out")
+    for name in others:
+        if (value := getattr(config, name)) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            what = "the small model's alone, a pretrained one has its own" if config.model else "a pretrained model's"
+            raise UsageError(
+                f"{flag} {value} with {kind}: it is {what}; leave it out{'' if config.model else ', or give --model'}"
+            )
+    with usage_errors():
+        if config.lora is not None:
+            from gac.tasks.adapters import require_peft
+
+            require_peft(f"--lora {config.lora}")
+    template = config.chat_template
+    if template not in (None, PLAIN) and not Path(template).expanduser().is_file():
+        raise UsageError(f"--chat-template {template}: there is no such file; give a Jinja template, or {PLAIN}")
 
 
 def parse_law(text: str) -> tuple[str, dict[str, Any]]:

@@ -78,16 +78,25 @@ def read_metrics(path: Path, *, last_step: int | None = None) -> list[dict[str, 
         return records
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            record = json.loads(line)
+            record = metrics_record(line, path)
         except json.JSONDecodeError:
             break
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise DamagedFile(
-                f"{path} is no file of metrics: {line:.60} is no step; remove it, or choose another folder"
-            )
         if last_step is None or record["step"] <= last_step:
             records.append(record)
     return records
+
+
+def metrics_record(line: str, path: Path) -> dict[str, Any]:
+    """The record in a line of a metrics file.
+
+    Raises:
+        json.JSONDecodeError: it is no JSON, as what a kill left of a line.
+        DamagedFile: it is something else than the record of a step; `path` names the file.
+    """
+    record = json.loads(line)
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise DamagedFile(f"{path} is no file of metrics: {line:.60} is no step; remove it, or choose another folder")
+    return record
 
 
 class MetricsFile:
@@ -147,7 +156,7 @@ def write_config(out: Path, options: dict[str, Any], command: Sequence[str], war
 def versions() -> dict[str, str]:
     """Versions of Python and of every package that decides a run's numbers; 'not installed' where absent."""
     names = ["gac-kernels", "torch", "triton", "transformers", "trl", "peft", "accelerate", "tokenizers", "datasets"]
-    names += ["reasoning-gym", "numpy", "matplotlib", "rich", "tensorboard"]
+    names += ["reasoning-gym", "gguf", "numpy", "matplotlib", "rich", "tensorboard"]
     return {"python": platform.python_version()} | package_versions(names)
 
 

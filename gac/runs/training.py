@@ -36,13 +36,19 @@ class Setup:
     prompts: list[dict[str, Any]]
     max_completion_length: int
 
+    @property
+    def bf16(self) -> bool:
+        """Whether forward passes run under autocast to bf16: of pretrained models on GPUs. On CPUs it is slow."""
+        return self.device == "cuda" and self.config.model is not None
+
 
 def prepare(config: TrainConfig) -> Setup:
     """Builds problems, model and tokenizer; the same for the same configuration."""
     quiet_libraries()
     import torch
 
-    from gac.tasks.models import build_model_and_tokenizer
+    from gac.tasks.models import build_small_model_and_tokenizer
+    from gac.tasks.pretrained import load_pretrained
     from gac.tasks.problems import as_records, build_splits, parse_task
 
     if config.threads:
@@ -58,14 +64,22 @@ def prepare(config: TrainConfig) -> Setup:
             prompts=config.prompts,
             seed=config.seed,
         )
-        problems = [*splits.heldout, *splits.demonstrations, *splits.prompts]
-        model, tokenizer = build_model_and_tokenizer(
-            config.model,
-            (problem.prompt + problem.answer for problem in problems),
-            seed=config.seed,
-            hidden_size=config.hidden_size,
-            layers=config.layers,
-        )
+        if config.model is None:
+            model, tokenizer = build_small_model_and_tokenizer(
+                (p.prompt + p.answer for part in (splits.heldout, splits.demonstrations, splits.prompts) for p in part),
+                seed=config.seed,
+                hidden_size=config.hidden_size,
+                layers=config.layers,
+            )
+        else:
+            model, tokenizer = load_pretrained(
+                config.model,
+                cache=config.model_cache,
+                chat_template=config.chat_template,
+                lora=config.lora,
+                device=device,
+                seed=config.seed,
+            )
     records = [as_records(part, tokenizer) for part in (splits.heldout, splits.demonstrations, splits.prompts)]
     length = config.max_completion_length or _completion_length(
         tokenizer, records, slack=1 if config.model is None else 16
@@ -79,7 +93,6 @@ def run_warm_start(setup: Setup, folder: Path, reporter: Reporter) -> float:
     Leaves the starting model in `setup` exactly as it is loaded from `folder`, so that a resumed run starts from the
     same bits. Returns its held-out accuracy.
     """
-    from gac.tasks.models import load_model
     from gac.tasks.warm_start import warm_start
 
     config, result = setup.config, folder / _WARM_START_RESULT
@@ -93,16 +106,24 @@ def run_warm_start(setup: Setup, folder: Path, reporter: Reporter) -> float:
         if steps:
             reporter.begin("warm start", steps)
             every = max(1, steps // 5)
+            pretrained = config.model is not None
+            batch = config.sft_batch_size * config.micro_batches if pretrained else _WARM_START_BATCH
+            if config.gradient_checkpointing:
+                setup.model.gradient_checkpointing_enable({"use_reentrant": False})
             warm_start(
                 setup.model,
                 setup.tokenizer,
                 setup.demonstrations,
                 steps=steps,
-                batch_size=min(_WARM_START_BATCH, len(setup.demonstrations)),
+                batch_size=min(batch, len(setup.demonstrations)),
                 lr=config.warm_start_lr,
                 seed=config.seed,
+                rows_at_once=config.sft_batch_size if pretrained else None,
+                bf16=setup.bf16,
                 on_step=lambda step, loss: reporter.advance(step, milestone=step % every == 0, loss=loss),
             )
+            if config.gradient_checkpointing:
+                setup.model.gradient_checkpointing_disable()
             reporter.end()
         # all files appear at once: the folder is written beside its place, then renamed
         part = folder.with_name(folder.name + ".part")
@@ -115,9 +136,7 @@ def run_warm_start(setup: Setup, folder: Path, reporter: Reporter) -> float:
         sync_tree(part)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
-    if (folder / "config.json").exists():
-        setup.model, setup.tokenizer = load_model(str(folder))
-        setup.model.to(setup.device)
+    _restore(setup, folder)
     return read_json(result)["accuracy"]
 
 
@@ -139,7 +158,6 @@ def run_hybrid(
     from transformers.utils import logging as transformers_logging
 
     from gac.runs.callback import RunCallback
-    from gac.tasks.models import load_model
     from gac.tasks.problems import exact_match_reward
     from gac.trainers.hybrid_grpo import HybridGRPOConfig, HybridGRPOTrainer, complete_checkpoints
     from gac.trainers.prompts import COLUMN
@@ -175,8 +193,8 @@ def run_hybrid(
             temperature=config.temperature,
             seed=config.seed,
             use_cpu=setup.device == "cpu",
-            bf16=setup.device == "cuda" and config.model is not None,
-            gradient_checkpointing=config.model is not None,
+            bf16=setup.bf16,
+            gradient_checkpointing=config.gradient_checkpointing,
             logging_steps=1,
             save_steps=config.save_every,
             save_total_limit=2,  # one of them is always complete
@@ -223,7 +241,7 @@ def run_hybrid(
         if done < config.steps:
             trainer.train(resume_from_checkpoint=checkpoint)
         else:  # killed after the last checkpoint, before the summary
-            setup.model = load_model(checkpoint)[0].to(setup.device)
+            _restore(setup, Path(checkpoint))
     finally:
         callback.close()
         reporter.end()
@@ -251,6 +269,7 @@ def summarize(setup: Setup, records: Sequence[dict[str, Any]], warm_accuracy: fl
     return {
         "steps": records[-1]["step"],
         "parameters": sum(p.numel() for p in setup.model.parameters()),
+        "trained_parameters": sum(p.numel() for p in setup.model.parameters() if p.requires_grad),
         "device": setup.device,
         "estimator": records[-1]["estimator"],
         "warm_start_accuracy": warm_accuracy,
@@ -265,6 +284,18 @@ def summarize(setup: Setup, records: Sequence[dict[str, Any]], warm_accuracy: fl
         "peak_memory_bytes": peak_memory_bytes(setup.device),
         "seconds": seconds,
     }
+
+
+def _restore(setup: Setup, folder: Path) -> None:
+    """Takes the weights that `folder` holds, if it holds any: of the whole model with its tokenizer, or adapters."""
+    from gac.tasks.adapters import ADAPTER_CONFIG, load_adapters
+    from gac.tasks.models import load_model
+
+    if (folder / ADAPTER_CONFIG).exists():
+        load_adapters(setup.model, folder)
+    elif (folder / "config.json").exists():
+        setup.model, setup.tokenizer = load_model(str(folder))
+        setup.model.to(setup.device)
 
 
 def _completion_length(tokenizer: Any, splits: Sequence[Sequence[dict[str, Any]]], *, slack: int) -> int:
@@ -283,7 +314,8 @@ def _identity(config: TrainConfig) -> str:
         "task", "demonstrations", "prompts", "heldout", "model", "hidden_size", "layers", "seed",
         "warm_start_steps", "warm_start_lr", "max_completion_length",
     )  # fmt: skip
-    return json.dumps({name: getattr(config, name) for name in names})
+    given = {name: value for name in ("lora", "chat_template") if (value := getattr(config, name)) is not None}
+    return json.dumps({name: getattr(config, name) for name in names} | given)
 
 
 def _remove_incomplete(folder: Path, complete: Sequence[str]) -> None:

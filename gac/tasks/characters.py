@@ -31,3 +31,11 @@ def build_character_tokenizer(texts: Iterable[str] = (), *, max_length: int = 51
         clean_up_tokenization_spaces=False,
         model_max_length=max_length,
     )
+
+
+def is_character_tokenizer(tokenizer: Any) -> bool:
+    """Whether a tokenizer is one that :func:`build_character_tokenizer` made, or was loaded from one."""
+    vocabulary = tokenizer.get_vocab()
+    return {PAD, EOS, UNKNOWN} <= set(vocabulary) and all(
+        len(token) == 1 for token in vocabulary if token not in (PAD, EOS, UNKNOWN)
+    )

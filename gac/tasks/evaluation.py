@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+from gac.tasks.chat import chat_match
 from gac.tasks.problems import exact_match
 
 
@@ -35,6 +36,13 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Any]) -> dict[str, Any]:
         tokenizer.padding_side = side
 
 
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends a rollout, as TRL takes them: the tokenizer's, and those that the model declares."""
+    known = model.generation_config.eos_token_id
+    known = [] if known is None else [known] if isinstance(known, int) else list(known)
+    return known if tokenizer.eos_token_id in known else [tokenizer.eos_token_id, *known]
+
+
 def generate_greedily(
     model: Any, tokenizer: Any, prompts: Sequence[Any], *, max_new_tokens: int, batch_size: int = 256
 ) -> list[str]:
@@ -45,7 +53,7 @@ def generate_greedily(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=_end_tokens(model, tokenizer),
     )
     texts: list[str] = []
     with inference_mode_of(model):
@@ -59,10 +67,14 @@ def generate_greedily(
 def accuracy(
     model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], *, max_new_tokens: int, batch_size: int = 256
 ) -> float:
-    """Share of `rows` (``prompt``, ``answer``) that greedy decoding answers exactly."""
+    """Share of `rows` (``prompt``, ``answer``) that greedy decoding answers exactly; see `exact_match_reward`."""
     if not rows:
         raise ValueError("accuracy: no held-out problems to evaluate on")
     texts = generate_greedily(
         model, tokenizer, [row["prompt"] for row in rows], max_new_tokens=max_new_tokens, batch_size=batch_size
     )
-    return sum(exact_match(text, row["answer"]) for text, row in zip(texts, rows, strict=True)) / len(rows)
+    right = (
+        exact_match(text, row["answer"]) if isinstance(row["prompt"], str) else chat_match(text, row["answer"])
+        for text, row in zip(texts, rows, strict=True)
+    )
+    return sum(right) / len(rows)

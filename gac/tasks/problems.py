@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from gac.tasks.chat import chat_match, chat_rows
+
 _DRAWS_PER_PROBLEM = 20
 """How many draws from the generator are made per wanted distinct question before giving up."""
 _SEED_STRIDE = 100_000_007
@@ -111,9 +113,11 @@ def exact_match(completion: str, answer: str) -> float:
 
 
 def exact_match_reward(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
-    """`exact_match` as a TRL reward function; `completions` are strings or message lists, `answer` a data column."""
-    texts = [row if isinstance(row, str) else row[-1]["content"] for row in completions]
-    return [exact_match(text, expected) for text, expected in zip(texts, answer, strict=True)]
+    """A TRL reward function: `exact_match` of strings, `chat_match` of message lists; `answer` is a data column."""
+    return [
+        exact_match(row, expected) if isinstance(row, str) else chat_match(row[-1]["content"], expected)
+        for row, expected in zip(completions, answer, strict=True)
+    ]
 
 
 def _registry() -> dict[str, tuple[type, type]]:
@@ -205,13 +209,5 @@ def as_records(problems: Iterable[Problem], tokenizer: Any | None = None) -> lis
     hold the compact text.
     """
     if tokenizer is not None and getattr(tokenizer, "chat_template", None):
-        instruction = "Answer with the final result only, inside <answer></answer>."
-        return [
-            {
-                "prompt": [{"role": "user", "content": f"{problem.question}\n{instruction}"}],
-                "completion": [{"role": "assistant", "content": f"<answer>{problem.answer}</answer>"}],
-                "answer": problem.answer,
-            }
-            for problem in problems
-        ]
+        return chat_rows(problems)
     return [{"prompt": p.prompt, "completion": p.answer, "answer": p.answer} for p in problems]

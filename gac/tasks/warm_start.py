@@ -14,16 +14,23 @@ def warm_start(
     lr: float,
     seed: int,
     max_length: int | None = None,
+    rows_at_once: int | None = None,
+    bf16: bool = False,
     on_step: Callable[[int, float], None] | None = None,
 ) -> float:
     """Trains `model` in place with AdamW on the completion tokens of `demonstrations`; returns the last batch's loss.
 
     The order of the demonstrations follows from `seed` alone and no other random number is drawn, so two calls on the
-    same machine give the same model. `on_step` gets the step number (from 1) and the loss.
+    same machine give the same model.
+
+    Args:
+        rows_at_once: demonstrations in a forward pass; a batch that has more is accumulated. Default: all of it.
+        bf16: forward passes under autocast.
+        on_step: gets the step number (from 1) and the loss.
     """
     import torch
 
-    from gac.losses import sft_token_loss
+    from gac.losses import count_label_tokens, sft_token_loss
     from gac.trainers.demonstrations import DemonstrationCollator, EpochSampler
 
     if steps <= 0:
@@ -38,10 +45,20 @@ def warm_start(
         for group in optimizer.param_groups:
             # a linear ramp, then a linear descent to a tenth: the hybrid phase starts from a settled model
             group["lr"] = lr * min(1.0, (step + 1) / 20) * (1.0 - 0.9 * step / steps)
-        batch = collate(sampler.take(step * batch_size, batch_size)).to(model.device)
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        loss = sft_token_loss(logits, batch.labels)
-        loss.backward()
+        rows = sampler.take(step * batch_size, batch_size)
+        pieces = [
+            collate(rows[at : at + (rows_at_once or batch_size)]).to(model.device)
+            for at in range(0, batch_size, rows_at_once or batch_size)
+        ]
+        tokens = sum(count_label_tokens(piece.labels) for piece in pieces) if len(pieces) > 1 else None
+        losses = []
+        for piece in pieces:
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+                logits = model(input_ids=piece.input_ids, attention_mask=piece.attention_mask, use_cache=False).logits
+            losses.append(sft_token_loss(logits, piece.labels, num_tokens=tokens))
+            losses[-1].backward()
+            del logits  # of the next piece there are as many
+        loss = torch.stack([each.detach() for each in losses]).sum() if len(losses) > 1 else losses[0]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

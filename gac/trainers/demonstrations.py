@@ -74,7 +74,8 @@ class DemonstrationCollator:
         tokenizer: of the model; needs a pad token, and an EOS token for plain text.
         demonstrations: a map-style data set or a sequence of mappings with one of the formats above. Plain text:
             prompt and completion are tokenised apart, as generation does, and EOS closes the completion. Message
-            lists: the chat template renders both; the completion is what it adds to the rendered prompt.
+            lists: the chat template renders both; the completion is what it adds to the rendered prompt, up to the
+            EOS token where nothing but blanks and special tokens come after that.
         completion_only: loss on the completion only (default), else on every token. Ignored for 'labels'.
         max_length: longer rows keep their first `max_length` tokens.
         source_column: has a label for each row.
@@ -188,7 +189,16 @@ def encode_pair(tokenizer: Any, prompt: Any, completion: Any, where: str) -> tup
             "cannot be located; pass 'input_ids' and 'labels' instead"
         )
     encode = lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return encode(head), encode(whole[len(head) :])
+    return encode(head), encode(_to_the_end(tokenizer, whole[len(head) :]))
+
+
+def _to_the_end(tokenizer: Any, text: str) -> str:
+    """A rendered completion up to its end token: what a template puts after it, no rollout will ever have."""
+    end = tokenizer.eos_token
+    reply, found, rest = text.rpartition(end) if end else ("", "", text)
+    for token in tokenizer.all_special_tokens:
+        rest = rest.replace(token, "")
+    return reply + found if found and not rest.strip() else text
 
 
 def pad_demonstrations(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int) -> DemonstrationBatch:

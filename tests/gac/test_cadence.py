@@ -11,6 +11,7 @@ import gac.branches
 import gac.ending
 import gac.mixer
 import gac.observe.observer
+import gac.quiet
 import gac.spending
 from gac.cadence import AIM, FLOOR, MOST, RESERVE, WARM_UP, BudgetCadence, Costs, FixedCadence
 
@@ -165,7 +166,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     found = Clock()
-    for module in (gac.branches, gac.ending, gac.mixer, gac.observe.observer, gac.spending):
+    for module in (gac.branches, gac.ending, gac.mixer, gac.observe.observer, gac.quiet, gac.spending):
         monkeypatch.setattr(module, "perf_counter", found)
     return found
 
@@ -216,11 +217,11 @@ def test_a_run_under_a_budget_is_that_of_its_measurements(clock):
             told = {} if mixer is mixers[0] else {"alpha": 0.5}  # the law's own; who tells it something ends every step
             train(mixer, model, 1, 0.05, clock, **told)
         mixers[1]._measurement.spending.cadence.load_state_dict(mixers[0]._measurement.spending.cadence.state_dict())
-        left = mixers[0]._ending._left
+        left = 0 if mixers[0]._observer.measuring else mixers[0]._quiet.left + 1
         mixers[1]._ending.catch_up()
         mixers[1]._measurement.spending.cadence._left = left
         mixers[1]._ending.plan()
-        passed += mixers[0]._ending._quiet > 0
+        passed += mixers[0]._quiet.passed > 0
         assert float(mixers[0].mu) == float(mixers[1].mu)
         assert mixers[0].controller.steps == mixers[1].controller.steps == step + 1
     assert passed > 50
@@ -246,7 +247,8 @@ def test_numbers_of_steps_that_are_passed_by(clock):
         again = Model()
         with gac.patch(again) as other:
             other.load_state_dict(state)
-            assert other._ending._left == int(state["cadence"]["counts"][0])
+            left = int(state["cadence"]["counts"][0])
+            assert other._measurement.spending.cadence.until_due(40) == left
             for name in ("counts", "balance", "recent"):
                 torch.testing.assert_close(other.state_dict()["cadence"][name], state["cadence"][name], equal_nan=True)
 

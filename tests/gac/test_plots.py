@@ -3,7 +3,8 @@ from itertools import pairwise
 
 import pytest
 
-from gac.plots import COLOURS, _asinh_ticks, draw_comparison, draw_run
+from gac.plots import COLOURS, draw_comparison, draw_run
+from gac.plots.run import _asinh_ticks
 
 plt = pytest.importorskip("matplotlib.pyplot")
 
@@ -125,6 +126,23 @@ def test_comparison_picture(tmp_path):
     runs = {law: [{"records": records(8 + 4 * seed), "summary": summary} for seed in range(2)] for law in laws}
     draw_comparison(runs, tmp_path / "compare.png", title="laws")
     png(tmp_path / "compare.png")
+
+
+def test_regret_is_what_was_lost_to_the_best(tmp_path, figure):
+    """Mean over the last four evaluations, pair by pair of seeds; the best loses nothing to itself."""
+    run = lambda values: {
+        "summary": {"warm_start_accuracy": 0.0, "last_four_accuracy": 0.5},
+        "records": [{"step": k, "accuracy": value} for k, value in enumerate(values, 1)],
+    }
+    runs = {"gac": [run([0.1, 0.2, 0.3, 0.4]), run([0.0] * 4)], "fixed:0.5": [run([0.5] * 4), run([0.2] * 4)]}
+    draw_comparison(runs, tmp_path / "compare.png", best="fixed:0.5")
+    axis = next(axis for axis in figure().axes if "lost to fixed:0.5" in axis.get_title(loc="left"))
+    first, second = ([0, 0.4, 0.3, 0.2, 0.1], [0, 0.2, 0.2, 0.2, 0.2])
+    late = lambda values: [sum(values[max(k - 3, 0) : k + 1]) / min(k + 1, 4) for k in range(5)]
+    expected = [(a + b) / 2 for a, b in zip(late(first), late(second), strict=True)]
+    lines = {line.get_label(): list(line.get_ydata()) for line in axis.lines}
+    assert lines["gac"] == pytest.approx(expected)
+    assert lines["fixed:0.5"] == [0.0] * 5
 
 
 def test_nothing_to_draw(tmp_path):

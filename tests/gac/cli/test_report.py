@@ -60,6 +60,30 @@ def test_json_and_picture(run, capsys, tmp_path):
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_page_goes_where_it_is_asked_to(run, capsys, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "pages" / "run.html"
+    assert main(["report", str(run / HISTORY), "--html", str(elsewhere), "--json"]) == 0
+    out = capsys.readouterr()
+    assert json.loads(out.out)["steps"] == [10, 120]
+    assert str(elsewhere) in out.err
+    assert elsewhere.read_text().count("<svg") == 4  # modules alone
+
+    (run / "metrics.jsonl").write_text('{"step": 1, "gac/mu": 0.5}\n')
+    (run / HISTORY).unlink()  # not measured by module: the page says why, the text has nothing to say
+    assert main(["report", str(run), "--html"]) == 0
+    assert f"page: {run / 'report.html'}" in capsys.readouterr().out
+    assert "report_interval=10" in (run / "report.html").read_text()
+    assert main(["report", str(run)]) == 2
+    assert main(["report", str(run), "--html", str(run / "metrics.jsonl" / "x.html")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "absent"), "--html"]) == 2
+    assert "no such run" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["report", str(run), "--html"]) == 2
+    assert "--html needs matplotlib" in capsys.readouterr().err
+
+
 def test_tables_on_a_terminal(run, capsys, monkeypatch):
     pytest.importorskip("rich")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)

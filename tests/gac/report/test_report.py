@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from io import StringIO
 from itertools import pairwise
 
@@ -8,7 +9,7 @@ import torch
 
 from gac.report import HISTORY, BranchSignal, ModuleSummary, Report, append_record, read_history
 from gac.report.estimates import FEWEST, Estimate, estimate
-from gac.report.sentences import Findings, sentences
+from gac.report.sentences import Findings, places, sentences
 from gac.statistics import ModuleStatistics, Statistics
 from tests.gac.statistics.sources import FAMILIES, Source, family
 from tests.gac.truth import contribution_statistics, noise_from_contributions
@@ -255,11 +256,38 @@ def test_opposed_gradients_are_named():
     s, r = isotropic([1.0] * 10 + [1.0] * 10, 0.3), isotropic([1.0] * 10 + [-1.0] * 10, 0.3)
     report = Report(history(30, (s, r), (4, 4), [10, 10], labels=["a", "b"]))
     text = " ".join(report.reading())
+    assert "Demonstrations pull against rewards in b: " in text
     assert "oppose each other in 1 of 2 modules, most in b (cosine -1.0" in text
     assert text.index("disagree most in b (") > 0
     assert report.module("a").cosine.value == pytest.approx(1, abs=0.01)
     with pytest.raises(KeyError, match="known: a, b"):
         report.module("c")
+
+
+@pytest.mark.parametrize(
+    ("labels", "text"),
+    [
+        ([f"layers.{k}.{part}" for k in range(8, 12) for part in ("attention", "mlp")], "layers 8 to 11"),
+        (["layers.3.mlp"], "layer 3"),
+        (["layers.2", "layers.9", "layers.10", "head"], "layers 2 and 9 to 10, head"),
+        (["encoder.layers.0.mlp", "decoder.layers.1.mlp", "b"], "encoder layer 0, decoder layer 1, b"),
+        (list("abcdef"), "a, b, c, d and 2 more"),
+    ],
+)
+def test_places_in_a_few_words(labels, text):
+    assert places(labels) == text
+
+
+def test_the_batch_above_which_more_brings_little():
+    """Twice the batch makes a step 2 (1 + SNR) / (1 + 2 SNR) = 1.1 times as good at SNR = B / B_simple = 4.5."""
+    source, quiet = isotropic([1.0] * 20, scale=2.0), isotropic([1.0] * 20, scale=0.1)
+    report = Report(history(60, (source, quiet), (4, 4), [10, 10]), half_life=math.inf)
+    sft, *rest = [line for line in report.reading() if line.startswith(("SFT", "RL"))]
+    batch = float(re.search(r"batches above about ([\d.]+) contributions bring little", sft)[1])
+    assert batch == pytest.approx(4.5 * report.whole.sft.noise_scale.value, rel=0.05)  # two digits
+    snr = batch / report.whole.sft.noise_scale.value
+    assert 2 * (1 + snr) / (1 + 2 * snr) == pytest.approx(1.1, abs=0.01)
+    assert not any("batches above" in line for line in rest)  # a larger batch brings little already
 
 
 @pytest.mark.parametrize(("errors", "named"), [(2.9, False), (3.1, True)])

@@ -2,9 +2,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from gac.tasks.characters import build_character_tokenizer
+from gac.tasks.characters import build_character_tokenizer, is_character_tokenizer
 from gac.tasks.evaluation import accuracy, generate_greedily
-from gac.tasks.models import build_model_and_tokenizer, build_small_model, load_model
+from gac.tasks.models import build_small_model, build_small_model_and_tokenizer, load_model
 from gac.tasks.warm_start import warm_start
 
 ROWS = [{"prompt": f"{a}+{b}=", "completion": str(a + b), "answer": str(a + b)} for a in range(4) for b in range(4)]
@@ -51,10 +51,19 @@ def test_checkpoint_round_trip_and_a_name_that_leads_nowhere(tokenizer, tmp_path
     model = build_small_model(tokenizer, hidden_size=16, layers=1, heads=2)
     model.save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
-    loaded, _ = build_model_and_tokenizer(str(tmp_path / "m"), [], seed=0)
+    loaded, again = load_model(str(tmp_path / "m"))
     assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
+    text = "two words\nand é"  # transformers' class for this architecture would drop what is between words
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert is_character_tokenizer(again)
     with pytest.raises(ValueError, match="neither a model folder nor"):
         load_model(str(tmp_path / "absent"))
+
+
+def test_a_small_model_and_its_tokenizer_know_the_texts():
+    model, tokenizer = build_small_model_and_tokenizer(["é"], seed=0, hidden_size=16, layers=1)
+    assert tokenizer("é")["input_ids"] != [tokenizer.unk_token_id]
+    assert model.config.vocab_size == len(tokenizer)
 
 
 def test_warm_start_is_deterministic_and_learns(tokenizer):
@@ -70,6 +79,16 @@ def test_warm_start_is_deterministic_and_learns(tokenizer):
     assert losses[-1] < 0.2 * losses[0]
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
     assert accuracy(models[0], tokenizer, ROWS, max_new_tokens=3, batch_size=5) > 0.8
+
+
+def test_a_warm_start_in_pieces_takes_the_same_steps(tokenizer):
+    found = []
+    for pieces in (None, 5):  # of 16, so that the last is shorter; rows have one or two tokens and an end
+        model = build_small_model(tokenizer, hidden_size=16, layers=1, heads=2).double()
+        loss = warm_start(model, tokenizer, ROWS, steps=3, batch_size=16, lr=1e-2, seed=0, rows_at_once=pieces)
+        found.append([torch.tensor(loss), *(p.detach() for p in model.parameters())])
+    for whole, piece in zip(*found, strict=True):
+        torch.testing.assert_close(piece, whole, rtol=1e-6, atol=1e-9)
 
 
 def test_batched_generation_with_cache_equals_one_by_one_without(tokenizer):
