@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--jobs", type=_positive, default=2, metavar="N", help="runs side by side, one thread each")
     run.add_argument("--limit", type=_positive, metavar="N", help="at most N runs")
     run.add_argument("--minutes", type=float, metavar="M", help="start no run after M minutes")
-    run.add_argument("--only", default="", metavar="TEXT", help="only rows whose key holds TEXT")
+    run.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="only rows whose key holds each TEXT")
     status = command("status", _status, "rows done and left, time left")
     status.add_argument("--jobs", type=_positive, default=2, metavar="N", help="runs side by side, for the time left")
     row = command("row", _row, "repeat one run and compare it with its record, number by number")
@@ -125,7 +125,7 @@ def _run_phase(phase: str, args: argparse.Namespace, progress: Any, deadline: fl
     while True:
         records = read_records(args.results)
         done = {record["key"] for record in records}
-        rows = [row for row in grid.rows(phase, records) if args.only in row.key]
+        rows = [row for row in grid.rows(phase, records) if all(text in row.key for text in args.only)]
         missing = [row.key for row in rows if row.key not in done | tried]
         if args.limit is not None:
             missing = missing[: args.limit - len(tried)]
