@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from statistics import median
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import gac.observe.observer
 import gac.quiet
 import gac.sequences.observer
 import gac.spending
+from gac.cadence import RESERVE
 from gac.spending import PAUSE, StepClock
 
 
@@ -166,10 +168,12 @@ def test_measuring_takes_less_than_its_budget(processor, width, layers, seconds,
 @pytest.mark.budget
 @pytest.mark.parametrize(("seconds", "then"), [(5e-2, 5e-3), (5e-3, 5e-2)])
 def test_steps_that_become_cheap_or_slow_are_followed(processor, seconds, then):
+    """At every step since; of the last ones alone, beside what may have been saved for when statistics move."""
     torch.manual_seed(0)
     found = shares(processor, 130, 6, seconds, 800, then)
-    assert share(found, 399) < 0.01
-    assert share(found) < 0.01
+    assert max(share(found, step) for step in range(399, 800)) < 0.01
     spent, whole = found
-    one = max(b - a for a, b in itertools.pairwise(spent[400:]))  # where the steps looked at begin is chance
-    assert spent[-1] - spent[600] < 0.01 * (whole[-1] - whole[600]) + one
+    steps = sorted(b - a for a, b in itertools.pairwise(spent[10:]))
+    measured = median(seconds for seconds in steps if seconds > steps[-1] / 10)
+    saved = 2 * RESERVE * measured  # the most that the account keeps
+    assert spent[-1] - spent[600] < 0.01 * (whole[-1] - whole[600]) + saved + measured
