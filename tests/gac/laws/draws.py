@@ -63,10 +63,30 @@ class Truth:
 def estimates(truth: Truth, runs: int, steps: int, *, seed: int = 0, **options) -> tuple[Tensor, Tensor]:
     """``[runs, steps]`` estimates of law ``gac`` and their standard errors, each run on its own draws."""
     drawn = truth.draw(runs, steps, generator=torch.Generator().manual_seed(seed))
-    raw, error = torch.empty(2, runs, steps, dtype=torch.float64)
-    for run in range(runs):
-        controller = gac.Controller("gac", **options)
-        for step in range(steps):
-            controller.update(gac.Statistics(**{name: value[run, step] for name, value in drawn.items()}))
-            raw[run, step], error[run, step] = controller.law.state["raw"], controller.law.state["mu_se"]
-    return raw, error
+    states = side_by_side("gac", drawn, **options)
+    return torch.stack([state["raw"] for state in states], 1), torch.stack([state["mu_se"] for state in states], 1)
+
+
+def side_by_side(law: str, told: dict[str, Tensor], **options) -> list[dict[str, Tensor]]:
+    """The law's state after each step of many runs, which go through its ``update`` together.
+
+    Args:
+        told: statistics by name, ``[runs, steps]``.
+
+    Returns:
+        Of each step the state's entries, ``[runs, ...]``.
+    """
+    controller = gac.Controller(law, **options)
+
+    def update(state: dict[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
+        controller.law.state = dict(state)
+        controller.update(gac.Statistics(**values))
+        return controller.law.state
+
+    runs, steps = next(iter(told.values())).shape
+    state = {name: value.expand(runs, *value.shape) for name, value in controller.law.state.items()}
+    found = []
+    for step in range(steps):
+        state = torch.vmap(update)(state, {name: value[:, step] for name, value in told.items()})
+        found.append(state)
+    return found

@@ -9,6 +9,7 @@ import torch
 
 import gac
 from gac.laws.gac import LONG, SHORT
+from tests.gac.laws.draws import side_by_side
 
 S = gac.Statistics
 FREE = {"cap": 1.0, "mu_min": 0.0, "mu_max": 1.0}
@@ -70,12 +71,14 @@ def excess(mu: torch.Tensor, means: torch.Tensor) -> float:
 @pytest.mark.parametrize(("trend", "better"), [(lambda t: 2.0, LONG), (lambda t: 2.0 + 1.8 * math.sin(t / 25), SHORT)])
 def test_it_takes_the_better_average(trend, better):
     """A standing and a swinging oracle: within a sixth of the gap to the better one, on average over 20 runs."""
-    found = dict.fromkeys(("auto", SHORT, LONG), 0.0)
-    for seed in range(20):
-        rows = draws(seed, 400, trend)
-        means = torch.tensor([[1.0, trend(step), 0.3] for step in range(400)], dtype=torch.float64)
-        for half_life in found:
-            found[half_life] += excess(run(rows, half_life)[0], means) / 20
+    rows = torch.stack([draws(seed, 400, trend) for seed in range(20)])
+    told = dict(zip(("sigma_s2", "sigma_r2", "delta_g2"), rows.unbind(-1), strict=True))
+    means = torch.tensor([[1.0, trend(step), 0.3] for step in range(400)], dtype=torch.float64)
+    found = {}
+    for half_life in ("auto", SHORT, LONG):
+        states = side_by_side("gac", told, half_life=half_life, **FREE)
+        mus = torch.stack([torch.full((20,), 0.5, dtype=torch.float64), *(state["mu"] for state in states[:-1])], 1)
+        found[half_life] = sum(excess(mu, means) for mu in mus) / 20
     worse = SHORT if better == LONG else LONG
     assert found[better] < found[worse]
     assert found["auto"] < found[better] + (found[worse] - found[better]) / 6, found
