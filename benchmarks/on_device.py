@@ -5,7 +5,7 @@
     python -m benchmarks.on_device hybrid --out FILE     # a short `gac train` on the device; needs TRL
 
 Each writes what it has after every case, so that a run that is cut short leaves the cases before. ``--device cpu`` goes
-through the same with a model of 10 M parameters and a few tokens. Beside what is measured stands :data:`PREDICTED`.
+through the same with a tiny model and a few tokens. Beside what is measured stands :data:`PREDICTED`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import gac
 from gac.bench.report import write_json
 from gac.bench.step import StepOptions, Trainer
 from gac.bench.timing import quantile
-from gac.plan.shapes import MODELS
+from gac.plan.shapes import MODELS, LlamaShape
 
 PREDICTED: dict[str, dict[str, float]] = {
     "budget 0.1B 1024": {"share": 0.009, "measured": 0.25},
@@ -50,6 +50,9 @@ counts where that is longer.
 CASES = [("0.1B", 1024), ("1B", 1024), ("0.1B", 8192), ("0.1B", 32768), ("1B", 8192), ("1B", 32768)]
 """Models and tokens of a micro-batch, what takes longest last."""
 
+TINY = LlamaShape("tiny", 96, 32, 64, 2, 4, 4, 8, tied=True)
+"""What a CPU goes through the same with."""
+
 SETTLED = 12
 """Steps after which a share counts: the first ten are always measured."""
 
@@ -57,7 +60,7 @@ SETTLED = 12
 def trainer_of(model: str, tokens: int, device: torch.device, *, compiled: bool = False) -> Trainer:
     """A model, its optimizer and fixed batches, in bf16 on a GPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    trainer = Trainer(StepOptions(MODELS[model], device, dtype, tokens))
+    trainer = Trainer(StepOptions((MODELS | {TINY.name: TINY})[model], device, dtype, tokens))
     if compiled:
         trainer.model.compile()
     return trainer
@@ -107,13 +110,13 @@ def _block(trainer: Trainer, step: Any) -> float:
 
 def budget(device: torch.device, seconds: float, fewest: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """The default options of :func:`gac.patch`."""
-    for model, tokens in CASES if device.type == "cuda" else [("10M", 16)]:
+    for model, tokens in CASES if device.type == "cuda" else [(TINY.name, 16)]:
         yield f"budget {model} {tokens}", shares(trainer_of(model, tokens, device), seconds, fewest)
 
 
 def compiled(device: torch.device, seconds: float, fewest: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every step of a compiled model is measured."""
-    model, tokens = ("0.1B", 8192) if device.type == "cuda" else ("10M", 16)
+    model, tokens = ("0.1B", 8192) if device.type == "cuda" else (TINY.name, 16)
     trainer = trainer_of(model, tokens, device, compiled=True)
     yield f"compiled {model} {tokens}", shares(trainer, seconds, fewest, interval=1)
 
