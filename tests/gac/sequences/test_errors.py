@@ -55,10 +55,10 @@ def draws(model, batch: Batch, steps: int, **options) -> torch.Tensor:
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_unbiased_over_signs(share):
-    """600 steps, each with signs (and layers) of its own: every mean within 4 standard errors of the truth."""
+    """2,000 steps, each with signs (and layers) of its own: every mean within 4 standard errors of the truth."""
     model, batch = EveryKind(), mixed(6, 7)
     wanted = expected(model, [batch])
-    found = draws(model, batch, 600, sketch_size=8, sequences={"layer_share": share})
+    found = draws(model, batch, 2000, sketch_size=8, sequences={"layer_share": share})
     error = found.std(0) / math.sqrt(len(found))
     for k, name in enumerate(SUMS):
         z = float((found[:, k].mean() - wanted[name]) / error[k])
