@@ -49,6 +49,7 @@ class SequenceMethods:
         sources: Sequence[Any] | Tensor | None = None,
         lengths: Tensor | Sequence[int] | None = None,
         cu_seqlens: Tensor | Sequence[int] | None = None,
+        position_ids: Tensor | Sequence[int] | None = None,
         tokens: Tensor | Sequence[float] | None = None,
         index: Tensor | Sequence[int] | None = None,
     ) -> Iterator[Self]:
@@ -69,6 +70,8 @@ class SequenceMethods:
             sources: a label for each row (a data set, a teacher), for :meth:`sources`.
             lengths: ``[B]``, tokens of each sequence, where they are packed end to end into one row.
             cu_seqlens: ``[B + 1]``, the same as offsets.
+            position_ids: ``[T]`` or ``[1, T]``, the same as positions that begin again at 0 with each sequence; zeros
+                behind the last one are padding.
             tokens: ``[B]``, what each row counts for where losses are sums over tokens, divided by those of the step:
                 as the ``tokens`` of :meth:`backward`. All batches of a step have it, or none.
             index: ``[B]``, the number of each row's data, for :meth:`alignment`.
@@ -89,6 +92,7 @@ class SequenceMethods:
             index=index,
             lengths=lengths,
             cu_seqlens=cu_seqlens,
+            position_ids=position_ids,
         )
         with branches.batch(observer, rows):
             yield self  # type: ignore[misc]

@@ -74,6 +74,7 @@ def rows_of(
     index: Any = None,
     lengths: Any = None,
     cu_seqlens: Any = None,
+    position_ids: Any = None,
 ) -> Rows:
     """What :meth:`gac.Mixer.batch` was told, checked and on ``device``. With ``index`` the host reads ``is_expert``.
 
@@ -97,7 +98,7 @@ def rows_of(
         index = [int(k) for k in (index.tolist() if isinstance(index, Tensor) else index)]
     if sources is not None:
         sources = sources.tolist() if isinstance(sources, Tensor) else list(sources)
-    bounds, longest, last = _bounds(lengths, cu_seqlens, count)
+    bounds, longest, last = _bounds(lengths, cu_seqlens, position_ids, count)
 
     def move(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return None if tensor is None else tensor.to(device, dtype, non_blocking=True)
@@ -144,22 +145,49 @@ def _vector(value: Any, name: str, length: int | None) -> Tensor:
     return value.detach()
 
 
-def _bounds(lengths: Any, cu_seqlens: Any, count: int) -> tuple[Tensor | None, int | None, int | None]:
-    if lengths is not None and cu_seqlens is not None:
-        raise ValueError("lengths and cu_seqlens say the same: pass one of them")
+def _bounds(
+    lengths: Any, cu_seqlens: Any, position_ids: Any, count: int
+) -> tuple[Tensor | None, int | None, int | None]:
+    given = {"lengths": lengths, "cu_seqlens": cu_seqlens, "position_ids": position_ids}
+    told = [name for name, value in given.items() if value is not None]
+    if len(told) > 1:
+        raise ValueError(f"{' and '.join(told)} say the same: pass one of them")
+    if not told:
+        return None, None, None
     if lengths is not None:
         lengths = _vector(lengths, "lengths", count)
         bounds = torch.nn.functional.pad(lengths.to(torch.int64).cumsum(0), (1, 0))
     elif cu_seqlens is not None:
         bounds = _vector(cu_seqlens, "cu_seqlens", count + 1).to(torch.int64)
     else:
-        return None, None, None
+        bounds = _restarts(position_ids, count)
     if bounds.device.type != "cpu":
         return bounds, None, None
     steps = bounds.diff()
     if bool((steps < 0).any()) or (count and int(bounds[0]) < 0):
         raise ValueError(f"lengths of packed sequences must not be negative, got {steps.tolist()}")
     return bounds, int(steps.max()) if count else 0, int(bounds[-1])
+
+
+def _restarts(position_ids: Any, count: int) -> Tensor:
+    """``[count + 1]``: where positions of a packed row begin again at 0, and its end. No device is waited for."""
+    positions = torch.as_tensor(position_ids).detach()
+    if positions.is_floating_point() or positions.dtype == torch.bool:
+        raise TypeError(f"position_ids must be whole numbers, got {positions.dtype}")
+    if positions.dim() == 0 or positions.numel() != positions.shape[-1]:
+        raise ValueError(f"position_ids must have shape [T] or [1, T], got {tuple(positions.shape)}")
+    positions = positions.flatten()
+    begins, end = positions == 0, len(positions)
+    if positions.device.type == "cpu":
+        found = begins.nonzero().flatten().tolist()
+        padded = found[count:] == list(range(found[count], end)) if len(found) > count else True  # with zeros, behind
+        if len(found) < count or not padded:
+            raise ValueError(
+                f"position_ids must begin again at 0 for each of the {count} rows of is_expert, and do so "
+                f"{len(found)} times"
+            )
+    places = torch.where(begins, torch.arange(end, device=positions.device), end)
+    return torch.nn.functional.pad(places.sort().values[:count], (0, 1), value=end)
 
 
 class Found(NamedTuple):

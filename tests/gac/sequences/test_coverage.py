@@ -168,6 +168,11 @@ def test_wrong_arguments_are_named():
         (ValueError, "lengths and cu_seqlens say the same", {"lengths": [1] * 6, "cu_seqlens": range(7)}),
         (ValueError, r"cu_seqlens must have shape \[7\]", {"cu_seqlens": [0, 1, 2]}),
         (ValueError, "must not be negative", {"lengths": [1, 2, -1, 1, 1, 1]}),
+        (ValueError, "lengths and position_ids say the same", {"lengths": [1] * 6, "position_ids": [0] * 6}),
+        (ValueError, "again at 0 for each of the 6 rows of is_expert, and do so 2 times", {"position_ids": [0, 1, 0]}),
+        (ValueError, "and do so 7 times", {"position_ids": [0, 0, 0, 0, 0, 0, 0, 1]}),
+        (ValueError, r"position_ids must have shape \[T\]", {"position_ids": [[0, 1], [0, 1]]}),
+        (TypeError, "position_ids must be whole numbers", {"position_ids": [0.0, 1.0]}),
     ):
         with wrong(message, error), mixer.batch(**good | change):
             pass

@@ -165,7 +165,7 @@ def packed_losses(model, ids, lengths):
     )
 
 
-@pytest.mark.parametrize("how", ["lengths", "cu_seqlens"])
+@pytest.mark.parametrize("how", ["lengths", "cu_seqlens", "position_ids"])
 def test_packed_sequences(how):
     model, lengths = Packed(), [5, 9, 2, 7]
     generator = torch.Generator().manual_seed(0)
@@ -174,8 +174,12 @@ def test_packed_sequences(how):
     weights = torch.tensor([0.5, 0.7, 0.5, -0.2])
     mixer = patched(model)
     ends = torch.tensor(lengths).cumsum(0)
-    told = {"lengths": lengths} if how == "lengths" else {"cu_seqlens": torch.cat([torch.zeros(1).long(), ends])}
-    with mixer.batch(is_expert=is_expert, **told):
+    told = {
+        "lengths": lengths,
+        "cu_seqlens": torch.cat([torch.zeros(1).long(), ends]),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths] + [torch.zeros(3).long()])[None],
+    }
+    with mixer.batch(is_expert=is_expert, **{how: told[how]}):
         weighted = packed_losses(model, ids, lengths) * weights
         mixer.mixed_loss(sft_loss=weighted[is_expert].sum(), rl_loss=weighted[~is_expert].sum()).backward()
     mixer.step()
