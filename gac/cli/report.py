@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     report, missing = None, ""
     try:
-        report = Report.from_run(args.directory, last=args.last, **_sizes(args.directory))
+        report = Report.from_run(args.directory, last=args.last, **_sizes(args.directory), mix=_mix(args.directory))
     except (FileNotFoundError, ValueError) as error:
         missing = str(error)
         if args.html is None or args.json or args.plot or not args.directory.is_dir():
@@ -100,6 +100,18 @@ def _sizes(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return {"sizes": sizes, "unit": "sequences"}
+
+
+def _mix(directory: Path) -> Any:
+    """Where the law stood at the end, where the run's metrics tell it."""
+    from gac.report import Mix
+    from gac.runs.folder import METRICS, read_metrics
+
+    try:
+        records = read_metrics(directory / METRICS)
+    except (OSError, ValueError):
+        return None
+    return Mix.of(records[-1], "gac/") if records else None
 
 
 def _show(report: Any) -> None:

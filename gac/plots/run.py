@@ -63,6 +63,13 @@ def _mu_panel(axis: Any, records: Sequence[Record], warm: float | None) -> None:
     high = [min(value + error.get(step, 0.0), 1.0) for step, value in raw]
     axis.fill_between([step for step, _ in raw], low, high, color=COLOURS[5], alpha=0.2, linewidth=0)
     draw_line(axis, points_of(records, "gac/prior"), "prior", color=COLOURS[4], linestyle="--")
+    aim, width = points_of(records, "gac/alpha"), dict(points_of(records, "gac/alpha_se"))
+    draw_line(axis, aim, "aim alpha, with its standard error", color=COLOURS[2], linestyle="-.", linewidth=1.0)
+    sure = [(step, value, width[step]) for step, value in aim if step in width]
+    if sure:
+        low = [max(value - error, 0.0) for _, value, error in sure]
+        high = [min(value + error, 1.0) for _, value, error in sure]
+        axis.fill_between([step for step, *_ in sure], low, high, color=COLOURS[2], alpha=0.2, linewidth=0)
     draw_line(axis, points_of(records, "gac/mu"), "mu", color=COLOURS[0], linewidth=2.0)
     axis.set_ylim(-0.02, 1.02)
     legend_below(axis)

@@ -35,6 +35,7 @@ from torch import Tensor
 from gac.report.by_source import from_json, source_sentence, source_table, to_json
 from gac.report.estimates import FEWEST
 from gac.report.history import read_history
+from gac.report.mix import Mix
 from gac.report.sentences import TITLES, Findings, sentences
 from gac.report.signals import (
     BRANCHES,
@@ -64,6 +65,7 @@ class Report:
             the branch was absent.
         informative_groups: share of the groups of rollouts whose rewards differ, averaged alike; NaN: not told.
         sources: what each source of data gives; None where rows were not told theirs.
+        mix: where the law stands; None: not told.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Report:
         sizes: Mapping[str, float] | None = None,
         unit: str | None = None,
         sources: SourceTable | None = None,
+        mix: Mix | None = None,
     ) -> None:
         """
         Args:
@@ -83,6 +86,7 @@ class Report:
                 micro-batch of one rank). Without it noise scales are in contributions.
             unit: the name of what ``sizes`` counts, in the plural.
             sources: what each source of data gives, of :meth:`gac.Mixer.sources`.
+            mix: where the law stands.
 
         Raises:
             ValueError: no steps, steps of different models, or an impossible option.
@@ -104,7 +108,7 @@ class Report:
                     f"steps {statistics.step} and {self.history[-1].step} have different modules: "
                     "make a report of the steps of one model"
                 )
-        self.sources = sources
+        self.sources, self.mix = sources, mix
         self.half_life = float(half_life)
         self.sizes = dict(sizes) if sizes else None
         self._counts = contribution_counts(self.history)
@@ -230,7 +234,8 @@ class Report:
         unit = self.unit if self.counted else None
         found = sentences(Findings(self.whole, self.modules, self.batch, unit, self.informative_groups))
         of_sources = "" if self.sources is None else source_sentence(self.sources)
-        return [*found, of_sources] if of_sources else found
+        of_mix = "" if self.mix is None else self.mix.sentence()
+        return [sentence for sentence in (of_mix, *found, of_sources) if sentence]
 
     def __str__(self) -> str:
         text = (textwrap.fill(sentence, 110) for sentence in self.reading())
@@ -274,6 +279,7 @@ class Report:
             "whole": row(self.whole),
             "modules": {r.label: row(r) for r in self.modules},
             "sources": None if self.sources is None else to_json(self.sources),
+            "mix": None if self.mix is None else self.mix.as_json(),
             "reading": self.reading(),
         }
 
@@ -301,7 +307,8 @@ class Report:
         if not isinstance(content, dict) or not {"options", "history"} <= set(content):
             raise ValueError(f"{path} is not a saved report: pass a file that Report.save wrote")
         options = dict(content["options"])
-        sources = content.get("report", {}).get("sources")  # None in files of before
+        sources, mix = (content.get("report", {}).get(name) for name in ("sources", "mix"))  # None in files of before
+        options["mix"] = None if mix is None else Mix.from_json(mix)
         options["sources"] = None if sources is None else from_json(sources)
         options["half_life"] = math.inf if options["half_life"] is None else options["half_life"]
         return cls([ModuleStatistics.from_record(record) for record in content["history"]], **options)

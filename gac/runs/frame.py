@@ -34,6 +34,7 @@ LINES = (
     Line("reward", "reward", "green"),
     Line("held-out accuracy", "accuracy", "green", newest=True),
     Line("evaluation reward", "eval_reward", "green", newest=True),
+    Line("aim alpha", "gac/alpha", "cyan", newest=True),
     Line("SFT loss", "gac/sft_loss", "blue"),
     Line("SFT noise", "gac/sigma_s2", "blue", decades=True),
     Line("RL noise", "gac/sigma_r2", "yellow", decades=True),

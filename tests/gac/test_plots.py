@@ -7,6 +7,7 @@ from gac.plots import COLOURS, draw_comparison, draw_run
 from gac.plots.run import _asinh_ticks
 
 plt = pytest.importorskip("matplotlib.pyplot")
+to_rgb = pytest.importorskip("matplotlib.colors").to_rgb
 
 
 def records(steps=12, **constants):
@@ -78,6 +79,16 @@ def test_estimates_have_their_standard_errors(tmp_path, figure):
     assert [ends(band) for band in statistics.collections] == [pytest.approx(pair) for pair in expected]
     assert [line.get_color() for line in statistics.lines[:3]] == list(COLOURS[:3])
     assert len({line.get_linestyle() for line in statistics.lines[:3]}) == 3
+
+
+def test_a_measured_aim_is_drawn_with_its_error(tmp_path, figure):
+    draw_run(records(3, **{"gac/alpha": 0.3, "gac/alpha_se": 0.2}), {"warm_start_accuracy": 0.1}, tmp_path / "run.png")
+    mu = figure().axes[1]
+    (aim,) = [line for line in mu.lines if "alpha" in str(line.get_label())]
+    assert list(aim.get_ydata()) == [0.3] * 3
+    (band,) = [band for band in mu.collections if band.get_facecolor()[0, :3] == pytest.approx(to_rgb(aim.get_color()))]
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((0.1, 0.5))
 
 
 def test_zero_is_no_cliff(tmp_path, figure):

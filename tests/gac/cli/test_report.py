@@ -48,6 +48,14 @@ def test_counts_sequences_where_the_run_tells_them(run, capsys):
     assert "batch (contributions)" in capsys.readouterr().out
 
 
+def test_tells_where_the_mix_stands(run, capsys):
+    lines = ({"step": step, "gac/mu": step / 10, "gac/alpha": 0.4, "gac/alpha_se": 0.1} for step in (1, 2))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["report", str(run)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "The SFT branch has the weight mu = 0.200, its aim alpha = 0.4±0.1 of the SFT gradient." in text
+
+
 def test_json_and_picture(run, capsys, tmp_path):
     picture = tmp_path / "pictures" / "modules.png"
     assert main(["report", str(run), "--json", "--plot", str(picture)]) == 0

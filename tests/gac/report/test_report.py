@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from gac.report import HISTORY, BranchSignal, ModuleSummary, Report, append_record, read_history
+from gac.report import HISTORY, BranchSignal, Mix, ModuleSummary, Report, append_record, read_history
 from gac.report.estimates import FEWEST, Estimate, estimate
 from gac.report.sentences import Findings, places, sentences
 from gac.statistics import ModuleStatistics, Statistics
@@ -475,6 +475,24 @@ def test_save_and_load(deep, tmp_path):
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(ValueError, match="not a saved report"):
         Report.load(tmp_path / "other.json")
+
+
+def test_where_the_mix_stands(deep, tmp_path):
+    told = {"mu": 0.25, "mu_raw": 0.3, "mu_se": 0.04, "alpha": 0.4, "alpha_se": 0.1, "share": 0.5, "estimator": "exact"}
+    report = Report(deep.history, mix=Mix.of(told))
+    first = report.reading()[0]
+    assert first == (
+        "The SFT branch has the weight mu = 0.250; the law's estimate is 0.30±0.04, its aim alpha = 0.4±0.1 of the SFT "
+        "gradient, at lengths that make 50% of a step SFT's."
+    )
+    assert report.as_json()["mix"]["alpha_se"] == 0.1
+    report.save(tmp_path / "report.json")
+    assert Report.load(tmp_path / "report.json").mix == report.mix
+    fixed = Mix.of({"gac/mu": 0.5, "gac/mu_raw": math.nan, "gac/alpha": None}, "gac/")
+    assert fixed.sentence() == "The SFT branch has the weight mu = 0.500."
+    assert Mix.from_json(fixed.as_json()).sentence() == fixed.sentence()
+    assert Mix.of({"mu": math.nan}) is None
+    assert Mix.of({}) is None
 
 
 def test_history_file(deep, tmp_path):
