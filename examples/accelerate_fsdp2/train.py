@@ -2,9 +2,9 @@
 
     accelerate launch --config_file examples/accelerate_fsdp2/fsdp2.yaml examples/accelerate_fsdp2/train.py
 
-Two GPUs, or two processes on a CPU, where it takes about 20 seconds, most of it imports; needs torch and accelerate.
-accelerate has FSDP2 for accelerators alone: without one it leaves it out, and the same command trains with DDP (the first
-line printed says which). The ranks count upwards from demonstrations and are rewarded for even numbers.
+Two GPUs, or two processes on a CPU, where it takes about 20 seconds, most of them imports; needs torch and accelerate.
+accelerate has FSDP2 for accelerators alone: without one it leaves it out, and the same command trains with DDP. The
+first line printed says which. The model learns to count from demonstrations and is rewarded for even numbers.
 """
 
 import argparse

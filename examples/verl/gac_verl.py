@@ -1,4 +1,4 @@
-"""What `VERL_USE_EXTERNAL_MODULES=gac_verl` has verl import in every process: its actors mix both losses from then on."""
+"""verl imports this in every process under `VERL_USE_EXTERNAL_MODULES=gac_verl`: then its actors mix both losses."""
 
 from gac.trainers.adapters import verl
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "hybrid_grpo_torchrun.py"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "hybrid_grpo_torchrun.py"
 SECONDS = 120
 
 

@@ -1,0 +1,56 @@
+"""The example of accelerate: its command on two processes, and FSDP2 as its configuration asks for it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.examples.scripts import EXAMPLES, ROOT
+
+FOLDER = EXAMPLES / "accelerate_fsdp2"
+SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What two processes print under the example's command, as it stands and once more with FSDP2."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", FOLDER / "fsdp2.yaml"]
+    command += ["--main_process_port", "0", ROOT / "tests" / "examples" / "sharded_on_cpus.py"]
+    launcher = subprocess.Popen(
+        list(map(str, [*command, tmp_path_factory.mktemp("ranks") / "store", FOLDER / "train.py", "--steps", 3])),
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that workers end with their launcher
+    )
+    try:
+        text, _ = launcher.communicate(timeout=SECONDS)
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert launcher.returncode == 0, text[-4000:]
+    return text
+
+
+@pytest.mark.timeout(SECONDS + 30)
+@pytest.mark.parametrize(
+    ("begin", "end"), [("MULTI_CPU on 2", "FSDP2 on 2"), ("FSDP2 on 2", None)], ids=["ddp", "fsdp2"]
+)
+def test_both_ranks_have_one_mu(output, begin, end):
+    assert begin in output, output
+    part = output[output.index(begin) :]
+    part = part[: part.index(end)] if end else part
+    mus = dict(re.findall(r"step 3, rank (\d): mu (0\.\d+)", part))
+    assert set(mus) == {"0", "1"}, part
+    assert mus["0"] == mus["1"]
+
+
+def test_each_block_is_a_unit(output):
+    """That is: the class that the configuration names is one of the script's."""
+    assert re.findall(r"units of FSDP2: (.*)", output) == ["FSDPBlock FSDPBlock FSDPModel"] * 2, output
