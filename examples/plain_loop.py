@@ -1,10 +1,10 @@
-"""A loop of your own with `gac.patch`: a small network learns sums from a few demonstrations and from rewards.
+"""A loop of your own with `gac.patch`: a small network learns sums from demonstrations and from rewards.
 
     python examples/plain_loop.py
 
 Takes about 10 seconds on one CPU core and needs torch alone. Every fourth demonstration is wrong, so that to imitate
-them ends at 75% of right samples; rewards are right, but have to be found by sampling. The loop prints how the weight
-`mu` of the demonstrations follows both gradients, what measuring took, and what the gradients say, layer by layer.
+them ends at about 75% of right samples; rewards are right, but have to be found by sampling. The loop prints how the
+weight `mu` of the demonstrations follows both gradients, what measuring took, and what the gradients say of each layer.
 """
 
 import argparse
