@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,26 @@ def run(monkeypatch: pytest.MonkeyPatch, name: str, *options: object) -> dict[st
 def load(name: str) -> dict[str, Any]:
     """The names of a script that is imported, not run."""
     return runpy.run_path(str(EXAMPLES / name), run_name=Path(name).stem)
+
+
+def output_of(module: str, *arguments: object, folder: Path, seconds: float) -> str:
+    """What ``python -m module`` prints, ended with all it has started after `seconds`; it must succeed."""
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that workers end with their launcher
+    )
+    try:
+        output, _ = launcher.communicate(timeout=seconds)
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert launcher.returncode == 0, output[-4000:]
+    return output
 
 
 def launched(name: str, folder: Path, *options: str) -> tuple[list[str], dict[str, str]]:

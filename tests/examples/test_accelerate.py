@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
-import sys
 
 import pytest
 
-from tests.examples.scripts import EXAMPLES, ROOT
+from tests.examples.scripts import EXAMPLES, ROOT, output_of
 
 FOLDER = EXAMPLES / "accelerate_fsdp2"
 SECONDS = 120
@@ -19,23 +15,10 @@ SECONDS = 120
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> str:
     """What two processes print under the example's command, as it stands and once more with FSDP2."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", FOLDER / "fsdp2.yaml"]
-    command += ["--main_process_port", "0", ROOT / "tests" / "examples" / "sharded_on_cpus.py"]
-    launcher = subprocess.Popen(
-        list(map(str, [*command, tmp_path_factory.mktemp("ranks") / "store", FOLDER / "train.py", "--steps", 3])),
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # so that workers end with their launcher
-    )
-    try:
-        text, _ = launcher.communicate(timeout=SECONDS)
-    finally:
-        if launcher.poll() is None:
-            os.killpg(launcher.pid, signal.SIGKILL)
-    assert launcher.returncode == 0, text[-4000:]
-    return text
+    folder = tmp_path_factory.mktemp("ranks")
+    options = ["--config_file", FOLDER / "fsdp2.yaml", "--main_process_port", 0]
+    script = [ROOT / "tests" / "examples" / "sharded_on_cpus.py", folder / "store", FOLDER / "train.py", "--steps", 3]
+    return output_of("accelerate.commands.launch", *options, *script, folder=folder, seconds=SECONDS)
 
 
 @pytest.mark.timeout(SECONDS + 30)

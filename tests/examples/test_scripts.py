@@ -9,9 +9,10 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from gac.report import HISTORY
-from tests.examples.scripts import EXAMPLES, ROOT, run
+from tests.examples.scripts import EXAMPLES, ROOT, load, run
 from tests.gac.runs import test_page
 
 README = (EXAMPLES / "README.md").read_text()
@@ -41,6 +42,21 @@ def test_plain_loop(monkeypatch, capsys):
     assert re.search(r"measured every 1 steps by now, \d+\.\d\d% of the time in GAC", out)
     assert "Gradients of 10 measured steps from 2 to 20" in out
     assert all(re.search(rf"^{module} ", out, flags=re.MULTILINE) for module in ("digits", "hidden", "answer"))
+
+
+def test_rewards_alone_teach_the_plain_loops_model():
+    names = load("plain_loop.py")
+    torch.manual_seed(0)
+    model, pairs = names["Adder"](32), torch.tensor([[1, 2], [7, 5]])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    right = lambda: model(pairs).softmax(-1).gather(1, pairs.sum(1, keepdim=True)).mean().item()
+    before = right()
+    for _ in range(100):
+        names["rl_loss"](model, pairs).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert before < 0.2
+    assert right() > 0.9
 
 
 def test_trl_hybrid(monkeypatch, capsys, tmp_path):
