@@ -11,9 +11,12 @@ import sys
 from typing import Any
 
 import accelerate
+import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from torch.distributed.fsdp import FSDPModule
+
+import gac
 
 
 class Sharded(accelerate.Accelerator):
@@ -32,6 +35,19 @@ class Sharded(accelerate.Accelerator):
         print(f"units of FSDP2: {' '.join(units)}\n", end="", flush=True)
         return model, optimizer
 
+    def backward(self, loss: torch.Tensor, **options: Any) -> None:
+        assert loss is weighed.pop(), "a backward pass of another loss than the one that the mixer has weighed"
+        super().backward(loss, **options)
+
+
+def weigh(mixer: gac.Mixer, loss: torch.Tensor, **options: Any) -> torch.Tensor:
+    """`gac.Mixer.weigh`, which keeps what it returns."""
+    weighed.append(original(mixer, loss, **options))
+    return weighed[-1]
+
+
+weighed: list[torch.Tensor] = []
+original, gac.Mixer.weigh = gac.Mixer.weigh, weigh
 
 _, meeting_point, script, *_ = sys.argv
 del sys.argv[:2]
