@@ -9,6 +9,7 @@ TESTS = Path(__file__).parent
 SLOW = (
     # other processes, ranks, compilers, training
     "benchmarks",
+    "examples",
     "gac/audit",
     "gac/bench",
     "gac/cli",

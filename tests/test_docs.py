@@ -10,10 +10,11 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md"])
+EXAMPLES = (ROOT / "examples").rglob("*.md")
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md", *EXAMPLES])
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
-FOLDERS = "gac|gac_kernels|csrc|tests|benchmarks|docs|\\.ci|\\.github"
+FOLDERS = "gac|gac_kernels|csrc|tests|benchmarks|docs|examples|\\.ci|\\.github"
 
 
 def prose(page: Path) -> str:

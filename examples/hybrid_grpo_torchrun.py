@@ -1,6 +1,6 @@
 """Hybrid GRPO on several processes: a tiny model learns to add digits from demonstrations and from rewards.
 
-    torchrun --nproc-per-node 2 docs/examples/hybrid_grpo_torchrun.py
+    torchrun --nproc-per-node 2 examples/hybrid_grpo_torchrun.py
 
 Runs on CPUs in half a minute; on GPUs drop ``use_cpu``. Every rank prints its mu, which is the same on all of them.
 """
