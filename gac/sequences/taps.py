@@ -46,12 +46,13 @@ class Kept:
     def __init__(self, inputs: Sequence[Tensor], given: Given | None) -> None:
         self.given = given
         with torch.enable_grad():
-            self._node = _Saved.apply(torch.empty(0, requires_grad=True), *(x.detach() for x in inputs)).grad_fn
+            # what the node returned, not the node alone: torch 2.7 frees what a node saved as soon as nothing needs it
+            self._output = _Saved.apply(torch.empty(0, requires_grad=True), *(x.detach() for x in inputs))
 
     def take(self) -> Sequence[Tensor] | None:
         """The input, once; None when it was taken before."""
-        node, self._node = self._node, None
-        return None if node is None else node.saved_tensors
+        output, self._output = self._output, None
+        return None if output is None else output.grad_fn.saved_tensors
 
 
 class Present(Kept):
