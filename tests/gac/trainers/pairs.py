@@ -22,7 +22,16 @@ TIMING = {
 }
 """What a log says about the clock."""
 
-OF_TRAINER = ("peft_config", "tools", "callbacks", "eval_dataset", "reward_funcs", "model", "processing_class", "prompts")
+OF_TRAINER = (
+    "peft_config",
+    "tools",
+    "callbacks",
+    "eval_dataset",
+    "reward_funcs",
+    "model",
+    "processing_class",
+    "prompts",
+)
 
 
 def whole_groups(batch):
@@ -54,9 +63,7 @@ def trained(kind, folder, **options):
     else:
         own = {"law": "gac"} if kind == "gac" else {"mu": 0.0}
         own |= {"estimator": "sequence"} if kind == "one pass" else {}
-        trainer = HybridGRPOTrainer(
-            model, reward, HybridGRPOConfig(**options, **own), data, sft_dataset, **for_trainer
-        )
+        trainer = HybridGRPOTrainer(model, reward, HybridGRPOConfig(**options, **own), data, sft_dataset, **for_trainer)
     trainer.train()
     return trainer
 

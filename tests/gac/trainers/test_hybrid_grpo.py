@@ -253,8 +253,8 @@ def test_wrong_options_are_refused_at_construction(config, options, message):
 
 
 def test_wrong_data_and_arguments_are_refused_before_training(trainer, config):
-    with pytest.raises(ValueError, match=r"'prompt' and 'completion'.*'text'"):
-        trainer(sft_dataset=[{"text": "1+1=2"}])
+    with pytest.raises(ValueError, match=r"'prompt' and 'completion'.*'answer'"):
+        trainer(sft_dataset=[{"answer": "1+1=2"}])
     with pytest.raises(ValueError, match="empty"):
         trainer(sft_dataset=[])
     with pytest.raises(ValueError, match="sft_dataset is missing"):

@@ -24,7 +24,7 @@ async def slow_reward(completions, **_):
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": "gaussian"}
 SHORT = {"gradient_accumulation_steps": 1, "max_steps": 3}
 TWICE = SHORT | {"num_iterations": 2}
-UNEQUAL = TWICE | {"max_completion_length": 40}  # some end before
+UNEQUAL = {"max_completion_length": 40, "num_iterations": 2, "max_steps": 3}  # some end before
 TWO = {"reward_funcs": [last_digit_reward, length_reward]}
 REFERENCE = {"model": "saved", "beta": 0.1, "max_steps": 3}
 EVALUATED = {
