@@ -10,6 +10,8 @@ from gac.options import ESTIMATORS, METRICS
 from gac.sequences.options import SequenceOptions
 
 SFT_LOSSES = ("nll", "phi")
+LOSS_TYPES = ("bnpo", "cispo", "dapo", "dr_grpo", "grpo", "luspo", "sapo", "vespo")
+"""TRL 1.16's; of each it has to be known what it divides by."""
 
 
 @dataclass
@@ -96,6 +98,8 @@ class HybridGRPOConfig(GRPOConfig):
         super().__post_init__()
         if self.sft_loss not in SFT_LOSSES:
             raise ValueError(f"unknown sft_loss {self.sft_loss!r}; known: {', '.join(SFT_LOSSES)}")
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"unknown loss_type {self.loss_type!r}; known: {', '.join(LOSS_TYPES)}")
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {self.estimator!r}; known: {', '.join(ESTIMATORS)}")
         self._check_sequences()

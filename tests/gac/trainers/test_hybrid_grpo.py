@@ -244,6 +244,7 @@ def test_ligers_fused_loss_is_refused(trainer):
         ({"mu": 0.5, "law": "chord-mu"}, "cannot be combined"),
         ({"estimator": "nonsense"}, "unknown estimator.*sketch"),
         ({"sft_loss": "nonsense"}, "unknown sft_loss"),
+        ({"loss_type": "nonsense"}, "unknown loss_type 'nonsense'.*dapo"),
         ({"sft_batch_size": 0}, "sft_batch_size must be at least 1"),
     ],
 )
