@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
+from trl import GRPOTrainer
 
 from gac.tasks.characters import build_character_tokenizer
 from tests.gac.trainers.conftest import DEMONSTRATIONS, PROMPTS, tiny_model
@@ -134,9 +135,8 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
-def test_tools_are_called_and_their_words_carry_no_loss(folder, monkeypatch):
-    from trl import GRPOTrainer
-
+def tool_calls(monkeypatch):
+    """Options under which every other rollout calls a tool."""
     sample = GRPOTrainer._generate_single_turn
 
     def with_calls(self, prompt_ids, *args, **kwargs):
@@ -153,8 +153,12 @@ def test_tools_are_called_and_their_words_carry_no_loss(folder, monkeypatch):
         return made
 
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", with_calls)
-    options = CHATS | {"processing_class": tokenizer, "tools": [add], "max_completion_length": 90}
-    _, hybrid = assert_runs_as_trls(folder, **options)
+    short = {"max_completion_length": 90, "generation_kwargs": {"max_new_tokens": 4}}
+    return CHATS | short | {"processing_class": tokenizer, "tools": [add]}
+
+
+def test_tools_are_called_and_their_words_carry_no_loss(folder, monkeypatch):
+    _, hybrid = assert_runs_as_trls(folder, **tool_calls(monkeypatch))
     assert history(hybrid)[0]["tools/call_frequency"] == 0.5
     assert history(hybrid)[0]["tools/failure_frequency"] == 0
     assert any((part["tool_mask"] == 0).any() for part in hybrid._buffered_inputs)
@@ -212,3 +216,20 @@ def test_liger_kernel(folder, monkeypatch):
     plain, _ = assert_runs_as_trls(folder, use_liger_kernel=True)
     assert given == [{"fused_linear_cross_entropy": False}] * 2
     assert not same(weights(plain), weights(trained("trl", folder)))
+
+
+@pytest.mark.parametrize("name", ["vllm", "tools", "dora", "entropy"])
+def test_one_pass_for_both_branches_gives_the_same(folder, monkeypatch, name):
+    """Without Adam, which makes much of gradients that are nothing but rounding."""
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Engine)
+    options = {
+        "vllm": {"use_vllm": True, "vllm_importance_sampling_mode": "token_truncate"},
+        "tools": tool_calls(monkeypatch) if name == "tools" else {},
+        "dora": {"peft_config": lambda: LoraConfig(r=2, target_modules=["q_proj", "v_proj"], use_dora=True)},
+        "entropy": {"top_entropy_quantile": 0.4, "entropy_coef": 0.1},
+    }[name] | {"optim": "sgd", "learning_rate": 1.0}
+    two, one = (weights(trained(kind, folder, **options)) for kind in ("mu=0", "one pass"))
+    for parameter, value in two.items():
+        torch.testing.assert_close(one[parameter], value, rtol=1e-4, atol=1e-6)
+    start = weights(types.SimpleNamespace(model=tiny_model()))
+    assert name == "dora" or max((two[parameter] - start[parameter]).abs().max() for parameter in start) > 1e-3
