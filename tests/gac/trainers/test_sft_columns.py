@@ -1,6 +1,7 @@
 """Demonstrations in the columns of SFT data sets, packed and not: the loss and gradient of TRL's own SFT trainer."""
 
 import json
+import re
 import types
 
 import pytest
@@ -12,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from gac.losses import sft_token_loss
 from gac.trainers.demonstrations import DemonstrationCollator
 from gac.trainers.packing import PackedCollator, require_separable
+from gac.trainers.prompts import demonstrations_of
 from tests.gac.trainers.conftest import DEMONSTRATIONS, TINY_RUN, tiny_model, with_demonstrations
 from tests.gac.trainers.test_trl_rollouts import chat_tokenizer
 
@@ -195,23 +197,24 @@ def test_what_the_assistant_says_has_labels_in_every_turn():
         DemonstrationCollator(made, [{"messages": talk}])
 
 
-def test_demonstrations_are_rendered_as_prompts_are(trainer):
-    """With the template's options and tools of TRL's own prompts."""
-    asked = []
-
-    def reward(prompts, completions, **_):
-        asked.extend(prompts)
-        return [float(i % 2) for i, _ in enumerate(completions)]
-
+@pytest.mark.parametrize("law", ["gac", "hpt"])
+def test_demonstrations_are_rendered_as_prompts_are(trainer, law):
+    """With the template's options and the tools that TRL's own prompts have; those of prompts too."""
     made = tokenizer()
     made.chat_template = "{{ thinking }}" + GENERATION
-    rows = [{"prompt": [ask(row)], "completion": [reply(row)]} for row in ROWS]
+    rows = [{"prompt": [ask(row)], "completion": [reply(row)], "demonstration": [reply(row)]} for row in ROWS[:-1]]
     run = trainer(
-        sft_dataset=rows, prompts=rows, reward=reward, chat_template_kwargs={"thinking": "OFF"}, max_steps=1,
-        processing_class=made,
+        law=law, sft_dataset=rows if law == "gac" else None, prompts=rows, reward=lambda prompts, **_: [0.0] * 8,
+        chat_template_kwargs={"thinking": "OFF"}, max_steps=1, processing_class=made, observe_tokens=True,
     )  # fmt: skip
-    shown = made.decode(run._collate([0]).input_ids[0])
     run.train()
-    prompt = run._tokenize_prompts([rows[0]["prompt"]])[0][0]
-    assert made.decode(prompt) == "OFF[u]0+4=[a]"
-    assert shown == made.decode(prompt) + "4<eos>"
+    prompt = made.decode(run._tokenize_prompts([rows[0]["prompt"]])[0][0])
+    assert prompt == "OFF[u]0+4=[a]"
+    if law == "gac":
+        shown = [made.decode(run._collate([0]).input_ids[0])]
+    else:  # no rollout is correct: every prompt's demonstration is trained on
+        parts = [demonstrations_of(part, made.pad_token_id).input_ids for part in run._buffered_inputs]
+        shown = [made.decode(row, skip_special_tokens=False) for part in parts for row in part]
+        assert len(shown) == 2
+    pattern = r"OFF\[u\]\d+\+\d+=\[a\]\d+<eos>(<pad>)*"
+    assert all(re.fullmatch(pattern, text) for text in shown), shown

@@ -14,7 +14,7 @@ from tests.gac.trainers.conftest import DEMONSTRATIONS, PROMPTS, tiny_model
 from tests.gac.trainers.pairs import history, same, trained, weights, whole_groups
 
 TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    "{{ opening }}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
     "{% for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}"
     "{{ eos_token if m.role == 'assistant' }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
@@ -122,7 +122,9 @@ def test_vllm_gets_the_weights_and_gives_the_rollouts(folder, monkeypatch, optio
 
 
 def test_conversations(folder):
-    assert_runs_as_trls(folder, **CHATS)
+    _, hybrid = assert_runs_as_trls(folder, chat_template_kwargs={"opening": "#"}, **CHATS)
+    asked = hybrid._buffered_inputs[0]["prompt_ids"][0]
+    assert hybrid.processing_class.decode(asked, skip_special_tokens=True).startswith("#[user]")
 
 
 def add(a: int, b: int) -> int:
