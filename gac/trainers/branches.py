@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -25,6 +25,7 @@ from gac.losses import count_label_tokens
 from gac.observe.contribution import UnweightedLoss
 from gac.trainers.demonstrations import DemonstrationBatch, DemonstrationCollator, EpochSampler, pad_demonstrations
 from gac.trainers.grouped_grpo import TOKEN_SUM_LOSSES, loss_mask
+from gac.trainers.packing import PackedCollator, require_separable
 from gac.trainers.patched import PatchedGRPOTrainer
 from gac.trainers.prompts import TOKENS, demonstrations_of
 from gac.trainers.rules import LossTerms
@@ -51,18 +52,23 @@ class BranchedGRPOTrainer(PatchedGRPOTrainer):
     def __init__(self, *args: Any, sft_dataset: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         options = self.args
-        self._collate: DemonstrationCollator | None = None
+        self._collate: DemonstrationCollator | PackedCollator | None = None
         self._sampler: EpochSampler | None = None
         if not self._rule.from_prompts:
-            self._collate = DemonstrationCollator(
+            collate = DemonstrationCollator(
                 self._tokenizer,
                 sft_dataset,
                 completion_only=options.sft_completion_only,
                 max_length=options.sft_max_length,
                 source_column=options.gac_source_column,
+                template=self._template,
             )
+            self._collate = collate
+            if options.sft_packing:
+                require_separable(self.model)
+                self._collate = PackedCollator(collate, cast(int, options.sft_max_length))
             seed = options.seed if options.sft_seed is None else options.sft_seed
-            self._sampler = EpochSampler(len(sft_dataset), seed)
+            self._sampler = EpochSampler(len(self._collate), seed)
         self._observes = options.observe_tokens or options.estimator == "coefficient"
         self._sft_position = 0
         self._micro_steps_left = 0
@@ -82,6 +88,7 @@ class BranchedGRPOTrainer(PatchedGRPOTrainer):
             self._begin_window()
         self._micro_steps_left -= 1
         self._reduce_in_every_backward()
+        self._to_training(model)
         loss = torch.zeros((), device=self.accelerator.device)
         rollouts = None
         if self._rule.explores:
@@ -127,12 +134,15 @@ class BranchedGRPOTrainer(PatchedGRPOTrainer):
 
     # -- reinforcement ------------------------------------------------------------------------------------------------
 
-    def _generate_rollouts(self, model: Any, inputs: Any) -> dict[str, Any]:
-        # As TRL's training_step is about to do; here, the branch can be told how many tokens its loss adds up.
-        begin = time.perf_counter()
+    def _to_training(self, model: Any) -> None:
+        """As the base class does in its training step, which comes later or, with supervision alone, not at all."""
         model.train()
         if callable(train := getattr(self.optimizer, "train", None)):
             train()
+
+    def _generate_rollouts(self, model: Any, inputs: Any) -> dict[str, Any]:
+        # As TRL's training_step is about to do; here, the branch can be told how many tokens its loss adds up.
+        begin = time.perf_counter()
         rollouts = self.prepare_rollouts(inputs)
         self._current_train_step_time += time.perf_counter() - begin
         return rollouts
@@ -194,11 +204,11 @@ class BranchedGRPOTrainer(PatchedGRPOTrainer):
 
     def _supervise(self, model: Any, batch: DemonstrationBatch, tokens: torch.Tensor | float) -> torch.Tensor:
         with self.compute_loss_context_manager():
-            outputs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            outputs = model(**batch.model_inputs(), use_cache=False)
             loss = self._rule.sft_loss(outputs.logits, batch.labels, tokens)
         if self._observes:
-            logprobs, mask = label_logprobs(outputs.logits.detach(), batch.labels)
-            rows = len(batch.labels)
+            logprobs, mask = map(batch.by_row, label_logprobs(outputs.logits.detach(), batch.labels))
+            rows = len(mask)
             advantages, experts = logprobs.new_zeros(rows), mask.new_ones(rows)
             self._mixer_of_run.observe_tokens(logprobs, advantages, mask, experts)
         # the count spans all ranks and data parallelism averages gradients over them

@@ -13,7 +13,7 @@ from accelerate.utils import send_to_device
 from gac.files import load_state, save_whole, sync_tree
 from gac.saved import MixerState
 from gac.state import ListOf, Table, Unchanged, Whole
-from gac.trainers.resume import IMAGES, Batching, Position, redistribute
+from gac.trainers.resume import Batching, Position, redistribute
 from gac.trainers.single_pass import SinglePassGRPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,8 @@ class CheckpointedGRPOTrainer(SinglePassGRPOTrainer):
         self._position = Position(0, 0, 0)
         self._taken = 0  # micro-steps from the data loader, over all epochs
         self._epoch_length = 0
+        self._saving = False
+        self._to_push: str | None = None  # a checkpoint that is not yet complete
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._taken += 1
@@ -60,7 +62,11 @@ class CheckpointedGRPOTrainer(SinglePassGRPOTrainer):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, STATE_FILE))
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        self._saving, self._to_push = True, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
         if self._step % self._batching().cycle:
             save_whole(self._buffered_inputs, os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index)))
         self.accelerator.wait_for_everyone()
@@ -77,6 +83,15 @@ class CheckpointedGRPOTrainer(SinglePassGRPOTrainer):
             }
             sync_tree(folder)  # first, so that this file never vouches for one that a crash of the machine took
             save_whole(state, os.path.join(folder, STATE_FILE))
+        if self._to_push is not None:
+            self._push_from_checkpoint(self._to_push)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As the base class, once the folder is complete: it pushes as soon as its own files are there."""
+        if self._saving:
+            self._to_push = checkpoint_folder
+        else:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _batching(self) -> Batching:
         return Batching(
@@ -215,12 +230,11 @@ class CheckpointedGRPOTrainer(SinglePassGRPOTrainer):
         paths = [os.path.join(checkpoint, ROLLOUT_FILE.format(rank=rank)) for rank in ranks]
         entry = ListOf(_MicroBatch(), length=old.steps_per_generation)
         saved = [load_state(path, entry, then=THEN) for path in paths if os.path.isfile(path)]
-        usable = len(saved) == len(paths) and (new == old or not IMAGES & set(saved[0][0]))
-        unusable = torch.tensor(float(not usable), device=self.accelerator.device)
+        unusable = torch.tensor(float(len(saved) != len(paths)), device=self.accelerator.device)
         if self.accelerator.reduce(unusable, reduction="sum") > 0:
             logger.warning(
                 "the rollouts of the generation under way cannot be read from %s by every rank (files of some ranks "
-                "are missing there, or they hold images): the prompts of this generation get new ones",
+                "are missing there): the prompts of this generation get new ones",
                 checkpoint,
             )
             return None

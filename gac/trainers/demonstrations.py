@@ -1,4 +1,4 @@
-"""The supervised branch's data: order, tokenisation, batches. Needs torch and a tokenizer, not TRL."""
+"""The supervised branch's data: order and batches. Needs torch and a tokenizer, not TRL."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,11 @@ from typing import Any
 import torch
 
 from gac.losses import IGNORE_INDEX, count_label_tokens
+from gac.trainers.rendering import encode_conversation, encode_pair, encode_text, template_of
 
-_FORMATS = "columns 'prompt' and 'completion' (text or message lists), or 'input_ids' and 'labels'"
+_COLUMNS = (("input_ids", "labels"), ("prompt", "completion"), ("messages",), ("text",))
+"""What a row may hold; of several, the first is taken."""
+_FORMATS = "columns 'prompt' and 'completion' (text or message lists), 'messages', 'text', or 'input_ids' and 'labels'"
 
 
 @dataclasses.dataclass
@@ -16,6 +19,7 @@ class DemonstrationBatch:
     """Right-padded int64 tensors ``[B, T]``; ``labels`` are -100 where there is no loss.
 
     Rows of a data set have their numbers in ``index``, and their labels in ``sources`` where it has such a column.
+    With ``lengths`` there is one row without padding, of demonstrations of so many tokens one after the other.
     """
 
     input_ids: torch.Tensor
@@ -23,6 +27,20 @@ class DemonstrationBatch:
     labels: torch.Tensor
     index: tuple[int, ...] | None = None
     sources: tuple[Any, ...] | None = None
+    lengths: tuple[int, ...] | None = None
+
+    def model_inputs(self) -> dict[str, torch.Tensor]:
+        """What the model is called with. Positions that begin anew keep packed demonstrations apart, without a mask."""
+        if self.lengths is None:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        positions = torch.cat([torch.arange(length) for length in self.lengths])[None]
+        return {"input_ids": self.input_ids, "position_ids": positions.to(self.input_ids.device)}
+
+    def by_row(self, values: torch.Tensor) -> torch.Tensor:
+        """``[B, T]`` of tokens as ``[D, L]``, a row for each demonstration, filled up with zeros."""
+        if self.lengths is None:
+            return values
+        return torch.nn.utils.rnn.pad_sequence(values[0].split(self.lengths), batch_first=True)
 
     def to(self, device: torch.device | str) -> "DemonstrationBatch":
         """The same batch on another device."""
@@ -72,13 +90,15 @@ class DemonstrationCollator:
 
     Args:
         tokenizer: of the model; needs a pad token, and an EOS token for plain text.
-        demonstrations: a map-style data set or a sequence of mappings with one of the formats above. Plain text:
-            prompt and completion are tokenised apart, as generation does, and EOS closes the completion. Message
-            lists: the chat template renders both; the completion is what it adds to the rendered prompt, up to the
-            EOS token where nothing but blanks and special tokens come after that.
-        completion_only: loss on the completion only (default), else on every token. Ignored for 'labels'.
+        demonstrations: a map-style data set or a sequence of mappings, each with ``input_ids`` and ``labels``; with
+            ``prompt`` and ``completion`` (:func:`gac.trainers.rendering.encode_pair`); with ``messages``
+            (:func:`~gac.trainers.rendering.encode_conversation`); or with ``text``, whose every token has a loss.
+            Message lists may bring columns ``tools`` and ``chat_template_kwargs``.
+        completion_only: loss on the completion only (default), of ``messages`` on what the assistant says; else on
+            every token. Ignored for 'labels'.
         max_length: longer rows keep their first `max_length` tokens.
         source_column: has a label for each row.
+        template: of message lists, for the tokenizer's ``apply_chat_template``.
 
     Raises:
         ValueError: empty or unsized set, missing columns, a first row that cannot be encoded.
@@ -92,6 +112,7 @@ class DemonstrationCollator:
         completion_only: bool = True,
         max_length: int | None = None,
         source_column: str | None = None,
+        template: Mapping[str, Any] | None = None,
     ) -> None:
         if not hasattr(demonstrations, "__len__") or not hasattr(demonstrations, "__getitem__"):
             raise ValueError(
@@ -111,94 +132,55 @@ class DemonstrationCollator:
         self.demonstrations = demonstrations
         self.completion_only = completion_only
         self.max_length = max_length
+        self.template = template or {}
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if self._pad is None:
             raise ValueError("the tokenizer has neither a pad nor an EOS token; set tokenizer.pad_token")
         first = demonstrations[0]
         if not isinstance(first, Mapping):
             raise ValueError(f"sft_dataset rows must be mappings with {_FORMATS}, got {type(first).__name__}")
-        self.pretokenized = {"input_ids", "labels"} <= set(first)
-        if not self.pretokenized and not {"prompt", "completion"} <= set(first):
+        self.columns = next((columns for columns in _COLUMNS if set(columns) <= set(first)), ())
+        if not self.columns:
             raise ValueError(f"sft_dataset needs {_FORMATS}; it has the columns {sorted(map(str, first))}")
         if source_column is not None and source_column not in first:
             raise ValueError(
                 f"gac_source_column={source_column!r} is no column of sft_dataset, which has {sorted(map(str, first))}"
             )
         self.source_column = source_column
-        self._encode(0)
+        self.encode(0)
 
     def __len__(self) -> int:
         return len(self.demonstrations)
 
     def __call__(self, indices: Sequence[int]) -> DemonstrationBatch:
         """The batch of the rows at `indices`, padded to its longest row."""
-        batch = pad_demonstrations([self._encode(index) for index in indices], self._pad)
+        batch = pad_demonstrations([self.encode(index) for index in indices], self._pad)
         column = self.source_column
         sources = None if column is None else tuple(self.demonstrations[index][column] for index in indices)
         return dataclasses.replace(batch, index=tuple(indices), sources=sources)
 
-    def _encode(self, index: int) -> tuple[list[int], list[int]]:
-        row = self.demonstrations[index]
-        if self.pretokenized:
-            ids, labels = list(row["input_ids"]), list(row["labels"])
-            if len(ids) != len(labels):
-                raise ValueError(f"sft_dataset row {index}: {len(ids)} input_ids but {len(labels)} labels")
-        else:
-            prompt, completion = encode_pair(
-                self.tokenizer, row["prompt"], row["completion"], f"sft_dataset row {index}"
-            )
-            ids = prompt + completion
-            labels = ([IGNORE_INDEX] * len(prompt) if self.completion_only else prompt) + completion
+    def encode(self, index: int) -> tuple[list[int], list[int]]:
+        """Token ids and labels of a row."""
+        ids, labels = self._labelled(self.demonstrations[index], f"sft_dataset row {index}")
         if not ids:
             raise ValueError(f"sft_dataset row {index} has no tokens")
         return ids[: self.max_length], labels[: self.max_length]
 
-
-def encode_pair(tokenizer: Any, prompt: Any, completion: Any, where: str) -> tuple[list[int], list[int]]:
-    """Tokens of a prompt and of its completion, as :class:`DemonstrationCollator` describes.
-
-    Args:
-        tokenizer: of the model.
-        prompt, completion: both text, or both message lists.
-        where: names the row in errors.
-
-    Raises:
-        ValueError: mixed formats, no EOS token, no chat template, or one that rewrites the prompt.
-    """
-    if isinstance(prompt, str) and isinstance(completion, str):
-        if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no EOS token, so a plain-text completion would have no end")
-        text = completion.removesuffix(tokenizer.eos_token)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return list(tokenizer(prompt)["input_ids"]), [*ids, tokenizer.eos_token_id]
-    if isinstance(prompt, str) or isinstance(completion, str):
-        raise ValueError(
-            f"{where}: prompt is {type(prompt).__name__} and completion {type(completion).__name__}; both must be "
-            "text, or both message lists"
-        )
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"{where} holds message lists but the tokenizer has no chat template; set tokenizer.chat_template or pass "
-            "plain text"
-        )
-    head = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-    whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
-    if not whole.startswith(head):
-        raise ValueError(
-            f"{where}: the chat template does not keep the prompt as a prefix of the conversation, so the completion "
-            "cannot be located; pass 'input_ids' and 'labels' instead"
-        )
-    encode = lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return encode(head), encode(_to_the_end(tokenizer, whole[len(head) :]))
-
-
-def _to_the_end(tokenizer: Any, text: str) -> str:
-    """A rendered completion up to its end token: what a template puts after it, no rollout will ever have."""
-    end = tokenizer.eos_token
-    reply, found, rest = text.rpartition(end) if end else ("", "", text)
-    for token in tokenizer.all_special_tokens:
-        rest = rest.replace(token, "")
-    return reply + found if found and not rest.strip() else text
+    def _labelled(self, row: Mapping[str, Any], where: str) -> tuple[list[int], list[int]]:
+        given = [row[name] for name in self.columns]
+        if self.columns == ("input_ids", "labels"):
+            ids, labels = map(list, given)
+            if len(ids) != len(labels):
+                raise ValueError(f"{where}: {len(ids)} input_ids but {len(labels)} labels")
+            return ids, labels
+        if self.columns == ("text",):
+            ids = encode_text(self.tokenizer, given[0])
+            return ids, list(ids)
+        template = template_of(row, self.template)
+        if self.columns == ("messages",):
+            return encode_conversation(self.tokenizer, given[0], where, replies_only=self.completion_only, **template)
+        prompt, completion = encode_pair(self.tokenizer, given[0], given[1], where, **template)
+        return prompt + completion, ([IGNORE_INDEX] * len(prompt) if self.completion_only else prompt) + completion
 
 
 def pad_demonstrations(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int) -> DemonstrationBatch:

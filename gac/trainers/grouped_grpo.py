@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object
 from trl import GRPOTrainer
-from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
+from trl.trainer.utils import split_tensor_dict
 
 from gac.losses import IGNORE_INDEX
 from gac.trainers.groups import GroupLayout, origins, take_rows
@@ -21,6 +21,9 @@ from gac.trainers.rules.losses import normalized
 TOKEN_SUM_LOSSES = ("cispo", "dapo", "vespo")
 """TRL's loss types that divide by the completion tokens of the whole optimizer step, so that a micro-batch counts for
 as many tokens as it has. The others take means within micro-batches or divide by constants (TRL 1.16)."""
+
+
+NO_IMAGES = "image inputs are not served; use text alone, or trl.GRPOTrainer"
 
 
 class GroupedGRPOTrainer(GRPOTrainer):
@@ -66,10 +69,15 @@ class GroupedGRPOTrainer(GRPOTrainer):
             layout = self._layout(len(generation_batch))
             if self.args.estimator == "sequence":
                 batch |= origins(layout, generation_batch, self.args.gac_source_column)
-            batch = take_rows(split_pixel_values_by_grid(batch), layout.shuffled())
-            parts: list[Any] = split_tensor_dict(batch, self._steps_per_generation)
-            self._buffered_inputs = [unsplit_pixel_values_by_grid(part) for part in parts]
+            self._buffered_inputs = split_tensor_dict(take_rows(batch, layout.shuffled()), self._steps_per_generation)
         return self._buffered_inputs[self._step % self._steps_per_generation]
+
+    @property
+    def _template(self) -> dict[str, Any]:
+        """What TRL renders prompts with: demonstrations are to be rendered alike."""
+        own: dict[str, Any] = {"tools": self.tools or None, "chat_template": self.chat_template}
+        given = cast("dict[str, Any]", self.chat_template_kwargs)  # TrainingArguments has read it if it was text
+        return {name: value for name, value in own.items() if value is not None} | given
 
     @property
     def _steps_per_generation(self) -> int:
@@ -80,11 +88,11 @@ class GroupedGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training or not self._rule.from_prompts:
-            return super()._generate_and_score_completions(inputs)
+            return self._of_text(super()._generate_and_score_completions(inputs))
         layout = self._layout(len(inputs))
         demonstrated = torch.tensor([has_demonstration(row) for row in inputs])
         pairs = {
-            row: encode_demonstration(self._tokenizer, inputs[row])
+            row: encode_demonstration(self._tokenizer, inputs[row], **self._template)
             for row in (layout.heads() & demonstrated).nonzero().flatten().tolist()
         }
         joining = {row: pair[1][: self.max_completion_length] for row, pair in pairs.items() if pair[1]}
@@ -92,7 +100,7 @@ class GroupedGRPOTrainer(GRPOTrainer):
         joined = torch.zeros(layout.rows, dtype=torch.bool)
         joined[list(self._joining)] = True
         try:
-            output = super()._generate_and_score_completions(inputs)
+            output = self._of_text(super()._generate_and_score_completions(inputs))
         finally:
             self._joining = {}
         rewards = cast(torch.Tensor, self._rewards)  # of _calculate_rewards
@@ -103,6 +111,12 @@ class GroupedGRPOTrainer(GRPOTrainer):
             output |= self._place(selection.demonstrate.cpu(), layout, pairs)
         for name, value in self._rule.metrics().items():
             self._metrics["train"][f"gac/{name}"].append(value)
+        return output
+
+    @staticmethod
+    def _of_text(output: dict[str, Any]) -> dict[str, Any]:
+        if "num_images" in output:
+            raise ValueError(f"a prompt, a tool or an environment brought images: {NO_IMAGES}")
         return output
 
     def _generate(self, prompts: list) -> tuple:

@@ -10,6 +10,8 @@ from gac.options import ESTIMATORS, METRICS
 from gac.sequences.options import SequenceOptions
 
 SFT_LOSSES = ("nll", "phi")
+LOSS_TYPES = ("bnpo", "cispo", "dapo", "dr_grpo", "grpo", "luspo", "sapo", "vespo")
+"""TRL 1.16's; of each it has to be known what it divides by."""
 
 
 @dataclass
@@ -73,8 +75,16 @@ class HybridGRPOConfig(GRPOConfig):
     sft_max_length: int | None = field(
         default=None, metadata={"help": "Demonstrations keep their first so many tokens; default: no limit."}
     )
+    sft_packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Demonstrations one after the other in packs of up to sft_max_length tokens, without padding; "
+            "sft_batch_size counts packs."
+        },
+    )
     sft_completion_only: bool = field(
-        default=True, metadata={"help": "Loss on completion tokens only; otherwise on the prompt too."}
+        default=True,
+        metadata={"help": "Loss on completion tokens only, of messages the assistant's; otherwise on every token."},
     )
     sft_seed: int | None = field(
         default=None, metadata={"help": "Seed of the order of the demonstrations; default: seed."}
@@ -88,6 +98,8 @@ class HybridGRPOConfig(GRPOConfig):
         super().__post_init__()
         if self.sft_loss not in SFT_LOSSES:
             raise ValueError(f"unknown sft_loss {self.sft_loss!r}; known: {', '.join(SFT_LOSSES)}")
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"unknown loss_type {self.loss_type!r}; known: {', '.join(LOSS_TYPES)}")
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {self.estimator!r}; known: {', '.join(ESTIMATORS)}")
         self._check_sequences()
@@ -97,11 +109,21 @@ class HybridGRPOConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        self._check_packing()
         if self.gac_overhead is not None and not (self.gac_interval is None and 0 < self.gac_overhead <= 1):
             raise ValueError(
                 f"gac_overhead must be in (0, 1], without gac_interval; got {self.gac_overhead} and {self.gac_interval}"
             )
         self.build_controller()
+
+    def _check_packing(self) -> None:
+        if self.sft_packing and self.sft_max_length is None:
+            raise ValueError("sft_packing=True needs sft_max_length, the tokens of a pack, got None")
+        if self.sft_packing and self.estimator == "sequence":
+            raise ValueError(
+                "sft_packing=True puts several demonstrations in a row, and estimator='sequence' measures each by "
+                "itself: set sft_packing=False, or use another estimator"
+            )
 
     def _check_sequences(self) -> None:
         try:

@@ -14,11 +14,12 @@ Here is what users give, checked before anything is built.
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any, cast
 
 from gac.laws.base import Law
 from gac.trainers.checkpoints import complete_checkpoints
-from gac.trainers.grouped_grpo import warn_of_cut_groups
+from gac.trainers.grouped_grpo import NO_IMAGES, warn_of_cut_groups
 from gac.trainers.hybrid_config import HybridGRPOConfig
 from gac.trainers.prompts import require_column
 from gac.trainers.rules import Rule, rule_of
@@ -51,14 +52,14 @@ class HybridGRPOTrainer(LoggedGRPOTrainer):
             demonstrations belong to prompts, a column ``demonstration`` holds them; None leaves a prompt to RL alone.
         args: a `HybridGRPOConfig`.
         sft_dataset: demonstrations, a map-style data set or a list of dicts with ``prompt`` and ``completion`` (text
-            or messages) or ``input_ids`` and ``labels``; see `DemonstrationCollator`. Not used by laws whose
-            demonstrations belong to prompts.
+            or messages), ``messages``, ``text``, or ``input_ids`` and ``labels``; see `DemonstrationCollator`. Not
+            used by laws whose demonstrations belong to prompts.
         **kwargs: everything else that `GRPOTrainer` takes.
 
     Raises:
-        ValueError: empty `sft_dataset` or missing columns; a law that follows KL with ``beta=0``, or whose options do
-            not fit ``num_generations``; DeepSpeed or FSDP1 (the message says why), except with
-            ``estimator="sequence"``.
+        ValueError: empty `sft_dataset` or missing columns; data sets with images; a law that follows KL with
+            ``beta=0``, or whose options do not fit ``num_generations``; DeepSpeed or FSDP1 (the message says why),
+            except with ``estimator="sequence"``.
         TypeError: `args` is not a `HybridGRPOConfig`.
     """
 
@@ -88,6 +89,7 @@ class HybridGRPOTrainer(LoggedGRPOTrainer):
                 f"law={args.law!r} follows the KL divergence from the reference model, which TRL measures only with "
                 "beta > 0; set beta (1e-6 measures it and hardly pulls)"
             )
+        _require_text(train_dataset=train_dataset, eval_dataset=kwargs.get("eval_dataset"), sft_dataset=sft_dataset)
         super().__init__(model, reward_funcs, args, rule, train_dataset, sft_dataset=sft_dataset, **kwargs)
         warn_of_cut_groups(args.per_device_train_batch_size, group)
 
@@ -101,7 +103,34 @@ def _require_demonstrations(law: Law, rule: Rule, args: HybridGRPOConfig, prompt
                 f"law={law.name!r} reads demonstrations from train_dataset, and remove_unused_columns=True takes "
                 "that column away; leave it False, TRL's default for GRPO"
             )
+        if args.sft_packing:
+            raise ValueError(
+                f"law={law.name!r} trains on demonstrations beside the rollouts of their prompts, and sft_packing=True "
+                "packs those of sft_dataset: set sft_packing=False"
+            )
         if sft_dataset is not None:
             logger.warning("law %r takes demonstrations from the prompts: sft_dataset is not used", law.name)
     elif sft_dataset is None:
         raise ValueError("sft_dataset is missing; pass demonstrations, or use trl.GRPOTrainer for RL alone")
+
+
+def _require_text(**datasets: Any) -> None:
+    """Raises ValueError for data sets with images, by their columns or by the messages of their first row."""
+    for name, given in datasets.items():
+        parts = given.values() if isinstance(given, Mapping) else [given]
+        for part in parts:
+            named = getattr(part, "column_names", None)
+            first = part[0] if hasattr(part, "__getitem__") and hasattr(part, "__len__") and len(part) else {}
+            columns = set(named or ()) | set(first if isinstance(first, Mapping) else ())
+            found = sorted(columns & {"image", "images"})
+            found += [column for column in ("prompt", "completion", "messages") if _shows(first, column)]
+            if found:
+                raise ValueError(f"{name} has images in column {found[0]!r}: {NO_IMAGES}")
+
+
+def _shows(row: Any, column: str) -> bool:
+    """Whether a message list has parts of kind ``image``."""
+    messages = row.get(column) if isinstance(row, Mapping) else None
+    contents = [message.get("content") for message in messages or () if isinstance(message, Mapping)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)

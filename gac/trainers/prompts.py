@@ -32,9 +32,9 @@ def has_demonstration(row: Mapping[str, Any]) -> bool:
     return bool(row.get(COLUMN))
 
 
-def encode_demonstration(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    """Tokens of a row's prompt and of its demonstration."""
-    return encode_pair(tokenizer, row["prompt"], row[COLUMN], f"train_dataset column {COLUMN!r}")
+def encode_demonstration(tokenizer: Any, row: Mapping[str, Any], **template: Any) -> tuple[list[int], list[int]]:
+    """Tokens of a row's prompt and of its demonstration; `template` is for ``apply_chat_template``."""
+    return encode_pair(tokenizer, row["prompt"], row[COLUMN], f"train_dataset column {COLUMN!r}", **template)
 
 
 def with_labels(

@@ -14,9 +14,6 @@ from torch.nn import functional
 from gac.losses import IGNORE_INDEX
 from gac.trainers.groups import take_rows
 
-IMAGES = frozenset({"num_images", "pixel_values", "token_type_ids", "mm_token_type_ids"})
-"""Keys of rollouts with images, whose rows cannot be joined across ranks."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Batching:
@@ -131,7 +128,7 @@ def redistribute(
     that were whole stay whole where ``rows`` is a multiple of the group.
 
     Args:
-        saved: for each of the old ranks, in order, its micro-batches. No rollouts with images (:data:`IMAGES`).
+        saved: for each of the old ranks, in order, its micro-batches.
         new: of the run that goes on.
         rank: whose share.
         pad: token that fills up rows.

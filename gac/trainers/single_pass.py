@@ -82,6 +82,7 @@ class SinglePassGRPOTrainer(BranchedGRPOTrainer):
         if not self._micro_steps_left:
             self._begin_window()
         self._micro_steps_left -= 1
+        self._to_training(model)
         rollouts = self._generate_rollouts(model, inputs)
         (demonstrations,) = self._sft_window.popleft()
         self._beside, self._rl_weighted = demonstrations.to(self.accelerator.device), False

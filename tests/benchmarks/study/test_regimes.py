@@ -166,7 +166,7 @@ def test_a_run_in_a_regime(short_runs, tmp_path, monkeypatch):
     from gac.trainers.demonstrations import DemonstrationCollator
 
     read = []
-    encode = DemonstrationCollator._encode
+    encode = DemonstrationCollator.encode
 
     def spy(self, index):
         row = self.demonstrations[index]
@@ -174,7 +174,7 @@ def test_a_run_in_a_regime(short_runs, tmp_path, monkeypatch):
             read.append(row["completion"] == row["answer"])
         return encode(self, index)
 
-    monkeypatch.setattr(DemonstrationCollator, "_encode", spy)
+    monkeypatch.setattr(DemonstrationCollator, "encode", spy)
     row = Row("regimes", "spell_backward", "small", "aim", "", 3e-4, 7, "turns")
     record = training.train_row(row, tmp_path)
     assert record["regime"] == "turns"

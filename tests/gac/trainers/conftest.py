@@ -77,14 +77,15 @@ def trainer(config):
     """Builds a `HybridGRPOTrainer` on a tiny model."""
 
     def build(model=None, sft_dataset=DEMONSTRATIONS, reward=last_digit_reward, prompts=PROMPTS, **options):
-        keywords = {key: options.pop(key) for key in ("callbacks", "peft_config") if key in options}
+        given = ("callbacks", "eval_dataset", "peft_config", "processing_class")
+        keywords = {"processing_class": build_character_tokenizer()}
+        keywords |= {key: options.pop(key) for key in given if key in options}
         return HybridGRPOTrainer(
             model if model is not None else tiny_model(),
             reward,
             config(**options),
             Dataset.from_list(prompts),
             sft_dataset,
-            processing_class=build_character_tokenizer(),
             **keywords,
         )
 

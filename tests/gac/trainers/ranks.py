@@ -10,8 +10,11 @@ from pathlib import Path
 
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
+from accelerate.utils.launch import prepare_multi_gpu_env
 from datasets import Dataset
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -68,12 +71,32 @@ class Kept(TrainerCallback):
             "loaded": self.loaded,
             "steps": trainer.state.global_step,
             "micro_steps": trainer._step,
+            "units": [name for name, module in trainer.model_wrapped.named_modules() if isinstance(module, FSDPModule)],
         }
 
 
-def shard(trainer, version: int) -> None:
-    """accelerate shards on accelerators alone; everything else of its way there is taken."""
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=version, use_orig_params=True if version == 1 else None)
+def launched_with(configuration: str) -> dict[str, str]:
+    """What ``accelerate launch --config_file`` puts into the environment of its processes about FSDP."""
+    arguments = launch_command_parser().parse_args(["--config_file", configuration, "train.py"])
+    arguments, *_ = _validate_launch_command(arguments)
+    return {name: value for name, value in prepare_multi_gpu_env(arguments).items() if "FSDP" in name}
+
+
+def shard(trainer, version: int | str) -> None:
+    """accelerate shards on accelerators alone; everything else of its way there is taken.
+
+    Args:
+        version: of FSDP; or the path of accelerate's configuration file.
+    """
+    if isinstance(version, str):
+        environment = launched_with(version)
+        os.environ |= environment
+        plugin = FullyShardedDataParallelPlugin()
+        plugin.set_auto_wrap_policy(trainer.model)
+        for name in environment:
+            del os.environ[name]
+    else:
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=version, use_orig_params=True if version == 1 else None)
     AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
     if version == 1:  # it holds the device, "cpu:0", against those of parameters
         AcceleratorState._shared_state["device"] = trainer.accelerator.state.device = torch.device("cpu")
@@ -104,7 +127,7 @@ def train(
     )
     kept.attach(trainer)
     if sharded:
-        shard(trainer, version=int(sharded) if sharded is not True else 2)
+        shard(trainer, version=2 if sharded is True else sharded)
     trainer.train(resume_from_checkpoint=resume)
     return kept.found()
 

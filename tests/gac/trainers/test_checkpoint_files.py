@@ -1,8 +1,10 @@
 """Damaged, foreign and malicious checkpoints are refused before anything changes; without room, none is lost."""
 
 import errno
+import fnmatch
 import os
 import shutil
+import types
 
 import pytest
 import torch
@@ -180,3 +182,37 @@ def test_without_room_the_last_checkpoint_stays(trainer, tmp_path, monkeypatch, 
     assert resumed.state.global_step == 3
     for parameter, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[parameter])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "place"), [("checkpoint", "last-checkpoint"), ("all_checkpoints", "checkpoint-{step}")]
+)
+def test_what_is_pushed_is_complete(trainer, tmp_path, monkeypatch, strategy, place):
+    """The folder that goes to the hub goes on there: the push waits for the mixer's state and the rollouts."""
+    pushed = []
+
+    def upload(*, folder_path, path_in_repo="", ignore_patterns=(), **_):
+        names = [n for n in os.listdir(folder_path) if not any(fnmatch.fnmatch(n, p) for p in ignore_patterns)]
+        pushed.append((path_in_repo, names))
+        if path_in_repo:
+            shutil.copytree(folder_path, tmp_path / "hub" / path_in_repo, dirs_exist_ok=True)
+        return types.SimpleNamespace(done=lambda: True, result=lambda: None)
+
+    hub = types.SimpleNamespace(
+        upload_folder=upload, create_repo=lambda *_, **__: types.SimpleNamespace(repo_id="someone/model")
+    )
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    options = {"push_to_hub": True, "hub_model_id": "someone/model", "hub_strategy": strategy, **SAVING}
+    whole = trainer(output_dir=str(tmp_path / "whole"), **options | {"max_steps": 3})
+    whole.train()
+    folders = [(name, names) for name, names in pushed if name]
+    assert [name for name, _ in folders] == [place.format(step=step) for step in (1, 2, 3)]
+    for step, (_, names) in enumerate(folders, 1):
+        assert checkpoints.STATE_FILE in names
+        assert (checkpoints.ROLLOUT_FILE.format(rank=0) in names) == (step % 2 == 1)
+    assert [names for name, names in pushed if not name and "model.safetensors" in names]
+    if strategy == "all_checkpoints":
+        resumed = trainer(output_dir=str(tmp_path / "resumed"), model=tiny_model(seed=9), **SAVING | {"max_steps": 3})
+        resumed.train(resume_from_checkpoint=str(tmp_path / "hub" / "checkpoint-1"))
+        for parameter, value in whole.model.state_dict().items():
+            assert torch.equal(value, resumed.model.state_dict()[parameter])

@@ -244,6 +244,7 @@ def test_ligers_fused_loss_is_refused(trainer):
         ({"mu": 0.5, "law": "chord-mu"}, "cannot be combined"),
         ({"estimator": "nonsense"}, "unknown estimator.*sketch"),
         ({"sft_loss": "nonsense"}, "unknown sft_loss"),
+        ({"loss_type": "nonsense"}, "unknown loss_type 'nonsense'.*dapo"),
         ({"sft_batch_size": 0}, "sft_batch_size must be at least 1"),
     ],
 )
@@ -253,8 +254,8 @@ def test_wrong_options_are_refused_at_construction(config, options, message):
 
 
 def test_wrong_data_and_arguments_are_refused_before_training(trainer, config):
-    with pytest.raises(ValueError, match=r"'prompt' and 'completion'.*'text'"):
-        trainer(sft_dataset=[{"text": "1+1=2"}])
+    with pytest.raises(ValueError, match=r"'prompt' and 'completion'.*'answer'"):
+        trainer(sft_dataset=[{"answer": "1+1=2"}])
     with pytest.raises(ValueError, match="empty"):
         trainer(sft_dataset=[])
     with pytest.raises(ValueError, match="sft_dataset is missing"):

@@ -26,6 +26,24 @@ ON_FOUR = {"prompts": FEW, "max_steps": 6, "steps_per_generation": 2, "save_stra
 SHARDED = {"prompts": FEW, "max_steps": 2, "steps_per_generation": 2, "sharded": True}
 SAME = {"generation_batch_size": 32, "prompts": FEW, "max_steps": 6}
 
+CONFIGURATION = """
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+mixed_precision: 'no'
+num_machines: 1
+num_processes: 2
+use_cpu: false
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_transformer_layer_cls_to_wrap: Qwen2DecoderLayer
+  fsdp_reshard_after_forward: true
+  fsdp_offload_params: false
+  fsdp_cpu_ram_efficient_loading: false
+  fsdp_state_dict_type: SHARDED_STATE_DICT
+"""
+"""As ``accelerate config`` writes it."""
+
 OTHERS = ("gac/seconds", "gac/informative_groups")
 """Logged numbers that are a rank's own, or the trainer's."""
 
@@ -42,6 +60,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(folder):
     """Runs on 4 ranks, then on 2, which continue from what the 4 have saved."""
+    with open(os.path.join(folder, "fsdp2.yaml"), "w") as file:
+        file.write(CONFIGURATION)
     saved = lambda run, step: os.path.join(folder, f"{run}-4", f"checkpoint-{step}")
     on_four = {"whole": ON_FOUR, "sharded": {**SHARDED, "save_strategy": "steps", "save_steps": 1}}
     twice = {"generation_batch_size": 32, "steps_per_generation": None, "gradient_accumulation_steps": 2}
@@ -52,6 +72,7 @@ def results(folder):
         "sharded": {**SHARDED, **twice, "resume": saved("sharded", 1)},
         "replicas": {"max_steps": 2, "gradient_accumulation_steps": 2},
         "shards": {"max_steps": 2, "gradient_accumulation_steps": 2, "sharded": True},
+        "configured": {"max_steps": 2, "gradient_accumulation_steps": 2, "sharded": os.path.join(folder, "fsdp2.yaml")},
     }
     return launch(folder, {4: on_four, 2: on_two})
 
@@ -232,6 +253,16 @@ def test_shards_train_as_replicas_do(on_two, tmp_path):
     alone = train(str(tmp_path), **options)["metrics"][0]
     assert alone["n_s"] == 2
     assert shards["sigma_s2"] == pytest.approx(alone["sigma_s2"], rel=1e-5)
+
+
+def test_accelerates_configuration_file_says_how_to_shard(on_two):
+    """Layers are units of their own; gradients stay those of replicas, and of shards without such units."""
+    for rank in on_two:
+        assert "model.layers.0" not in rank["shards"]["units"]
+        assert "model.layers.0" in rank["configured"]["units"]
+        assert_same_gradient(rank["replicas"]["gradients"][0], rank["configured"]["gradients"][0])
+        assert_same_gradient(rank["shards"]["gradients"][1], rank["configured"]["gradients"][1])
+        assert rank["configured"]["numbers"] == on_two[0]["configured"]["numbers"], "to the bit"
 
 
 def test_shards_of_four_ranks_continue_on_two(results):
