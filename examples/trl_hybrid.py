@@ -34,11 +34,6 @@ def small_model() -> tuple[Any, Any]:
     return build_small_model(tokenizer), tokenizer
 
 
-def split_conversation(row: dict[str, Any]) -> dict[str, Any]:
-    """What the trainer takes: the last message as the completion, which carries the loss, the others as the prompt."""
-    return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
-
-
 def main() -> None:
     options = argparse.ArgumentParser(description="GRPO with demonstrations in the chat format.")
     options.add_argument("--max-steps", type=int, default=40, help="optimizer steps")
@@ -51,7 +46,7 @@ def main() -> None:
     ask = lambda problem: {"role": "user", "content": problem.prompt}
     demonstrations = Dataset.from_list(
         [{"messages": [ask(p), {"role": "assistant", "content": p.answer}]} for p in problems.demonstrations]
-    ).map(split_conversation, remove_columns="messages")
+    )
     prompts = Dataset.from_list([{"prompt": [ask(p)], "answer": p.answer} for p in problems.prompts])
     heldout = [{"prompt": [ask(p)], "answer": p.answer} for p in problems.heldout]
     warm_start(model, tokenizer, demonstrations, steps=args.start_steps, batch_size=16, lr=3e-3, seed=0)

@@ -60,7 +60,7 @@ def test_rewards_alone_teach_the_plain_loops_model():
 
 
 def test_trl_hybrid(monkeypatch, capsys, tmp_path):
-    names = run(monkeypatch, "trl_hybrid.py", "--max-steps", 12, "--start-steps", 30, "--out", tmp_path / "run")
+    run(monkeypatch, "trl_hybrid.py", "--max-steps", 12, "--start-steps", 30, "--out", tmp_path / "run")
     out = capsys.readouterr().out
     accuracies = re.findall(r"held out (before|after): (\d+)%", out)
     assert [when for when, _ in accuracies] == ["before", "after"]
@@ -69,8 +69,6 @@ def test_trl_hybrid(monkeypatch, capsys, tmp_path):
     assert list(mus) == ["3", "6", "9", "12"]
     assert len(set(mus.values())) > 1, "mu follows"
     assert re.search(r"time in GAC \d+\.\d+%", out)
-    turns = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
-    assert names["split_conversation"]({"messages": turns}) == {"prompt": turns[:2], "completion": turns[2:]}
 
 
 class Image:
