@@ -186,8 +186,7 @@ def _steps(engine, ranks, rank, shape, *, patched=True, estimator="sketch") -> t
     """Counts of each step, memory, and the host time of the fastest."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     mixer = None
-    gc.collect()  # mixers that are garbage call functions of GAC when they are collected, or still follow optimizers
-    gc.disable()
+    gc.disable()  # mixers that are garbage call functions of GAC when they are collected
     try:
         model = build(shape, engine, ranks, sends=False)
         if patched:

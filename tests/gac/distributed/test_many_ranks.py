@@ -6,6 +6,7 @@ docs/scaling.md has the table, benchmarks/communication.py the simulation.
 from __future__ import annotations
 
 import functools
+import gc
 import json
 
 import pytest
@@ -22,6 +23,12 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_garbage():
+    """Mixers that other tests have left behind may still follow optimizers."""
+    gc.collect()
 
 
 @functools.cache
