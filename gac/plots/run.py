@@ -18,6 +18,9 @@ from gac.plots.common import (
     smooth_with_band,
 )
 
+Points = Sequence[tuple[int, float]]
+"""Steps and numbers."""
+
 
 def draw_run(records: Sequence[Record], summary: Mapping[str, Any], path: str | Path, *, title: str = "") -> None:
     """One run as a PNG: accuracy and reward; mu; the three statistics; branch gradient norms and their cosine.
@@ -57,22 +60,23 @@ def _accuracy_panel(axis: Any, records: Sequence[Record], warm: float | None) ->
 
 def _mu_panel(axis: Any, records: Sequence[Record], warm: float | None) -> None:
     axis.set_title("mu, weight of the SFT branch")
-    raw, error = points_of(records, "gac/mu_raw"), dict(points_of(records, "gac/mu_se"))
+    raw, aim = points_of(records, "gac/mu_raw"), points_of(records, "gac/alpha")
     draw_line(axis, raw, "estimate, with its standard error", color=COLOURS[5], linewidth=1.0)
-    low = [max(value - error.get(step, 0.0), 0.0) for step, value in raw]
-    high = [min(value + error.get(step, 0.0), 1.0) for step, value in raw]
-    axis.fill_between([step for step, _ in raw], low, high, color=COLOURS[5], alpha=0.2, linewidth=0)
+    _draw_band(axis, raw, points_of(records, "gac/mu_se"), COLOURS[5])
     draw_line(axis, points_of(records, "gac/prior"), "prior", color=COLOURS[4], linestyle="--")
-    aim, width = points_of(records, "gac/alpha"), dict(points_of(records, "gac/alpha_se"))
     draw_line(axis, aim, "aim alpha, with its standard error", color=COLOURS[2], linestyle="-.", linewidth=1.0)
-    sure = [(step, value, width[step]) for step, value in aim if step in width]
-    if sure:
-        low = [max(value - error, 0.0) for _, value, error in sure]
-        high = [min(value + error, 1.0) for _, value, error in sure]
-        axis.fill_between([step for step, *_ in sure], low, high, color=COLOURS[2], alpha=0.2, linewidth=0)
+    _draw_band(axis, aim, points_of(records, "gac/alpha_se"), COLOURS[2])
     draw_line(axis, points_of(records, "gac/mu"), "mu", color=COLOURS[0], linewidth=2.0)
     axis.set_ylim(-0.02, 1.02)
     legend_below(axis)
+
+
+def _draw_band(axis: Any, points: Points, errors: Points, colour: str) -> None:
+    """One standard error about numbers between 0 and 1; none where it is not known."""
+    known = dict(errors)
+    low = [max(value - known.get(step, 0.0), 0.0) for step, value in points]
+    high = [min(value + known.get(step, 0.0), 1.0) for step, value in points]
+    axis.fill_between([step for step, _ in points], low, high, color=colour, alpha=0.2, linewidth=0)
 
 
 def _statistics_panel(axis: Any, records: Sequence[Record], warm: float | None) -> None:
