@@ -82,8 +82,10 @@ def test_estimates_have_their_standard_errors(tmp_path, figure):
 
 
 def test_a_measured_aim_is_drawn_with_its_error(tmp_path, figure):
-    draw_run(records(3, **{"gac/alpha": 0.3, "gac/alpha_se": 0.2}), {"warm_start_accuracy": 0.1}, tmp_path / "run.png")
+    told = {"gac/alpha": 0.3, "gac/alpha_se": 0.2, "gac/prior": 0.6}
+    draw_run(records(3, **told), {"warm_start_accuracy": 0.1}, tmp_path / "run.png")
     mu = figure().axes[1]
+    assert mu.get_legend().get_window_extent().x1 < figure().bbox.x1, "all four entries fit"
     (aim,) = [line for line in mu.lines if "alpha" in str(line.get_label())]
     assert list(aim.get_ydata()) == [0.3] * 3
     (band,) = [band for band in mu.collections if band.get_facecolor()[0, :3] == pytest.approx(to_rgb(aim.get_color()))]
