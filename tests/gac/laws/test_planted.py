@@ -12,7 +12,7 @@ from tests.gac.laws.planted import CONTRIBUTIONS, DIRECTIONS, SITUATIONS, Phase,
 from tests.gac.laws.planted_rules import CANDIDATES, is_judged
 
 PAGE = (Path(__file__).parents[3] / "docs" / "laws.md").read_text()
-SECTION = PAGE.split("\n### Planted situations\n", 1)[1].split("\n## ", 1)[0]
+SECTION = re.split(r"\n##+ ", PAGE.split("\n### Planted situations\n", 1)[1], maxsplit=1)[0]
 ROUNDED = 0.0051
 """Half of the page's last digit."""
 
