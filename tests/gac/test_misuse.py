@@ -559,6 +559,12 @@ def test_actor_and_critic_go_by_their_own_optimizers():
         gac.patch(mlp(), name=3)
 
 
+def assert_all_the_same(found: gac.Statistics) -> None:
+    """SFT's contributions have no noise but the rounding of their fp32 total, whose elements are rounded ``n`` times."""
+    n = float(found.n_s)
+    assert float(found.sigma_s2) <= 2 * n * 2**-24 / (n - 1) * float(found.norm_s2)
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_threads_take_turns(estimator):
     model = mlp()
@@ -584,7 +590,7 @@ def test_threads_take_turns(estimator):
     mixer.step()
     assert not errors
     assert float(mixer.statistics.n_s) == 80
-    assert float(mixer.statistics.sigma_s2) <= 1e-9 * float(mixer.statistics.norm_s2)  # all of them are the same
+    assert_all_the_same(mixer.statistics)
 
 
 AT_ONCE = "two backward passes of a branch at once"
@@ -686,7 +692,7 @@ def test_passes_of_many_threads_are_refused_or_right(estimator):
             found = mixer.statistics
             if float(found.nonfinite) == 0:  # else the step is dropped
                 assert errors or float(found.n_s) == 9
-                assert float(found.sigma_s2) <= 1e-9 * float(found.norm_s2)
+                assert_all_the_same(found)
             clear(model)
     finally:
         sys.setswitchinterval(interval)
