@@ -560,7 +560,7 @@ def test_actor_and_critic_go_by_their_own_optimizers():
 
 
 def assert_all_the_same(found: gac.Statistics) -> None:
-    """SFT's contributions have no noise but the rounding of their fp32 total, whose elements are rounded ``n`` times."""
+    """SFT's contributions have no noise but what ``n`` roundings of each element of their fp32 total leave."""
     n = float(found.n_s)
     assert float(found.sigma_s2) <= 2 * n * 2**-24 / (n - 1) * float(found.norm_s2)
 
