@@ -19,21 +19,23 @@ def shift_labels(labels: torch.Tensor) -> torch.Tensor:
 
 
 class _TokenLoss(torch.autograd.Function):
-    """Sum over tokens of ``w * nll`` with ``w`` = 1 or the detached ``p * (1 - p)``.
+    """Sum over tokens of ``w * nll`` with ``w`` = 1 or the detached ``p * (1 - p)``, times a given number or 1.
 
     Saves the logits and one number per token; the backward writes the gradient chunk by chunk in the dtype of the
     logits. Because ``w`` is detached, the gradient is ``w * (softmax - onehot)``.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, phi: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, phi: bool, weights: torch.Tensor | None
+    ) -> torch.Tensor:
         tokens, vocabulary = logits.shape
         dtype = torch.promote_types(logits.dtype, torch.float32)
         chunk = max(1, _CHUNK_BYTES // (4 * max(1, vocabulary)))
         kept = targets != IGNORE_INDEX
         index = targets.masked_fill(~kept, 0).unsqueeze(1)
         normalizer = logits.new_empty(tokens, dtype=dtype)
-        weight = kept.to(dtype)
+        weight = kept.to(dtype) if weights is None else torch.where(kept, weights.to(logits.device, dtype), 0.0)
         total = logits.new_zeros((), dtype=dtype)
         for begin in range(0, tokens, chunk):
             part = slice(begin, begin + chunk)
@@ -60,7 +62,7 @@ class _TokenLoss(torch.autograd.Function):
             chunk.scatter_add_(1, index[part], chunk.new_full((1, 1), -1.0).expand(chunk.shape[0], 1))
             chunk *= (weight[part] * grad_total).unsqueeze(1)
             grad[part] = chunk.masked_fill_(~kept[part, None], 0.0)
-        return grad, None, None
+        return grad, None, None, None
 
 
 def sft_token_loss(
@@ -69,6 +71,7 @@ def sft_token_loss(
     *,
     num_tokens: float | torch.Tensor | None = None,
     phi: bool = False,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal negative log-likelihood: sum over labelled tokens, divided by `num_tokens`.
 
@@ -83,21 +86,28 @@ def sft_token_loss(
             can still be differentiated.
         phi: weight each token with the detached ``p * (1 - p)`` of its own probability (CHORD-phi, arXiv 2508.11408).
             The divisor stays the token count.
+        weights: what the losses of rows are multiplied by, without a graph: ``[...]``, one for each row of labels.
+            The divisor stays the token count here too.
 
     Returns:
         0-dim tensor in fp32 (fp64 for fp64 logits).
 
     Raises:
-        ValueError: shapes of `logits` and `labels` do not belong together.
+        ValueError: shapes of `logits`, `labels` and `weights` do not belong together.
     """
     if logits.dim() < 2 or logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"sft_token_loss: logits must be [..., T, V] and labels [..., T]; got {tuple(logits.shape)} and "
             f"{tuple(labels.shape)}. Pass unshifted labels, one per input position."
         )
+    if weights is not None and weights.shape != labels.shape[:-1]:
+        raise ValueError(
+            f"sft_token_loss: weights must be one for each row, {tuple(labels.shape[:-1])}; got {tuple(weights.shape)}"
+        )
     targets = rearrange(shift_labels(labels), "... -> (...)")
     flat = rearrange(logits, "... vocabulary -> (...) vocabulary")
-    return target_token_loss(flat, targets, num_tokens=num_tokens, phi=phi)
+    of_tokens = None if weights is None else weights[..., None].expand_as(labels).reshape(-1)
+    return target_token_loss(flat, targets, num_tokens=num_tokens, phi=phi, weights=of_tokens)
 
 
 def target_token_loss(
@@ -106,9 +116,13 @@ def target_token_loss(
     *,
     num_tokens: float | torch.Tensor | None = None,
     phi: bool = False,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """:func:`sft_token_loss` of logits ``[N, V]`` and what follows them, ``[N]`` int64; -100 carries no loss."""
-    total = _TokenLoss.apply(logits, targets, phi)
+    """:func:`sft_token_loss` of logits ``[N, V]`` and what follows them, ``[N]`` int64; -100 carries no loss.
+
+    ``weights`` are ``[N]``, one for each token.
+    """
+    total = _TokenLoss.apply(logits, targets, phi, weights)
     if num_tokens is None:
         num_tokens = (targets != IGNORE_INDEX).sum()
     if isinstance(num_tokens, torch.Tensor):

@@ -24,6 +24,7 @@ class Method:
         trials: settings of its main constant that tuning tries besides.
         prior: its prior schedule, ``warmup,decay,peak,valley``.
         beta: coefficient of TRL's KL term; above 0 where the law needs KL to be measured.
+        sft_weights: of demonstrations, as ``HybridGRPOConfig`` has them.
     """
 
     law: str
@@ -31,6 +32,7 @@ class Method:
     trials: tuple[str, str]
     prior: str | None = None
     beta: float = 0.0
+    sft_weights: str | None = None
 
 
 MEASURE_KL = 1e-6
@@ -55,8 +57,13 @@ METHODS = {
     "entropy-ctrl": Method("entropy-ctrl", "", ("rate=0.01", "rate=0.1")),
 }
 
-CANDIDATES = {"aim": Method("aim", "", ("trust=0.5", "alpha=0.5"))}
-"""Laws that run in the regimes alone, at the learning rate of ``gac``: they have no trials of their own."""
+CANDIDATES = {
+    "aim": Method("aim", "", ("trust=0.5", "alpha=0.5")),
+    "gac-reward": Method("gac", "", ("alpha=0.25", "alpha=0.75"), sft_weights="reward"),
+    "aim-reward": Method("aim", "", ("trust=0.5", "alpha=0.5"), sft_weights="reward"),
+}
+"""What runs in the regimes alone, at the learning rate of ``gac``, without trials of its own: laws, and demonstrations
+that are weighed by their rewards."""
 
 WITHOUT_MOMENTUM = "momentum=0"
 """Of ``gac``: the law as it was before it counted what the optimizer's momentum leaves of the noise."""
@@ -106,6 +113,7 @@ class Arm:
         micro_batches: of each branch; the rows of a step are the same whatever it is.
         beta: coefficient of the KL term.
         every_prompt: whether the solution of every prompt is a demonstration.
+        sft_weights: of demonstrations, as ``HybridGRPOConfig`` has them.
     """
 
     law: str
@@ -115,6 +123,7 @@ class Arm:
     micro_batches: int = 4
     beta: float = 0.0
     every_prompt: bool = False
+    sft_weights: str | None = None
 
 
 def arm_of(method: str, setting: str) -> Arm:
@@ -131,4 +140,10 @@ def arm_of(method: str, setting: str) -> Arm:
         return Arm(**{"law": "gac"} | VARIANTS[setting])
     own = own_setting(setting) or chosen.default
     law = f"{chosen.law}:{own}" if own else chosen.law
-    return Arm(law, prior=chosen.prior, beta=chosen.beta, every_prompt=setting.endswith(_EVERY_PROMPT))
+    return Arm(
+        law,
+        prior=chosen.prior,
+        beta=chosen.beta,
+        every_prompt=setting.endswith(_EVERY_PROMPT),
+        sft_weights=chosen.sft_weights,
+    )

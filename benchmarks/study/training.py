@@ -61,7 +61,7 @@ def train_row(row: Row, cache: Path) -> dict[str, Any]:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(recorder.callback())
         if regime.turns:
-            trainer.add_callback(_turn_half_way(demonstrations))
+            trainer.add_callback(_turn_half_way(demonstrations, trainer))
         try:
             trainer.train()
         except RuntimeError:
@@ -143,6 +143,7 @@ def _trainer(row: Row, arm: Arm, model, tokenizer, data, length: int, reward):
         gac_report_interval=None,
         beta=arm.beta,
         sft_batch_size=STEP_DEMONSTRATIONS // arm.micro_batches,
+        sft_weights=arm.sft_weights,
         max_steps=STEPS,
         learning_rate=row.lr,
         lr_scheduler_type="constant_with_warmup",
@@ -189,13 +190,15 @@ def _trainer(row: Row, arm: Arm, model, tokenizer, data, length: int, reward):
     return trainer, demonstrations
 
 
-def _turn_half_way(demonstrations: Turning):
+def _turn_half_way(demonstrations: Turning, trainer):
     """A callback after whose middle step demonstrations are wrong."""
     from transformers import TrainerCallback
 
     class Callback(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             demonstrations.turned = state.global_step >= STEPS // 2
+            if state.global_step == STEPS // 2 and trainer.judges:
+                trainer.rescore_demonstrations()
 
     return Callback()
 

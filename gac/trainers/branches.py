@@ -26,9 +26,9 @@ from gac.observe.contribution import UnweightedLoss
 from gac.trainers.demonstrations import DemonstrationBatch, DemonstrationCollator, EpochSampler, pad_demonstrations
 from gac.trainers.grouped_grpo import TOKEN_SUM_LOSSES, loss_mask
 from gac.trainers.packing import PackedCollator, require_separable
-from gac.trainers.patched import PatchedGRPOTrainer
 from gac.trainers.prompts import TOKENS, demonstrations_of
 from gac.trainers.rules import LossTerms
+from gac.trainers.scored import ScoredGRPOTrainer
 from gac.trainers.token_stats import label_logprobs
 from gac.trainers.window import Window
 
@@ -38,11 +38,11 @@ BYPASSED = (
 )
 
 
-class BranchedGRPOTrainer(PatchedGRPOTrainer):
-    """`PatchedGRPOTrainer` that adds a supervised forward and backward to every micro-step, and weights both losses.
+class BranchedGRPOTrainer(ScoredGRPOTrainer):
+    """`ScoredGRPOTrainer` that adds a supervised forward and backward to every micro-step, and weights both losses.
 
     Args:
-        *args, **kwargs: of `PatchedGRPOTrainer`.
+        *args, **kwargs: of `ScoredGRPOTrainer`.
         sft_dataset: demonstrations; not used by rules that take them from the prompts.
 
     Raises:
@@ -64,6 +64,8 @@ class BranchedGRPOTrainer(PatchedGRPOTrainer):
                 template=self._template,
             )
             self._collate = collate
+            if options.sft_weights is not None:
+                self.judge(collate)
             if options.sft_packing:
                 require_separable(self.model)
                 self._collate = PackedCollator(collate, cast(int, options.sft_max_length))
@@ -118,6 +120,11 @@ class BranchedGRPOTrainer(PatchedGRPOTrainer):
             self._sft_window_tokens = float(pad_demonstrations(demonstrations, pad).count_tokens())
         elif self._sampler is not None and self._collate is not None:
             self._sft_window.extend(window.from_set(self._sampler, self._collate, self._sft_position))
+            if self.judges:
+                drawn = [
+                    window.of_rank(rank).indices(self._sampler, self._sft_position) for rank in range(window.ranks)
+                ]
+                self.score(drawn[window.rank], [index for own in drawn for index in own])
             self._sft_position += window.total
             self._sft_window_tokens = self._count_window()
 
@@ -205,7 +212,7 @@ class BranchedGRPOTrainer(PatchedGRPOTrainer):
     def _supervise(self, model: Any, batch: DemonstrationBatch, tokens: torch.Tensor | float) -> torch.Tensor:
         with self.compute_loss_context_manager():
             outputs = model(**batch.model_inputs(), use_cache=False)
-            loss = self._rule.sft_loss(outputs.logits, batch.labels, tokens)
+            loss = self._rule.sft_loss(outputs.logits, batch.labels, tokens, self.weights_of(batch.index))
         if self._observes:
             logprobs, mask = map(batch.by_row, label_logprobs(outputs.logits.detach(), batch.labels))
             rows = len(mask)

@@ -80,6 +80,7 @@ class CheckpointedGRPOTrainer(SinglePassGRPOTrainer):
                 "position": dataclasses.asdict(Position(epoch, taken, self._step)),
                 "batching": dataclasses.asdict(self._batching()),
                 "rule": self._rule.state_dict(),
+                **({} if self._values is None else {"values": self._values.state_dict()}),
             }
             sync_tree(folder)  # first, so that this file never vouches for one that a crash of the machine took
             save_whole(state, os.path.join(folder, STATE_FILE))
@@ -163,7 +164,9 @@ class CheckpointedGRPOTrainer(SinglePassGRPOTrainer):
                 "position": Table({field.name: Whole() for field in dataclasses.fields(Position)}),
                 "batching": Table({field.name: Whole(1) for field in dataclasses.fields(Batching)}),
                 "rule": self._rule.entries(),
-            }
+                **({} if self._values is None else {"values": self._values.entries()}),
+            },
+            misfit="it was written with another sft_weights, or by another version",
         )
 
     def _continued(self, checkpoint: str, saved: Position, old: Batching) -> Position:
@@ -213,6 +216,8 @@ class CheckpointedGRPOTrainer(SinglePassGRPOTrainer):
     def _load_gac_state(self, state: dict[str, Any]) -> None:
         self._mixer_of_run.load_state_dict(state["mixer"])
         self._rule.load_state_dict(state["rule"])
+        if self._values is not None:
+            self._values.load_state_dict(state["values"])
         self._sft_position = state["sft_position"]
         self._forget_window()
         self._step = self._position.trained

@@ -10,6 +10,7 @@ from gac.options import ESTIMATORS, METRICS
 from gac.sequences.options import SequenceOptions
 
 SFT_LOSSES = ("nll", "phi")
+SFT_WEIGHTS = ("reward",)
 LOSS_TYPES = ("bnpo", "cispo", "dapo", "dr_grpo", "grpo", "luspo", "sapo", "vespo")
 """TRL 1.16's; of each it has to be known what it divides by."""
 
@@ -72,6 +73,13 @@ class HybridGRPOConfig(GRPOConfig):
     sft_loss: str = field(
         default="nll", metadata={"help": "'nll', or 'phi' to weight each token with its detached p * (1 - p)."}
     )
+    sft_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "'reward': demonstrations are scored by the reward functions, and each weighs what its reward is "
+            "above the policy's at its prompt, in [0, 1]; default: all weigh 1."
+        },
+    )
     sft_max_length: int | None = field(
         default=None, metadata={"help": "Demonstrations keep their first so many tokens; default: no limit."}
     )
@@ -110,6 +118,7 @@ class HybridGRPOConfig(GRPOConfig):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self._check_packing()
+        self._check_weights()
         if self.gac_overhead is not None and not (self.gac_interval is None and 0 < self.gac_overhead <= 1):
             raise ValueError(
                 f"gac_overhead must be in (0, 1], without gac_interval; got {self.gac_overhead} and {self.gac_interval}"
@@ -123,6 +132,22 @@ class HybridGRPOConfig(GRPOConfig):
             raise ValueError(
                 "sft_packing=True puts several demonstrations in a row, and estimator='sequence' measures each by "
                 "itself: set sft_packing=False, or use another estimator"
+            )
+
+    def _check_weights(self) -> None:
+        if self.sft_weights is None:
+            return
+        if self.sft_weights not in SFT_WEIGHTS:
+            raise ValueError(f"unknown sft_weights {self.sft_weights!r}; known: {', '.join(SFT_WEIGHTS)}, or None")
+        if self.sft_packing:
+            raise ValueError(
+                f"sft_weights={self.sft_weights!r} weighs each demonstration, and sft_packing=True puts several in a "
+                "row: leave one of them out"
+            )
+        if self.observe_tokens or self.estimator == "coefficient":
+            raise ValueError(
+                f"sft_weights={self.sft_weights!r} changes gradients, and the coefficient estimator reads none: use "
+                "estimator='auto' without observe_tokens"
             )
 
     def _check_sequences(self) -> None:

@@ -6,6 +6,7 @@ supervised forward and backward to every micro-step. It is made of one class a j
 - `grouped_grpo`: whole groups in micro-batches, and a rule (`gac.trainers.rules`) between rewards and losses, which
   carries out laws that act per prompt or token (`gac.laws.rules`);
 - `patched`: the mixer, from patching to the end of training;
+- `scored`: what demonstrations are worth by the reward functions, where that is asked;
 - `branches`: the losses of both branches;
 - `checkpoints`: what continues a run;
 - `step_log`: what is logged.
@@ -107,6 +108,11 @@ def _require_demonstrations(law: Law, rule: Rule, args: HybridGRPOConfig, prompt
             raise ValueError(
                 f"law={law.name!r} trains on demonstrations beside the rollouts of their prompts, and sft_packing=True "
                 "packs those of sft_dataset: set sft_packing=False"
+            )
+        if args.sft_weights is not None:
+            raise ValueError(
+                f"law={law.name!r} chooses demonstrations by the rewards at their prompts itself: leave "
+                f"sft_weights={args.sft_weights!r} out"
             )
         if sft_dataset is not None:
             logger.warning("law %r takes demonstrations from the prompts: sft_dataset is not used", law.name)

@@ -94,6 +94,25 @@ def encode_conversation(
     return ids, labels
 
 
+def split_conversation(
+    messages: Sequence[Mapping[str, Any]], where: str
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """The conversation up to the assistant's last words, and these: a prompt and what a policy would have to say.
+
+    Raises:
+        ValueError: no message of the assistant answers another.
+    """
+    end = len(messages)
+    while end and messages[end - 1]["role"] != "assistant":
+        end -= 1  # what comes after the last reply
+    begin = end
+    while begin and messages[begin - 1]["role"] == "assistant":
+        begin -= 1
+    if not begin or begin == end:
+        raise ValueError(f"{where}: no message of role 'assistant' answers another, so there is nothing to score")
+    return list(messages[:begin]), list(messages[begin:end])
+
+
 def template_of(row: Mapping[str, Any], template: Mapping[str, Any]) -> dict[str, Any]:
     """Options of the chat template for a row: its columns ``tools`` and ``chat_template_kwargs`` before `template`."""
     tools = row.get("tools")

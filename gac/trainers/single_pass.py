@@ -174,19 +174,26 @@ class SinglePassGRPOTrainer(BranchedGRPOTrainer):
         targets = batch.targets[kept]
         parts = [int(lengths[: batch.rollouts].sum()), int(lengths[batch.rollouts :].sum())]
         (of_rollouts, of_others), (sampled, labelled) = outputs.logits[0].split(parts), targets.split(parts)
-        self._supervise_beside(of_others, labelled)
+        self._supervise_beside(of_others, labelled, kept[batch.rollouts :])
         found = scores(of_rollouts, sampled, self.temperature)
         where = kept[: batch.rollouts]
         end = input_ids.shape[1] - 1
         place = lambda x: x.new_zeros(where.shape).masked_scatter(where, x)[:, end - logits_to_keep : end]
         return *map(place, found), None
 
-    def _supervise_beside(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
-        """The loss of the demonstrations' labelled tokens, ``[n, V]`` and ``[n]``."""
-        self._sft_loss = target_token_loss(logits, targets, num_tokens=self._sft_window_tokens, phi=self._rule.phi)
+    def _supervise_beside(self, logits: torch.Tensor, targets: torch.Tensor, where: torch.Tensor) -> None:
+        """The loss of the demonstrations' labelled tokens, ``[n, V]`` and ``[n]``, which stand at ``where`` (bool)."""
+        assert self._beside is not None
+        weights = self.weights_of(self._beside.index)
+        self._sft_loss = target_token_loss(
+            logits,
+            targets,
+            num_tokens=self._sft_window_tokens,
+            phi=self._rule.phi,
+            weights=None if weights is None else weights[:, None].expand(where.shape)[where],
+        )
         if not self._observes:
             return
-        assert self._beside is not None
         with torch.no_grad():
             logprobs, _ = scores(logits.detach(), targets, 1.0)
         mask = self._beside.labels[:, 1:] != -100

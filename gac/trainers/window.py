@@ -34,6 +34,18 @@ class Window:
         """Demonstrations of all micro-steps and ranks."""
         return self.micro_steps * self.rows * self.ranks
 
+    def of_rank(self, rank: int) -> Window:
+        """The part of another rank."""
+        return dataclasses.replace(self, rank=rank)
+
+    def indices(self, sampler: EpochSampler, position: int) -> list[int]:
+        """The demonstrations that :meth:`from_set` gives this rank, in their order."""
+        return [index for begin in self._begins(position) for index in sampler.take(begin, self.rows)]
+
+    def _begins(self, position: int) -> range:
+        """Where each micro-step's demonstrations begin."""
+        return range(position + self.rank * self.rows, position + self.total, self.ranks * self.rows)
+
     def from_set(
         self, sampler: EpochSampler, collate: Callable[[Sequence[int]], DemonstrationBatch], position: int
     ) -> list[list[DemonstrationBatch]]:
@@ -42,8 +54,7 @@ class Window:
         Returns:
             For each micro-step a list of one batch of `rows` demonstrations.
         """
-        begins = range(position + self.rank * self.rows, position + self.total, self.ranks * self.rows)
-        return [[collate(sampler.take(begin, self.rows))] for begin in begins]
+        return [[collate(sampler.take(begin, self.rows))] for begin in self._begins(position)]
 
     def from_queue(self, demonstrations: Sequence[Demonstration], pad: int) -> list[list[DemonstrationBatch]]:
         """All of `demonstrations`, in batches of at most `rows`; as many batches on every rank, whatever their number.

@@ -132,9 +132,18 @@ class Rule:
         """``[B, T]`` token losses in addition to TRL's, which are then normalised as TRL's are; None for none."""
         return None
 
-    def sft_loss(self, logits: torch.Tensor, labels: torch.Tensor, num_tokens: torch.Tensor | float) -> torch.Tensor:
-        """The supervised loss of a micro-batch; `num_tokens` spans the whole step and all ranks."""
-        return sft_token_loss(logits, labels, num_tokens=num_tokens, phi=self.phi)
+    def sft_loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        num_tokens: torch.Tensor | float,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The supervised loss of a micro-batch; `num_tokens` spans the whole step and all ranks.
+
+        `weights` are the rows'; None for 1, as for rules that take demonstrations from prompts.
+        """
+        return sft_token_loss(logits, labels, num_tokens=num_tokens, phi=self.phi, weights=weights)
 
     def enqueue(self, demonstrations: Sequence[Demonstration]) -> None:
         """Takes the demonstrations selected on all ranks, in the same order on each."""

@@ -51,9 +51,15 @@ class Srft(Rule):
         # of its two terms, a row has one: the other's advantage is 0
         return torch.where(rearrange(sign, "b -> b 1") == 0, off_policy, on_policy)
 
-    def sft_loss(self, logits: torch.Tensor, labels: torch.Tensor, num_tokens: torch.Tensor | float) -> torch.Tensor:
-        weights = self.law.sft_weight * torch.exp(-mean_entropy(logits, labels))
+    def sft_loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        num_tokens: torch.Tensor | float,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        scales = self.law.sft_weight * torch.exp(-mean_entropy(logits, labels))
         # unbind, not indexing: its backward writes one gradient of the logits, not one for each row
-        rows = zip(weights, logits.unbind(0), labels, strict=True)
+        rows = zip(scales, logits.unbind(0), labels, strict=True)
         losses = (w * sft_token_loss(row, ids, num_tokens=num_tokens, phi=self.phi) for w, row, ids in rows)
         return cast(torch.Tensor, sum(losses))
