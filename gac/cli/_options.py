@@ -98,6 +98,11 @@ def add_training_options(parser: argparse.ArgumentParser, *, leave_out: tuple[st
         type=natural, metavar="N",
     )  # fmt: skip
     add(mix, "--sft-loss", "token loss of the supervised branch", choices=("nll", "phi"))
+    add(
+        mix, "--sft-weights",
+        "reward: each demonstration weighs what its reward is above the policy's at its prompt (default: all alike)",
+        choices=("reward",),
+    )  # fmt: skip
 
     add(
         mix, "--beta",

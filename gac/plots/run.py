@@ -60,12 +60,16 @@ def _accuracy_panel(axis: Any, records: Sequence[Record], warm: float | None) ->
 
 def _mu_panel(axis: Any, records: Sequence[Record], warm: float | None) -> None:
     axis.set_title("mu, weight of the SFT branch, with standard errors")
-    raw, aim = points_of(records, "gac/mu_raw"), points_of(records, "gac/alpha")
+    raw, aim, worth = (points_of(records, f"gac/{name}") for name in ("mu_raw", "alpha", "sft_weight"))
     draw_line(axis, raw, "estimate", color=COLOURS[5], linewidth=1.0)
     _draw_band(axis, raw, points_of(records, "gac/mu_se"), COLOURS[5])
     draw_line(axis, points_of(records, "gac/prior"), "prior", color=COLOURS[4], linestyle="--")
     draw_line(axis, aim, "aim alpha", color=COLOURS[2], linestyle="-.", linewidth=1.0)
     _draw_band(axis, aim, points_of(records, "gac/alpha_se"), COLOURS[2])
+    smoothed = smooth_with_band(worth, dict(points_of(records, "gac/sft_weight_se")))
+    means = [(step, mean) for step, mean, _ in smoothed]
+    draw_line(axis, means, "weight of demonstrations", color=COLOURS[3], linestyle=":")
+    _draw_band(axis, means, [(step, error) for step, _, error in smoothed], COLOURS[3])
     draw_line(axis, points_of(records, "gac/mu"), "mu", color=COLOURS[0], linewidth=2.0)
     axis.set_ylim(-0.02, 1.02)
     legend_below(axis)

@@ -19,6 +19,7 @@ class Mix:
         mu_raw, mu_se: the law's estimate of it before prior and guardrails, and its standard error.
         alpha, alpha_se: the SFT gradient's share of the wanted direction, where the law tells it.
         share: of SFT in the steps to come, where the law weighs branches by their gradients' lengths.
+        sft_weight, sft_weight_se: mean weight of the step's demonstrations, where their rewards weigh them.
     """
 
     mu: float
@@ -27,6 +28,8 @@ class Mix:
     alpha: float = math.nan
     alpha_se: float = math.nan
     share: float = math.nan
+    sft_weight: float = math.nan
+    sft_weight_se: float = math.nan
 
     @classmethod
     def of(cls, told: Mapping[str, Any], prefix: str = "") -> Mix | None:
@@ -44,6 +47,8 @@ class Mix:
             text += f", its aim alpha = {_text(self.alpha, self.alpha_se)} of the SFT gradient"
         if math.isfinite(self.share):
             text += f", at lengths that make {digits(100 * self.share, 2)}% of a step SFT's"
+        if math.isfinite(self.sft_weight):
+            text += f"; by their rewards demonstrations weigh {_text(self.sft_weight, self.sft_weight_se)}"
         return text + "."
 
     def as_json(self) -> dict[str, float | None]:

@@ -41,6 +41,7 @@ class TrainConfig:
     metric: str = "gradient"
     report_interval: int = 5
     sft_loss: str = "nll"
+    sft_weights: str | None = None
     beta: float = 0.0
     steps: int = 400
     lr: float | None = None
@@ -123,7 +124,8 @@ def check(config: TrainConfig) -> None:
             parse_task(task)
         name, options = config.law_and_options()
         law = Controller(name, **options).law
-        rule_of(law).check(config.generations)
+        rule = rule_of(law)
+        rule.check(config.generations)
     if "kl" in law.needs and not config.beta:
         raise UsageError(
             f"--law {config.law} follows the KL divergence from the starting model, which is measured only with --beta "
@@ -131,6 +133,12 @@ def check(config: TrainConfig) -> None:
         )
     if config.estimator not in ESTIMATORS:
         raise UsageError(f"unknown estimator {config.estimator!r}; known: {', '.join(ESTIMATORS)}")
+    if config.sft_weights is not None and (rule.from_prompts or config.estimator == "coefficient"):
+        raise UsageError(
+            f"--sft-weights {config.sft_weights} with --law {config.law} and --estimator {config.estimator}: laws that "
+            "act per prompt choose demonstrations by rewards themselves, and the coefficient estimator reads no "
+            "gradients; leave one of them out"
+        )
     if config.overhead is not None and config.interval is not None:
         raise UsageError("--overhead and --interval: measure as much as a share of the time pays for, or every N steps")
     if config.generations < 2:

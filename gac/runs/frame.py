@@ -35,6 +35,7 @@ LINES = (
     Line("held-out accuracy", "accuracy", "green", newest=True),
     Line("evaluation reward", "eval_reward", "green", newest=True),
     Line("aim alpha", "gac/alpha", "cyan", newest=True),
+    Line("demonstrations' weight", "gac/sft_weight", "cyan"),
     Line("SFT loss", "gac/sft_loss", "blue"),
     Line("SFT noise", "gac/sigma_s2", "blue", decades=True),
     Line("RL noise", "gac/sigma_r2", "yellow", decades=True),

@@ -179,6 +179,7 @@ def run_hybrid(
             gac_report_interval=config.report_interval or None,
             gac_report_dir=str(out),
             sft_loss=config.sft_loss,
+            sft_weights=config.sft_weights,
             beta=config.beta,
             sft_batch_size=config.sft_batch_size,
             max_steps=config.steps,

@@ -93,6 +93,21 @@ def test_a_measured_aim_is_drawn_with_its_error(tmp_path, figure):
     assert (heights.min(), heights.max()) == pytest.approx((0.1, 0.5))
 
 
+def test_weights_of_demonstrations_are_drawn_smoothed_with_their_error(tmp_path, figure):
+    told = {"gac/sft_weight": 0.4, "gac/sft_weight_se": 0.1}
+    draw_run(records(2, **told), {"warm_start_accuracy": 0.1}, tmp_path / "run.png")
+    mu = figure().axes[1]
+    (line,) = [line for line in mu.lines if line.get_label() == "weight of demonstrations"]
+    assert list(line.get_ydata()) == pytest.approx([0.4] * 2)
+    (band,) = [
+        band for band in mu.collections if band.get_facecolor()[0, :3] == pytest.approx(to_rgb(line.get_color()))
+    ]
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert heights.max() == pytest.approx(0.5)
+    second = 0.1 * math.sqrt(0.9**2 + 1) / 1.9  # of a mean of two with the weights .9 and 1
+    assert min(h for h in heights if h > 0.4) == pytest.approx(0.4 + second)
+
+
 def test_zero_is_no_cliff(tmp_path, figure):
     """Around 0 the scale is straight as far as the disagreement's standard error, which takes a visible height.
 

@@ -117,11 +117,12 @@ def test_a_run_leaves_everything_behind(finished, capsys):
 @pytest.mark.parametrize("law", ["kl-ctrl:target=1e-9", "gac:alpha=kl"])
 def test_laws_that_follow_kl_run_with_a_coefficient(tmp_path, law):
     out = tmp_path / "kl"
-    assert (
-        main(["train", *TINY, "--law", law, "--beta", "1e-6", "--lr", "0.01", "--steps", "4", "--out", str(out)]) == 0
-    )
+    options = ["--law", law, "--beta", "1e-6", "--lr", "0.01", "--steps", "4", "--sft-weights", "reward"]
+    assert main(["train", *TINY, *options, "--out", str(out)]) == 0
     records = read_metrics(out / "metrics.jsonl")
     assert records[-1]["kl"] > 0
+    assert all(record["gac/sft_reward"] == 1 for record in records), "demonstrations are right"
+    assert all(0 < record["gac/sft_weight"] <= 1 for record in records)
     if law.startswith("kl-ctrl"):  # above its target from the first step that drifts
         assert records[-1]["gac/mu"] > records[0]["gac/mu"]
 

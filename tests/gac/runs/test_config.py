@@ -47,6 +47,8 @@ def test_defaults_follow_the_kind_of_model():
         ({"prompts": 8}, "--prompts 8 is too few for one step; it needs 16"),
         ({"law": "kl-ctrl"}, "--law kl-ctrl follows"),
         ({"mu": 0.5, "law": "chord"}, "cannot be combined"),
+        ({"sft_weights": "reward", "law": "hpt"}, "--sft-weights reward with --law hpt"),
+        ({"sft_weights": "reward", "estimator": "coefficient"}, "--estimator coefficient.*leave one of them out"),
     ],
 )
 def test_what_would_fail_later_is_refused(options, message):

@@ -14,7 +14,7 @@ from trl import GRPOTrainer
 
 from gac.trainers.demonstrations import EpochSampler
 from gac.trainers.resume import Batching, Position, redistribute
-from tests.gac.trainers.conftest import DEMONSTRATIONS, PROMPTS, with_demonstrations
+from tests.gac.trainers.conftest import DEMONSTRATIONS, PROMPTS, last_digit_reward, with_demonstrations
 from tests.gac.trainers.ranks import launch, train
 
 pytestmark = pytest.mark.timeout(300)
@@ -71,6 +71,7 @@ def results(folder):
         "impossible": {"prompts": FEW, "max_steps": 5, "resume": saved("whole", 3)},
         "sharded": {**SHARDED, **twice, "resume": saved("sharded", 1)},
         "replicas": {"max_steps": 2, "gradient_accumulation_steps": 2},
+        "scored": {"max_steps": 2, "gradient_accumulation_steps": 2, "sft_weights": "reward"},
         "shards": {"max_steps": 2, "gradient_accumulation_steps": 2, "sharded": True},
         "configured": {"max_steps": 2, "gradient_accumulation_steps": 2, "sharded": os.path.join(folder, "fsdp2.yaml")},
     }
@@ -80,6 +81,22 @@ def results(folder):
 @pytest.fixture(scope="module")
 def on_two(results):
     return results[2]
+
+
+def test_demonstrations_are_scored_by_the_rank_that_has_them_and_known_to_all(on_two):
+    first, second = (rank["scored"] for rank in on_two)
+    for name in ("gac/sft_weight", "gac/sft_weight_se", "gac/sft_reward", "gac/mu", "gac/norm_s2"):
+        logged = [[step[name] for step in run["history"] if name in step] for run in (first, second)]
+        assert len(logged[0]) == 2, name
+        assert logged[0] == logged[1], name
+    rows = len(first["demonstrations"][0])
+    drawn = EpochSampler(len(DEMONSTRATIONS), 42).take(0, 8 * rows)
+    rewards = [last_digit_reward([DEMONSTRATIONS[k]["completion"]])[0] for k in drawn]
+    for step in range(2):
+        own = rewards[step * 4 * rows : (step + 1) * 4 * rows]
+        assert first["history"][step]["gac/sft_reward"] == pytest.approx(sum(own) / len(own))
+    for a, b in zip(first["gradients"], second["gradients"], strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")
