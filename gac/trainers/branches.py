@@ -61,6 +61,7 @@ class BranchedGRPOTrainer(ScoredGRPOTrainer):
                 completion_only=options.sft_completion_only,
                 max_length=options.sft_max_length,
                 source_column=options.gac_source_column,
+                weight_column=options.sft_weight_column,
                 template=self._template,
             )
             self._collate = collate
@@ -212,7 +213,7 @@ class BranchedGRPOTrainer(ScoredGRPOTrainer):
     def _supervise(self, model: Any, batch: DemonstrationBatch, tokens: torch.Tensor | float) -> torch.Tensor:
         with self.compute_loss_context_manager():
             outputs = model(**batch.model_inputs(), use_cache=False)
-            loss = self._rule.sft_loss(outputs.logits, batch.labels, tokens, self.weights_of(batch.index))
+            loss = self._rule.sft_loss(outputs.logits, batch.labels, tokens, self.weights_of(batch))
         if self._observes:
             logprobs, mask = map(batch.by_row, label_logprobs(outputs.logits.detach(), batch.labels))
             rows = len(mask)

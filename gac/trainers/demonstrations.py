@@ -1,7 +1,9 @@
 """The supervised branch's data: order and batches. Needs torch and a tokenizer, not TRL."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ _FORMATS = "columns 'prompt' and 'completion' (text or message lists), 'messages
 class DemonstrationBatch:
     """Right-padded int64 tensors ``[B, T]``; ``labels`` are -100 where there is no loss.
 
-    Rows of a data set have their numbers in ``index``, and their labels in ``sources`` where it has such a column.
+    Rows of a data set have their numbers in ``index``, and their labels in ``sources`` and what their losses are
+    multiplied by in ``weights`` where it has such columns.
     With ``lengths`` there is one row without padding, of demonstrations of so many tokens one after the other.
     """
 
@@ -28,6 +31,7 @@ class DemonstrationBatch:
     index: tuple[int, ...] | None = None
     sources: tuple[Any, ...] | None = None
     lengths: tuple[int, ...] | None = None
+    weights: tuple[float, ...] | None = None
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
         """What the model is called with. Positions that begin anew keep packed demonstrations apart, without a mask."""
@@ -97,7 +101,7 @@ class DemonstrationCollator:
         completion_only: loss on the completion only (default), of ``messages`` on what the assistant says; else on
             every token. Ignored for 'labels'.
         max_length: longer rows keep their first `max_length` tokens.
-        source_column: has a label for each row.
+        source_column: has a label for each row. weight_column: has a number for each row, from 0 on.
         template: of message lists, for the tokenizer's ``apply_chat_template``.
 
     Raises:
@@ -112,6 +116,7 @@ class DemonstrationCollator:
         completion_only: bool = True,
         max_length: int | None = None,
         source_column: str | None = None,
+        weight_column: str | None = None,
         template: Mapping[str, Any] | None = None,
     ) -> None:
         if not hasattr(demonstrations, "__len__") or not hasattr(demonstrations, "__getitem__"):
@@ -142,12 +147,15 @@ class DemonstrationCollator:
         self.columns = next((columns for columns in _COLUMNS if set(columns) <= set(first)), ())
         if not self.columns:
             raise ValueError(f"sft_dataset needs {_FORMATS}; it has the columns {sorted(map(str, first))}")
-        if source_column is not None and source_column not in first:
-            raise ValueError(
-                f"gac_source_column={source_column!r} is no column of sft_dataset, which has {sorted(map(str, first))}"
-            )
-        self.source_column = source_column
+        for option, column in (("gac_source_column", source_column), ("sft_weight_column", weight_column)):
+            if column is not None and column not in first:
+                raise ValueError(
+                    f"{option}={column!r} is no column of sft_dataset, which has {sorted(map(str, first))}"
+                )
+        self.source_column, self.weight_column = source_column, weight_column
         self.encode(0)
+        if weight_column is not None:
+            self.weight(0)
 
     def __len__(self) -> int:
         return len(self.demonstrations)
@@ -157,7 +165,19 @@ class DemonstrationCollator:
         batch = pad_demonstrations([self.encode(index) for index in indices], self._pad)
         column = self.source_column
         sources = None if column is None else tuple(self.demonstrations[index][column] for index in indices)
-        return dataclasses.replace(batch, index=tuple(indices), sources=sources)
+        weights = None if self.weight_column is None else tuple(self.weight(index) for index in indices)
+        return dataclasses.replace(batch, index=tuple(indices), sources=sources, weights=weights)
+
+    def weight(self, index: int) -> float:
+        """What the loss of a row is multiplied by, from its column. Raises ValueError where that is no such number."""
+        value = self.demonstrations[index][self.weight_column]
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+        if not 0 <= number < math.inf:
+            raise ValueError(
+                f"sft_dataset row {index}: column {self.weight_column!r} must hold a finite number from 0 on, got "
+                f"{value!r}"
+            )
+        return number
 
     def encode(self, index: int) -> tuple[list[int], list[int]]:
         """Token ids and labels of a row."""

@@ -80,6 +80,10 @@ class HybridGRPOConfig(GRPOConfig):
             "above the policy's at its prompt, in [0, 1]; default: all weigh 1."
         },
     )
+    sft_weight_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of sft_dataset with a number for each row that its loss is multiplied by."},
+    )
     sft_max_length: int | None = field(
         default=None, metadata={"help": "Demonstrations keep their first so many tokens; default: no limit."}
     )
@@ -135,20 +139,27 @@ class HybridGRPOConfig(GRPOConfig):
             )
 
     def _check_weights(self) -> None:
-        if self.sft_weights is None:
-            return
-        if self.sft_weights not in SFT_WEIGHTS:
+        if self.sft_weights not in (None, *SFT_WEIGHTS):
             raise ValueError(f"unknown sft_weights {self.sft_weights!r}; known: {', '.join(SFT_WEIGHTS)}, or None")
-        if self.sft_packing:
+        given = self.weighing
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both weigh demonstrations: leave one of them out")
+        if given and self.sft_packing:
             raise ValueError(
-                f"sft_weights={self.sft_weights!r} weighs each demonstration, and sft_packing=True puts several in a "
-                "row: leave one of them out"
+                f"{given[0]} weighs each demonstration, and sft_packing=True puts several in a row: leave one of them "
+                "out"
             )
-        if self.observe_tokens or self.estimator == "coefficient":
+        if given and (self.observe_tokens or self.estimator == "coefficient"):
             raise ValueError(
-                f"sft_weights={self.sft_weights!r} changes gradients, and the coefficient estimator reads none: use "
-                "estimator='auto' without observe_tokens"
+                f"{given[0]} changes gradients, and the coefficient estimator reads none: use estimator='auto' without "
+                "observe_tokens"
             )
+
+    @property
+    def weighing(self) -> list[str]:
+        """The options that weigh demonstrations, as they were given."""
+        options = {"sft_weights": self.sft_weights, "sft_weight_column": self.sft_weight_column}
+        return [f"{name}={value!r}" for name, value in options.items() if value is not None]
 
     def _check_sequences(self) -> None:
         try:

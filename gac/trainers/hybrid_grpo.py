@@ -109,10 +109,10 @@ def _require_demonstrations(law: Law, rule: Rule, args: HybridGRPOConfig, prompt
                 f"law={law.name!r} trains on demonstrations beside the rollouts of their prompts, and sft_packing=True "
                 "packs those of sft_dataset: set sft_packing=False"
             )
-        if args.sft_weights is not None:
+        if args.weighing:
             raise ValueError(
                 f"law={law.name!r} chooses demonstrations by the rewards at their prompts itself: leave "
-                f"sft_weights={args.sft_weights!r} out"
+                f"{args.weighing[0]} out"
             )
         if sft_dataset is not None:
             logger.warning("law %r takes demonstrations from the prompts: sft_dataset is not used", law.name)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gac.losses import IGNORE_INDEX
-from gac.trainers.demonstrations import DemonstrationCollator
+from gac.trainers.demonstrations import DemonstrationBatch, DemonstrationCollator
 from gac.trainers.patched import PatchedGRPOTrainer
 from gac.trainers.rendering import split_conversation
 from gac.trainers.values import DemonstrationValues, prompt_key
@@ -113,11 +113,15 @@ class ScoredGRPOTrainer(PatchedGRPOTrainer):
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
-    def weights_of(self, index: Sequence[int] | None) -> torch.Tensor | None:
+    def weights_of(self, batch: DemonstrationBatch) -> torch.Tensor | None:
         """``[B]`` float32 on the device: what the losses of these demonstrations are multiplied by; None for 1."""
-        if self._values is None or index is None:
+        if batch.weights is not None:
+            weights = torch.tensor(batch.weights)
+        elif self._values is not None and batch.index is not None:
+            weights = self._values.weights(batch.index)
+        else:
             return None
-        return self._values.weights(index).to(self.accelerator.device, torch.float32)
+        return weights.to(self.accelerator.device, torch.float32)
 
     def _log_weights(self) -> None:
         """The step's weights for the log: their mean over ranks, its standard error, and the mean reward."""

@@ -184,7 +184,7 @@ class SinglePassGRPOTrainer(BranchedGRPOTrainer):
     def _supervise_beside(self, logits: torch.Tensor, targets: torch.Tensor, where: torch.Tensor) -> None:
         """The loss of the demonstrations' labelled tokens, ``[n, V]`` and ``[n]``, which stand at ``where`` (bool)."""
         assert self._beside is not None
-        weights = self.weights_of(self._beside.index)
+        weights = self.weights_of(self._beside)
         self._sft_loss = target_token_loss(
             logits,
             targets,

@@ -164,9 +164,37 @@ def nothing(completions, **_):
     return [0.0] * len(completions)
 
 
+@pytest.mark.parametrize("estimator", ["exact", "sequence"])
+def test_weights_of_a_column_are_the_users(trainer, estimator):
+    """Those of rewards, given as a column, train the same."""
+    found, rows = [], [row | {"share": k % 4 / 2} for k, row in enumerate(DEMONSTRATIONS)]
+    common = {"mu": 0.5, "max_steps": 1, "estimator": estimator, "sft_dataset": rows}
+    kept = Gradients()
+    trainer(sft_weight_column="share", callbacks=[kept], **common).train()
+    for weight, subset in ((0.5, 1), (1.0, 2), (1.5, 3)):
+        alone = Gradients()
+        only = [row | {"share": float(k % 4 == subset)} for k, row in enumerate(DEMONSTRATIONS)]
+        trainer(sft_weight_column="share", callbacks=[alone], **common | {"sft_dataset": only, "mu": 1.0}).train()
+        found.append({name: 0.5 * weight * gradient for name, gradient in alone.steps[0].items()})
+    rl = Gradients()
+    trainer(callbacks=[rl], **common | {"mu": 0.0}).train()
+    for name, gradient in kept.steps[0].items():
+        expected = 0.5 * rl.steps[0][name] + sum(part[name] for part in found)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "1", None, True])
+def test_weights_that_are_none_are_refused_by_row(trainer, value):
+    rows = [row | {"share": 1.0 if k else value} for k, row in enumerate(DEMONSTRATIONS)]
+    with pytest.raises(ValueError, match="sft_dataset row 0: column 'share' must hold a finite number from 0 on, got"):
+        trainer(law="gac", sft_weight_column="share", sft_dataset=rows)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"sft_weights": None, "sft_weight_column": "x"}, "sft_weight_column='x' is no column of sft_dataset"),
+        ({"sft_weight_column": "x"}, "sft_weights='reward' and sft_weight_column='x' both weigh demonstrations"),
         ({"sft_weights": "loss"}, "unknown sft_weights 'loss'; known: reward, or None"),
         ({"sft_packing": True, "sft_max_length": 8}, "sft_weights='reward' weighs each demonstration, and sft_packing"),
         ({"estimator": "coefficient"}, "sft_weights='reward'.*coefficient estimator reads none"),
