@@ -7,7 +7,7 @@ SECONDS ?= 60
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install train real test quick fuzz lint types sanitize sanitize-quick format docs wheel bench compare study audit clean
+.PHONY: help install train real test quick fuzz lint types sanitize sanitize-quick format docs wheel wheels bench compare study audit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -90,6 +90,18 @@ docs: $(BIN)/.docs  ## build the pages as a site with a search, in build/site
 
 wheel: install  ## build dist/gac_kernels-*.whl
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+# zig compiles C++ for other machines, and comes as a Python package. A folder each: libraries must not meet.
+CROSS := manylinux_2_17_x86_64=x86_64-linux-gnu.2.17 manylinux_2_17_aarch64=aarch64-linux-gnu.2.17 \
+  macosx_11_0_arm64=aarch64-macos.11.0 macosx_11_0_x86_64=x86_64-macos.11.0
+
+wheels: install  ## build the wheels for Linux and macOS, x86-64 and aarch64, in dist
+	$(PIP) ziglang
+	set -e; for pair in $(CROSS); do \
+	  tag=$${pair%%=*}; \
+	  GAC_PLATFORM=$$tag CXX="$(abspath $(BIN))/python -m ziglang c++ -target $${pair#*=}" $(BIN)/python setup.py --quiet \
+	    build --build-base build/cross/$$tag bdist_wheel --bdist-dir build/cross/$$tag/wheel --dist-dir dist; \
+	done
 
 bench: install  ## measure the kernels on this machine
 	$(BIN)/gac bench

@@ -3,6 +3,9 @@
 The library is plain C++ behind a C interface, so a wheel that holds it is tied to a platform and to nothing else
 (``py3-none-<platform>``). Without a compiler the package is pure Python and works, more slowly. ``CXX`` names the
 compiler, ``CXXFLAGS`` and ``LDFLAGS`` are appended to its options. Nothing here looks at the CPU.
+
+``GAC_PLATFORM`` says that ``CXX`` compiles for another machine, by the wheel's platform tag (``manylinux_2_17_aarch64``,
+``macosx_11_0_arm64``); ``make wheels`` does so.
 """
 
 import os
@@ -18,7 +21,9 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = sorted(ROOT.joinpath("csrc").glob("*.cpp"))
-SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
+PLATFORM = os.environ.get("GAC_PLATFORM", "")
+SYSTEM = "darwin" if PLATFORM.startswith("macosx_") else "linux" if "linux_" in PLATFORM else sys.platform
+SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(SYSTEM, "so")
 LIBRARY = Path("gac_kernels", "_lib", f"libgac_cpu.{SUFFIX}")
 
 
@@ -26,7 +31,9 @@ def compiler() -> list[str] | None:
     """The C++ compiler's command; None when there is none, or none whose options are known."""
     if os.environ.get("CXX"):
         return shlex.split(os.environ["CXX"])
-    if sys.platform == "win32":
+    if PLATFORM:
+        raise SystemExit(f"GAC_PLATFORM={PLATFORM} asks for another machine's library: set CXX to a compiler for it")
+    if SYSTEM == "win32":
         return None
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name):
@@ -37,7 +44,7 @@ def compiler() -> list[str] | None:
 def command(cxx: list[str], target: Path) -> list[str]:
     """The command that compiles and links the library. No -march: functions carry their instruction sets themselves."""
     options = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-pthread"]
-    if sys.platform == "darwin":
+    if SYSTEM == "darwin":
         link = ["-dynamiclib", "-install_name", f"@rpath/{target.name}"]
     else:
         link = ["-shared", "-ldl"]
@@ -107,7 +114,7 @@ class Wheel(bdist_wheel):
 
     def get_tag(self):
         _, _, platform = super().get_tag()
-        return "py3", "none", platform
+        return "py3", "none", (PLATFORM if not self.root_is_pure and PLATFORM else platform)
 
 
 class BinaryDistribution(Distribution):
