@@ -4,8 +4,8 @@ The library is plain C++ behind a C interface, so a wheel that holds it is tied 
 (``py3-none-<platform>``). Without a compiler the package is pure Python and works, more slowly. ``CXX`` names the
 compiler, ``CXXFLAGS`` and ``LDFLAGS`` are appended to its options. Nothing here looks at the CPU.
 
-``GAC_PLATFORM`` says that ``CXX`` compiles for another machine, by the wheel's platform tag (``manylinux_2_17_aarch64``,
-``macosx_11_0_arm64``); ``make wheels`` does so.
+``GAC_PLATFORM`` says that ``CXX`` compiles for another machine, by the wheel's platform tag
+(``manylinux_2_17_aarch64``, ``macosx_11_0_arm64``); ``make wheels`` does so.
 """
 
 import os
@@ -44,10 +44,7 @@ def compiler() -> list[str] | None:
 def command(cxx: list[str], target: Path) -> list[str]:
     """The command that compiles and links the library. No -march: functions carry their instruction sets themselves."""
     options = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-pthread"]
-    if SYSTEM == "darwin":
-        link = ["-dynamiclib", "-install_name", f"@rpath/{target.name}"]
-    else:
-        link = ["-shared", "-ldl"]
+    link = ["-dynamiclib", "-install_name", f"@rpath/{target.name}"] if SYSTEM == "darwin" else ["-shared", "-ldl"]
     flags = shlex.split(os.environ.get("CXXFLAGS", "")), shlex.split(os.environ.get("LDFLAGS", ""))
     sources = [str(source.relative_to(ROOT)) for source in SOURCES]
     return [*cxx, *options, *flags[0], *sources, "-o", str(target), *link, *flags[1]]

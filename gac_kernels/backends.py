@@ -40,12 +40,12 @@ def _triton_backend() -> ModuleType:
     if version < _OLDEST_TRITON:
         oldest = ".".join(map(str, _OLDEST_TRITON))
         raise _Unavailable(f"triton {triton.__version__} is too old: version {oldest} or later is needed")
-    importlib.import_module("gac_kernels.cpu").available()  # its pass over lists serves on GPUs, too
-    return importlib.import_module("gac_kernels.triton")
+    importlib.import_module(".cpu", __package__).available()  # its pass over lists serves on GPUs, too
+    return importlib.import_module(".triton", __package__)
 
 
 def _cpu_backend() -> ModuleType:
-    cpu = importlib.import_module("gac_kernels.cpu")
+    cpu = importlib.import_module(".cpu", __package__)
     if not cpu.available():
         raise _Unavailable(str(cpu.status()))
     return cpu
@@ -124,5 +124,5 @@ def status() -> dict[str, str]:
         found["triton"] = triton.__version__
     except Exception as error:
         found["triton"] = f"not usable ({type(error).__name__}: {error})"
-    found["cpu_library"] = str(importlib.import_module("gac_kernels.cpu").status())
+    found["cpu_library"] = str(importlib.import_module(".cpu", __package__).status())
     return found
