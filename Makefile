@@ -99,8 +99,9 @@ wheels: install  ## build the wheels for Linux and macOS, x86-64 and aarch64, in
 	$(PIP) ziglang
 	set -e; for pair in $(CROSS); do \
 	  tag=$${pair%%=*}; \
-	  GAC_PLATFORM=$$tag CXXFLAGS=-g0 CXX="$(abspath $(BIN))/python -m ziglang c++ -target $${pair#*=}" $(BIN)/python setup.py --quiet \
-	    build --build-base build/cross/$$tag bdist_wheel --bdist-dir build/cross/$$tag/wheel --dist-dir dist; \
+	  GAC_PLATFORM=$$tag CXXFLAGS=-g0 CXX="$(abspath $(BIN))/python -m ziglang c++ -target $${pair#*=}" \
+	    $(BIN)/python setup.py --quiet build --build-base build/cross/$$tag bdist_wheel \
+	    --bdist-dir build/cross/$$tag/wheel --dist-dir dist; \
 	done
 
 bench: install  ## measure the kernels on this machine
