@@ -85,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE", help="for its table")
     regret = command("regret", _regret, "what each arm loses to the best constant in hindsight, by regime")
     regret.add_argument("--phase", default="regimes", metavar="NAME", help="regimes or regimes-confirmation")
+    regret.add_argument("--arms", nargs="+", metavar="ARM", help="only these, such as gac aim-reward fixed:mu=0.5")
+    regret.add_argument("--regimes", nargs="+", metavar="NAME", help="only these")
+    regret.add_argument("--picture", type=Path, metavar="FILE", help="draw it, too")
     return parser
 
 
@@ -245,9 +248,19 @@ def _regret(args: argparse.Namespace) -> int:
     grid = _part("grid")
     if args.phase not in grid.ON_DEMAND:
         raise UsageError(f"--phase {args.phase}: choose from {', '.join(grid.ON_DEMAND)}")
+    regret, arm = _part("regret"), _part("arms").arm
     records = [record for record in read_records(args.results) if record["phase"] == args.phase]
+    for option, names, of in (
+        ("--arms", args.arms, arm),
+        ("--regimes", args.regimes, lambda record: record.get("regime", "clean")),
+    ):
+        if unknown := set(names or ()) - set(map(of, records)):
+            raise UsageError(f"{option} {' '.join(sorted(unknown))}: the data have no such run")
+        records = [record for record in records if names is None or of(record) in names]
     try:
-        print(_part("regret").text(records))
+        print(regret.text(records))
+        if args.picture:
+            regret.picture(records, args.picture)
     except ValueError as error:
         raise UsageError(str(error)) from None
     return 0

@@ -48,6 +48,8 @@ _LABELS = {
     "sequential:hindsight": "SFT then RL in hindsight",
     RL_ALONE: "RL alone",
     SFT_ALONE: "SFT alone",
+    "gac-reward": "gac, weights by reward",
+    "aim-reward": "aim, weights by reward",
     "paper": "paper's controller",
     "fixed": "constant",
     "sequential": "SFT then RL",

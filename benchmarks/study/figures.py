@@ -67,6 +67,37 @@ def _whisker(axis, height: float, found: Comparison, clear: bool) -> None:
     axis.plot([100 * found.mean], [height], "o", color=colour, markerfacecolor=face, markersize=5.5)
 
 
+def regrets(arms: Mapping[str, Mapping[str, Sequence[tuple[str, float]]]], path: Path) -> None:
+    """What arms lose to the best constant in hindsight, an arm a row: a mark a task, a tick for a regime's mean.
+
+    Args:
+        arms: by label, from the top; for each regime its tasks with the points lost, negative where the arm is better.
+        path: where the PNG goes.
+    """
+    regimes = list(dict.fromkeys(regime for found in arms.values() for regime in found))
+    tasks = list(dict.fromkeys(task for found in arms.values() for lost in found.values() for task, _ in lost))
+    with _Figure(1, len(regimes), (_WIDTH, 1.9 + 0.3 * len(arms)), path, sharey=True, sharex=True) as axes:
+        for axis, regime in zip(axes[0], regimes, strict=True):
+            axis.axvline(0, color="black", linewidth=1.0)
+            for row, found in enumerate(arms.values()):
+                lost = found.get(regime, ())
+                for task, points in lost:
+                    index = tasks.index(task)
+                    style = {"color": _CYCLE[index], "marker": _MARKERS[index], "markersize": 4.5, "alpha": 0.8}
+                    axis.plot([points], [row], linestyle="", label=task if row == 0 else None, **style)
+                if lost:
+                    mean = sum(points for _, points in lost) / len(lost)
+                    axis.plot([mean, mean], [row - 0.35, row + 0.35], color="black", linewidth=2.2)
+            axis.set_title(regime)
+            axis.set_xlabel("points lost")
+            axis.grid(axis="y", visible=False)
+            axis.tick_params(axis="y", length=0)
+        axes[0][0].set_yticks(range(len(arms)), list(arms))
+        axes[0][0].set_ylim(len(arms) - 0.4, -0.6)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        axes[0][0].figure.legend(handles, labels, loc="outside lower center", ncols=len(tasks), frameon=False)
+
+
 def curves(tasks: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
     """Held-out accuracy over steps, a panel a task, a line an arm (means over seeds)."""
     labels = list(dict.fromkeys(label for arms in tasks.values() for label in arms))

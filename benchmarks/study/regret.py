@@ -8,6 +8,7 @@ than too low, and that of the best constant itself is 0.
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,37 @@ def _regret(cells: Cells, best: Cells, shared: set[tuple[str, str, int]]) -> Reg
 def _largest(bounds: Sequence[float]) -> float:
     """NaN where any is unknown: it might be the largest."""
     return math.nan if any(math.isnan(bound) for bound in bounds) else max(bounds)
+
+
+def by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[str, float]]]]:
+    """Points that each arm loses in each regime, by task, means over seeds; the least worst case first.
+
+    Raises ValueError as :func:`regrets` does.
+    """
+    records = list(records)
+    found, arms = regrets(records), _by_arm(records)
+    shared = set.intersection(*(set(cells) for cells in arms.values()))
+    best = _best({name: cells for name, cells in arms.items() if name.startswith(CONSTANT)}, shared)
+    result: dict[str, dict[str, list[tuple[str, float]]]] = {}
+    for name in sorted(found, key=lambda name: (found[name].worst[0], name)):
+        rows = result.setdefault(name, {})
+        for (regime, task), seeds in sorted(_seeds(shared).items(), key=lambda item: _place(item[0])):
+            lost = [100 * (best[regime, task, seed] - arms[name][regime, task, seed]) for seed in seeds]
+            rows.setdefault(regime, []).append((task, sum(lost) / len(lost)))
+    return result
+
+
+def _place(cell: tuple[str, str]) -> tuple[int, str]:
+    """Regimes in the order of :data:`REGIMES`."""
+    return list(REGIMES).index(cell[0]), cell[1]
+
+
+def picture(records: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Draws :func:`by_task`."""
+    from benchmarks.study import figures
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figures.regrets({label(name): found for name, found in by_task(records).items()}, path)
 
 
 def text(records: Iterable[Mapping[str, Any]]) -> str:

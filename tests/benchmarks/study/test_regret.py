@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.study.inference import interval
-from benchmarks.study.regret import regrets, text
+from benchmarks.study.regret import by_task, picture, regrets, text
 
 ARMS = {
     "fixed:mu=0.1": ("fixed", "mu=0.1"),
@@ -108,3 +108,24 @@ def test_the_table_has_the_least_worst_case_first():
         "aim", "constant 0.1", "gac (default)", "constant 0.9",
     ]  # fmt: skip
     assert " | wrong-50 | " in lines[2]
+
+
+def test_the_picture_has_every_task_of_every_regime(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    found = by_task(records())
+    assert next(iter(found)) == "aim"
+    assert found["aim"]["wrong-50"] == [("a", pytest.approx(-1.0)), ("b", pytest.approx(6.0))]
+    assert list(found["gac"]) == ["clean", "wrong-50"]
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    picture(records(), tmp_path / "new" / "regret.png")
+    assert (tmp_path / "new" / "regret.png").read_bytes()[:4] == b"\x89PNG"
+    axes = kept[-1].axes
+    assert [axis.get_title(loc="left") for axis in axes] == ["clean", "wrong-50"]
+    row = list(found).index("aim")
+    marks = [line for line in axes[1].lines if line.get_marker() not in ("", "None") and line.get_ydata()[0] == row]
+    assert sorted(line.get_xdata()[0] for line in marks) == pytest.approx([-1.0, 6.0])
+    (mean,) = [line for line in axes[1].lines if len(line.get_xdata()) == 2 and line.get_ydata()[0] == row - 0.35]
+    assert list(mean.get_xdata()) == pytest.approx([2.5, 2.5])
+    plt.close("all")
