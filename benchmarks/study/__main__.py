@@ -249,7 +249,7 @@ def _regret(args: argparse.Namespace) -> int:
     if args.phase not in grid.ON_DEMAND:
         raise UsageError(f"--phase {args.phase}: choose from {', '.join(grid.ON_DEMAND)}")
     regret, arm = _part("regret"), _part("arms").arm
-    records = [record for record in read_records(args.results) if record["phase"] == args.phase]
+    records = regret.of_phase(read_records(args.results), args.phase)
     for option, names, of in (
         ("--arms", args.arms, arm),
         ("--regimes", args.regimes, lambda record: record.get("regime", "clean")),

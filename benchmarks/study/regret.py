@@ -20,6 +20,9 @@ from benchmarks.study.regimes import CLEAN, REGIMES
 
 CONSTANT = "fixed:mu="
 
+SAME = {"regimes": "comparison", "regimes-confirmation": "confirmation"}
+"""Phases whose runs are those of the clean regime."""
+
 Cells = dict[tuple[str, str, int], float]
 """Late accuracy by regime, task and seed."""
 
@@ -126,6 +129,21 @@ def _regret(cells: Cells, best: Cells, shared: set[tuple[str, str, int]]) -> Reg
 def _largest(bounds: Sequence[float]) -> float:
     """NaN where any is unknown: it might be the largest."""
     return math.nan if any(math.isnan(bound) for bound in bounds) else max(bounds)
+
+
+def of_phase(records: Iterable[Mapping[str, Any]], phase: str) -> list[Mapping[str, Any]]:
+    """The runs of a phase of regimes, and of its clean regime those that another phase has made already.
+
+    Such a run is taken for an arm and learning rate that the phase has in the same task, where it has no clean run of
+    them itself with the same seed.
+    """
+    records = list(records)
+    own = [record for record in records if record["phase"] == phase]
+    cell = lambda record: (arm(record), record["task"], record["lr"], record["size"])
+    arms = set(map(cell, own))
+    clean = {(cell(record), record["seed"]) for record in own if record.get("regime", CLEAN) == CLEAN}
+    others = (record for record in records if record["phase"] == SAME[phase] and cell(record) in arms)
+    return own + [record for record in others if (cell(record), record["seed"]) not in clean]
 
 
 def by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[str, float]]]]:

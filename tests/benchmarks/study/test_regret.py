@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.study.inference import interval
-from benchmarks.study.regret import by_task, picture, regrets, text
+from benchmarks.study.regret import by_task, of_phase, picture, regrets, text
 
 ARMS = {
     "fixed:mu=0.1": ("fixed", "mu=0.1"),
@@ -129,3 +129,18 @@ def test_the_picture_has_every_task_of_every_regime(tmp_path, monkeypatch):
     (mean,) = [line for line in axes[1].lines if len(line.get_xdata()) == 2 and line.get_ydata()[0] == row - 0.35]
     assert list(mean.get_xdata()) == pytest.approx([2.5, 2.5])
     plt.close("all")
+
+
+def test_clean_runs_of_the_comparison_stand_in():
+    """For the same arm, task and rate, where the regimes have none of their own."""
+    made = [record | {"phase": "regimes", "lr": 1e-4} for record in records() if record.get("regime") == "wrong-50"]
+    own = made + [record | {"phase": "regimes", "lr": 1e-4} for record in records() if record["key"] == "clean/a/gac/1"]
+    clean = [record | {"phase": "comparison", "lr": 1e-4} for record in records() if "regime" not in record]
+    other_rate = [record | {"lr": 3e-4} for record in clean]
+    found = of_phase([*own, *clean, *other_rate, *({"phase": "tuning"} for _ in range(2))], "regimes")
+    keys = [record["key"] for record in found]
+    assert sorted(keys) == sorted(record["key"] for record in records())
+    assert all(record["lr"] == 1e-4 for record in found)
+    assert next(r for r in found if r["key"] == "clean/a/gac/1")["phase"] == "regimes"
+    unknown = [record for record in made if record["method"] != "aim"]
+    assert {r["method"] for r in of_phase([*unknown, *clean], "regimes")} == {"gac", "fixed"}
