@@ -12,6 +12,10 @@ import torch
 collect_ignore = []
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     collect_ignore += ["test_triton.py", "test_triton_kronecker.py"]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.interpreter import quicken
+
+    quicken()
 
 
 @pytest.fixture(scope="package", autouse=True)

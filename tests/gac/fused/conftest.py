@@ -7,3 +7,7 @@ import torch
 collect_ignore = []
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     collect_ignore += ["test_device.py"]  # test_interpreter.py runs it
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.interpreter import quicken
+
+    quicken()
