@@ -23,19 +23,17 @@ class EveryKind(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(VOCABULARY, width)
-        self.positions = nn.Embedding(16, width)
+        self.positions = nn.Embedding(24, width)
         self.norm, self.last = nn.LayerNorm(width), nn.RMSNorm(width)
         self.up, self.down = nn.Linear(width, 90), nn.Linear(90, width, bias=False)
-        self.shift = nn.Linear(width, 80)
+        self.shift = nn.Linear(width, 90)
         self.shift.weight.requires_grad_(False)
-        self.back = nn.Linear(80, width, bias=False)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         self.head.weight = self.embed.weight
 
     def forward(self, input_ids):
         x = self.embed(input_ids) + self.positions(torch.arange(input_ids.shape[1]))
-        x = x + self.down(torch.tanh(self.up(self.norm(x))))
-        x = x + self.back(torch.tanh(self.shift(x)))
+        x = x + self.down(torch.tanh(self.up(self.norm(x))) * torch.tanh(self.shift(x)))
         return SimpleNamespace(logits=self.head(self.last(x)))
 
 
@@ -55,10 +53,13 @@ def draws(model, batch: Batch, steps: int, **options) -> torch.Tensor:
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_unbiased_over_signs(share):
-    """2,000 steps, each with signs (and layers) of its own: every mean within 4 standard errors of the truth."""
+    """Steps with signs (and layers) of their own: every mean within 4 standard errors of the truth.
+
+    1,100 steps of this size have the standard errors of 2,000 with a sketch of 8.
+    """
     model, batch = EveryKind(), mixed(6, 7)
     wanted = expected(model, [batch])
-    found = draws(model, batch, 2000, sketch_size=8, sequences={"layer_share": share})
+    found = draws(model, batch, 1100, sketch_size=16, sequences={"layer_share": share})
     error = found.std(0) / math.sqrt(len(found))
     for k, name in enumerate(SUMS):
         z = float((found[:, k].mean() - wanted[name]) / error[k])
@@ -84,7 +85,8 @@ def test_error_of_one_step():
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     batch = mixed(16, 32)
-    wanted = torch.tensor([expected(model, [batch])[name] for name in SUMS], dtype=torch.float64)
+    truth = expected(model, [batch])
+    wanted = torch.tensor([truth[name] for name in SUMS], dtype=torch.float64)
     found = draws(model, batch, 20, sketch_size=32)
     relative = (found / wanted - 1).square().mean(0).sqrt()
     off = (optimum(found) - optimum(wanted)).square().mean().sqrt()
