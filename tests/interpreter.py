@@ -1,6 +1,6 @@
 """Makes Triton's interpreter quicker, with the same results.
 
-At every call of a device function it looks through all attributes of Triton's language for the built-in ones, to replace
+At every call of a device function it looks through all attributes of its language for the built-in ones, to replace
 them, and it does so again where they have been replaced already. That is half of a test's time.
 """
 

@@ -182,6 +182,7 @@ def t_cdf(t: float, dof: float) -> float:
     return 1 - tail if t > 0 else tail
 
 
+@functools.lru_cache(maxsize=1024)
 def t_quantile(p: float, dof: float) -> float:
     """Where Student's distribution function is `p`, to 1e-10 relative; `dof` may be fractional.
 
@@ -195,10 +196,16 @@ def t_quantile(p: float, dof: float) -> float:
     low, high = 0.0, 1.0
     while t_cdf(high, dof) < p:
         low, high = high, 2 * high
-    while high - low > 1e-12 * (1 + high):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_cdf(middle, dof) < p else (low, middle)
-    return (low + high) / 2
+    # Newton's steps: right of 0 the distribution function is concave, so that from the left none goes too far
+    log_peak = math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2) - 0.5 * math.log(math.pi * dof)
+    found = low
+    for _ in range(100):
+        density = math.exp(log_peak - (dof + 1) / 2 * math.log1p(found * found / dof))
+        step = (p - t_cdf(found, dof)) / density
+        found += step
+        if abs(step) <= 1e-13 * (1 + found):
+            break
+    return found
 
 
 def _incomplete_beta(x: float, a: float, b: float) -> float:
