@@ -34,9 +34,10 @@ $(BIN)/.real: $(BIN)/.installed
 real: $(BIN)/.real  ## post-train a pretrained model of 135 M parameters; results in runs/real
 	$(BIN)/python -m benchmarks.real train --out $(REAL)
 
-# One thread a worker: two workers with two threads each would wait for one another on two cores.
+# One thread a worker: two workers with two threads each would wait for one another on two cores. Bytecode is kept, whatever
+# the environment says: the tests start some hundred processes, which would all compile the package anew.
 test: install  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 quick: install  ## run the tests that answer within a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow"
