@@ -7,6 +7,7 @@ import os
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
@@ -37,6 +38,8 @@ def on_ranks(
         seconds: after which a rank that has not ended fails the test.
     """
     context = multiprocessing.get_context("forkserver")
+    if not set(IMPORTED_LATE) <= set(forkserver._forkserver._preload_modules):
+        forkserver._forkserver._stop()  # somebody else's, where every rank would import torch anew
     context.set_forkserver_preload([*IMPORTED_LATE, preload])  # the first call of a process decides for all
     ranks = [
         context.Process(target=_work, args=(rank, world, str(folder), backend, function, arguments))
