@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import struct
-from collections import deque
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gac.statistics.branch import Branch
 from gac_kernels.step_vector import WEIGHT_STRIDE, WEIGHTS_SIZE
-
-_FOUR = struct.Struct("@4f")
-_SLOTS = 16
 
 
 class Weights:
@@ -64,43 +59,6 @@ class DeviceWeights(Weights):
         return torch.stack(list(self.of.values())) > 0
 
 
-class Slot:
-    """Memory of one step's weights on the CPU, and the tensors over it. Each is used once.
-
-    Many are made at a time: between large matrix products no cache holds what makes a tensor, and the first costs what
-    a dozen more do.
-
-    Attributes:
-        address: of four float32 numbers.
-        tensors: the four, 0-dim.
-    """
-
-    __slots__ = ("_at", "_memory", "address", "tensors")
-    _made: ClassVar[deque[Slot]] = deque()
-
-    def __init__(self, memory: bytearray, at: int, address: int, tensors: tuple[Tensor, ...]) -> None:
-        self._memory, self._at = memory, at
-        self.address, self.tensors = address, tensors
-
-    def write(self, *numbers: float) -> None:
-        """Writes the four numbers."""
-        _FOUR.pack_into(self._memory, self._at, *numbers)
-
-    @classmethod
-    def next(cls) -> Slot:
-        """A new one. Not to be called in inference mode: backward passes save its tensors."""
-        while True:
-            try:
-                return cls._made.popleft()
-            except IndexError:
-                memory = bytearray(_SLOTS * _FOUR.size)
-                numbers = torch.frombuffer(memory, dtype=torch.float32)
-                tensors, address = numbers.unbind(), numbers.data_ptr()
-                for k in range(_SLOTS):
-                    at = k * _FOUR.size
-                    cls._made.append(cls(memory, at, address + at, tensors[4 * k : 4 * k + 4]))
-
-
 class HostWeights(Weights):
     """The same from a number, on the CPU.
 
@@ -115,22 +73,10 @@ class HostWeights(Weights):
         number = _float32(mu)
         # Differences and quotients of float32 numbers that double precision rounds first come out the same.
         pair = number, _float32(1.0 - number)
+        self.present_on_host = pair[0] > 0, pair[1] > 0
         undone = [_float32(1.0 / weight) if weight > 0 else 0.0 for weight in pair]
-        slot = Slot.next()
-        slot.write(*pair, *undone)
-        self._take(slot, number)
-
-    @classmethod
-    def written(cls, slot: Slot, mu: float) -> HostWeights:
-        """From what was written to a slot; ``mu`` is its first number."""
-        found = object.__new__(cls)
-        found._take(slot, mu)
-        return found
-
-    def _take(self, slot: Slot, mu: float) -> None:
-        s, r, undone_s, undone_r = slot.tensors
-        self.mu = s
-        self.present_on_host = mu > 0, mu < 1
+        self.mu = torch.tensor(number, dtype=torch.float32)
+        s, r, undone_s, undone_r = torch.tensor([*pair, *undone], dtype=torch.float32).unbind()
         self.of = {Branch.SFT: s, Branch.RL: r}
         self.undone = {Branch.SFT: undone_s, Branch.RL: undone_r}
 
