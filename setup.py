@@ -111,7 +111,7 @@ class Wheel(bdist_wheel):
 
     def get_tag(self):
         _, _, platform = super().get_tag()
-        return "py3", "none", (PLATFORM if not self.root_is_pure and PLATFORM else platform)
+        return "py3", "none", platform if self.root_is_pure else PLATFORM or platform
 
 
 class BinaryDistribution(Distribution):

@@ -26,6 +26,12 @@ def prompt_key(prompt: Any) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
+def _finite(rewards: Tensor) -> Tensor:
+    """Rewards on the CPU in float64; what is not finite is none."""
+    values = rewards.detach().to(_CPU, _DOUBLE)
+    return torch.where(values.isfinite(), values, math.nan)
+
+
 class DemonstrationValues:
     """Rewards of demonstrations and of prompts, and the weights that follow from them.
 
@@ -33,7 +39,7 @@ class DemonstrationValues:
     and weighs ``max(v - V, 0) / R``, where ``R`` is the range of all rewards seen: a number in [0, 1], the same for
     rewards times a constant or plus one. ``V`` is the mean reward of the prompt's newest rollouts; of a prompt without
     any, an average over the newest generations; without rollouts at all, the lowest reward seen. What the rewards do
-    not judge (None or NaN), or where all are equal, weighs 1: there is no evidence against it.
+    not judge (None or no finite number), or where all are equal, weighs 1: there is no evidence against it.
 
     All ranks are told the same, and hold the same.
 
@@ -57,7 +63,7 @@ class DemonstrationValues:
         Args:
             prompts: :func:`prompt_key` of each rollout's. rewards: ``[N]``, NaN where there is none.
         """
-        values = rewards.detach().to(_CPU, _DOUBLE)
+        values = _finite(rewards)
         found: dict[int, list[float]] = {}
         for prompt, value in zip(prompts, values.tolist(), strict=True):
             if not math.isnan(value):
@@ -76,7 +82,7 @@ class DemonstrationValues:
         Args:
             index: their numbers. prompts: :func:`prompt_key` of each one's. rewards: ``[N]``, NaN where there is none.
         """
-        values, at = rewards.detach().to(_CPU, _DOUBLE), torch.tensor(index)
+        values, at = _finite(rewards), torch.tensor(index)
         self._scores[at], self._keys[at], self._scored[at] = values, torch.tensor(prompts), True
         self._see(values[~values.isnan()])
 

@@ -41,6 +41,9 @@ def test_what_says_nothing_leaves_demonstrations_as_they_are():
     assert zeros.weights([0, 1, 2]).tolist() == [1.0, 1.0, 1.0]
     unjudged = told(([A, B], [0.0, 1.0]), scores=(math.nan, 0.0, 1.0))
     assert unjudged.weights([0, 1]).tolist() == [1.0, 0.0]
+    for value in (math.inf, -math.inf):  # no finite number is no judgement, and no end of the range
+        endless = told(([A, B, C], [0.0, 1.0, value]), scores=(value, 0.0, 1.0))
+        assert endless.weights([0, 1, 2]).tolist() == [1.0, 0.0, 0.5]
     rollouts = told(([A, A, B], [math.nan, 0.5, math.nan]), scores=(1.0, 0.0, 1.0))
     assert rollouts.weights([0, 2]).tolist() == [0.5, 0.5]  # A's other rollout has a reward, B's has none
 
