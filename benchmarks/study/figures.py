@@ -70,13 +70,15 @@ def _whisker(axis, height: float, found: Comparison, clear: bool) -> None:
 def regrets(arms: Mapping[str, Mapping[str, Sequence[tuple[str, float]]]], path: Path) -> None:
     """What arms lose to the best constant in hindsight, an arm a row: a mark a task, a tick for a regime's mean.
 
+    Regimes have scales of their own: some cost 50 points, some 3.
+
     Args:
         arms: by label, from the top; for each regime its tasks with the points lost, negative where the arm is better.
         path: where the PNG goes.
     """
     regimes = list(dict.fromkeys(regime for found in arms.values() for regime in found))
     tasks = list(dict.fromkeys(task for found in arms.values() for lost in found.values() for task, _ in lost))
-    with _Figure(1, len(regimes), (_WIDTH, 1.9 + 0.3 * len(arms)), path, sharey=True, sharex=True) as axes:
+    with _Figure(1, len(regimes), (_WIDTH, 1.9 + 0.3 * len(arms)), path, sharey=True) as axes:
         for axis, regime in zip(axes[0], regimes, strict=True):
             axis.axvline(0, color="black", linewidth=1.0)
             for row, found in enumerate(arms.values()):
