@@ -1,6 +1,8 @@
 // Each chunk of a tensor is read once, added to its stretch of the total, and leaves its moments.
 #include "accumulate.h"
 
+#include <cstring>
+
 #include "weights.h"
 
 namespace gac {
@@ -18,6 +20,8 @@ struct Accumulate {
     if (!sum.total) return moments(t, k, plain, begin, count, sums);
     float* const total = sum.total + sum.offsets[k];
     float* const previous = sum.previous ? sum.previous + sum.offsets[k] : nullptr;
+    if (sum.fresh & 1) std::memset(total + begin, 0, count * sizeof(float));  // the chunk stays in the cache
+    if (previous && sum.fresh & 2) std::memset(previous + begin, 0, count * sizeof(float));
     double squares = 0;
     if (!plain && weights->seconds[k].dtype == kScale) {
       weights->for_scaled<float>(t, weights->seconds[k], begin, count, [&](const float* y, int64_t at, int64_t n) {

@@ -6,6 +6,8 @@
 #include "gac_cpu.h"
 #include "reductions.h"
 #include "sketch.h"
+#include "step_end.h"
+#include "step_sums.h"
 #include "threads.h"
 #include "tokens.h"
 
@@ -148,4 +150,18 @@ int gac_accumulate(const int64_t* table, const int64_t* seconds, int64_t n, int 
     accumulate(tensors, seconds ? &second_moments : nullptr, *sum, moments, threads);
     return GAC_OK;
   });
+}
+
+int gac_step_sums(const gac_step* step, double* out, int threads) {
+  return guarded([&]() -> int {
+    if (step->m && (!step->sft || !step->rl)) return GAC_NULL_POINTER;
+    if (step->used && (!step->rows || (step->contributions && !step->told))) return GAC_NULL_POINTER;
+    step_sums(*step, out, threads);
+    return GAC_OK;
+  });
+}
+
+int gac_step_end(const gac_ending* ending) {
+  step_end(*ending);
+  return GAC_OK;
 }

@@ -71,6 +71,7 @@ struct gac_sketch_map {
   int32_t accumulate;  // 1: add to the buckets
   int32_t per_tensor;  // moments: [2] or [n, 2]
   int32_t add;         // 1: add to the moments
+  int32_t fresh;       // bits: 1, total counts as 0 before; 2, out does
 };
 GAC_API int gac_sketch(const int64_t* table, const int64_t* pieces, int64_t n, int form,
                        const struct gac_sketch_map* map, double* moments, int threads);
@@ -115,9 +116,96 @@ struct gac_sum {
   double eps;
   int32_t per_tensor;  // moments: [2] or [n, 2]
   int32_t add;         // 1: add to the moments
+  int32_t fresh;       // bits: 1, total counts as 0 before; 2, previous does
 };
 GAC_API int gac_accumulate(const int64_t* table, const int64_t* seconds, int64_t n, int form, const struct gac_sum* sum,
                            double* moments, int threads);
+
+// Where numbers of a step lie: of its sums ...
+enum gac_sums {
+  GAC_POWER = 0,
+  GAC_TOKENS = 2,
+  GAC_COUNTS = 4,
+  GAC_NONFINITE = 6,
+  GAC_SILENT = 7,
+  GAC_NORMS = 8,
+  GAC_TIME_NOISE = 11,
+  GAC_STEP_SUMS = 13  // how many
+};
+// ... of its state ...
+enum gac_state {
+  GAC_ROW_RAW = 1,
+  GAC_ROW_SKIPPED = 4,
+  GAC_MU = 20,
+  GAC_MOVED = 21,
+  GAC_ALPHA = 22,
+  GAC_KL = 23,
+  GAC_LAST = 24,  // then level, average and count, 4 each
+  GAC_WAITING = 40,
+  GAC_UNSETTLED = 43,
+  GAC_MUS = 46,
+  GAC_EVIDENCE = 48,
+  GAC_AVERAGES = 50,
+  GAC_SQUARES = 62,
+  GAC_STATE = 80  // how many
+};
+// ... and of the law's options. gac_kernels/step_vector.py has the same, and says what each number is.
+enum gac_options {
+  GAC_CAP = 0,
+  GAC_MU_MIN,
+  GAC_MU_MAX,
+  GAC_NOISE,
+  GAC_FORGET,
+  GAC_PRIOR_WEIGHT,
+  GAC_PRIOR_SD,
+  GAC_UNKNOWN_WEIGHT,
+  GAC_KL_TARGET,
+  GAC_KL_DECAY,
+  GAC_HYSTERESIS,
+  GAC_ETA_UP,
+  GAC_ETA_DOWN,
+  GAC_ALPHA_MIN,
+  GAC_ALPHA_MAX,
+  GAC_SURPRISE,
+  GAC_RATES,  // and shares, alternating
+  GAC_OPTIONS = 20  // how many
+};
+
+// Sums of a step: out[GAC_STEP_SUMS], 0 for what is not found here. Rows that were read are cleared on the way.
+struct gac_step {
+  const float* sft;  // both branches' totals, m floats each
+  const float* rl;
+  double* rows;      // of each contribution: squares and non-finite elements as read, then `cells` parts of its square
+  const double* told;  // of each contribution: 0 for SFT and 1 for RL, tokens, squared scale
+  int64_t m;
+  int64_t stride;         // numbers of a row
+  int64_t contributions;
+  int64_t used;           // rows in which something may stand, at least `contributions`
+  int64_t cells;
+  int32_t lossless;  // 1: a contribution's square is the first number of its row, times its squared scale
+  int32_t clear;     // 1: these rows become 0
+};
+GAC_API int gac_step_sums(const struct gac_step* step, double* out, int threads);
+
+// The state of law and statistics after a step, in place, and the weights of the next one.
+struct gac_ending {
+  const double* source;   // sums of the step, or ten statistics; null: it measured none
+  double* state;          // [GAC_STATE]
+  const double* table;    // [1025, 3]: by the number of measurements, weights of averages and factor of an error
+  const double* options;  // [GAC_OPTIONS]
+  float* weights;         // [4], of the next step: mu, 1 - mu, and what undoes them
+  double alpha;           // counts unless follows_kl
+  double prior;           // NaN: none
+  double kl;
+  int64_t passed;          // steps before this one in which nothing was measured or told
+  int32_t averages;        // that the law keeps, 1 or 2
+  int32_t from_statistics;
+  int32_t follows_kl;
+  int32_t prior_is_tensor;  // it is clipped to [0, 1], and counts as mu where it is not finite
+  int32_t present;          // bit k: branch k had a weight above 0 ...
+  int32_t lone;             // ... and noise from time
+};
+GAC_API int gac_step_end(const struct gac_ending* ending);
 
 // A new function object for Python that takes the plain calls of an operation: "moments", "pair_moments" or "mix_"; or
 // "describe", which makes the bytes of int64 numbers of a list of contiguous tensors on one device: the dtype of all or -1,

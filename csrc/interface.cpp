@@ -1,5 +1,6 @@
 // The interface in words, made from the declarations of gac_cpu.h themselves: what is written here by hand is no more
 // than names. The Python side compares it with its own table when it loads the library.
+#include <initializer_list>
 #include <string>
 #include <type_traits>
 
@@ -10,7 +11,7 @@
 namespace gac {
 namespace {
 
-constexpr int kVersion = 8;
+constexpr int kVersion = 9;
 
 // A type as the tables spell it.
 template <class T>
@@ -29,6 +30,8 @@ GAC_TYPE(double, "double")
 GAC_TYPE(gac_sketch_map, "gac_sketch_map")
 GAC_TYPE(gac_sum, "gac_sum")
 GAC_TYPE(gac_tokens, "gac_tokens")
+GAC_TYPE(gac_step, "gac_step")
+GAC_TYPE(gac_ending, "gac_ending")
 GAC_TYPE(gac_object, "object")
 #undef GAC_TYPE
 template <class T>
@@ -65,16 +68,31 @@ std::string format(const Fields&...) {
 
 // These do not compile when a field comes or goes.
 std::string format_of(const gac_sketch_map& map) {
-  const auto& [a, b, c, d, e, f, g, h, i, j, k, l] = map;
-  return format(a, b, c, d, e, f, g, h, i, j, k, l);
+  const auto& [a, b, c, d, e, f, g, h, i, j, k, l, m] = map;
+  return format(a, b, c, d, e, f, g, h, i, j, k, l, m);
 }
 std::string format_of(const gac_sum& sum) {
-  const auto& [a, b, c, d, e, f, g] = sum;
-  return format(a, b, c, d, e, f, g);
+  const auto& [a, b, c, d, e, f, g, h] = sum;
+  return format(a, b, c, d, e, f, g, h);
 }
 std::string format_of(const gac_tokens& tokens) {
   const auto& [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q] = tokens;
   return format(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q);
+}
+std::string format_of(const gac_step& step) {
+  const auto& [a, b, c, d, e, f, g, h, i, j, k] = step;
+  return format(a, b, c, d, e, f, g, h, i, j, k);
+}
+std::string format_of(const gac_ending& ending) {
+  const auto& [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o] = ending;
+  return format(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o);
+}
+
+// Places, as numbers with blanks between them.
+std::string places(std::initializer_list<int> numbers) {
+  std::string text;
+  for (int number : numbers) text += (text.empty() ? "" : " ") + std::to_string(number);
+  return text;
 }
 
 std::string interface() {
@@ -97,11 +115,25 @@ std::string interface() {
   GAC_FUNCTION(gac_token_moments)
   GAC_FUNCTION(gac_absorb)
   GAC_FUNCTION(gac_accumulate)
+  GAC_FUNCTION(gac_step_sums)
+  GAC_FUNCTION(gac_step_end)
   GAC_FUNCTION(gac_python_call)
   GAC_FUNCTION(gac_python_names)
   GAC_LINE("struct gac_sketch_map", format_of(gac_sketch_map{}))
   GAC_LINE("struct gac_sum", format_of(gac_sum{}))
   GAC_LINE("struct gac_tokens", format_of(gac_tokens{}))
+  GAC_LINE("struct gac_step", format_of(gac_step{}))
+  GAC_LINE("struct gac_ending", format_of(gac_ending{}))
+  GAC_LINE("sums of a step", places({GAC_POWER, GAC_TOKENS, GAC_COUNTS, GAC_NONFINITE, GAC_SILENT, GAC_NORMS,
+                                     GAC_TIME_NOISE, GAC_STEP_SUMS}))
+  GAC_LINE("state after a step",
+           places({0, GAC_MU, GAC_MOVED, GAC_ALPHA, GAC_KL, GAC_LAST, GAC_LAST + 4, GAC_LAST + 8, GAC_LAST + 12,
+                   GAC_WAITING, GAC_UNSETTLED, GAC_MUS, GAC_EVIDENCE, GAC_AVERAGES, GAC_SQUARES, GAC_STATE}))
+  GAC_LINE("raw and skipped in its row", places({GAC_ROW_RAW, GAC_ROW_SKIPPED}))
+  GAC_LINE("options of the law",
+           places({GAC_CAP, GAC_MU_MIN, GAC_MU_MAX, GAC_NOISE, GAC_FORGET, GAC_PRIOR_WEIGHT, GAC_PRIOR_SD,
+                   GAC_UNKNOWN_WEIGHT, GAC_KL_TARGET, GAC_KL_DECAY, GAC_HYSTERESIS, GAC_ETA_UP, GAC_ETA_DOWN,
+                   GAC_ALPHA_MIN, GAC_ALPHA_MAX, GAC_SURPRISE, GAC_RATES, GAC_OPTIONS}))
   const char* dtypes[kDtypes] = {};
   dtypes[kFloat32] = "float32", dtypes[kBFloat16] = "bfloat16";
   dtypes[kFloat16] = "float16", dtypes[kFloat64] = "float64";

@@ -3,6 +3,7 @@
 // slab leave their lanes in float64, and a second pass adds them in order.
 #include "sketch.h"
 
+#include <cstring>
 #include <memory>
 
 #include "weights.h"
@@ -232,6 +233,8 @@ void Sketch::write(int64_t k, int64_t at, int64_t count, const S* lanes) const {
     for (int64_t i = 0; i < count; i += kCellLanes) {
       const int64_t m = std::min(kCellLanes, count - i);
       for (int64_t j = 0; j < m; ++j) now[j] = static_cast<float>(lanes[i + j]);
+      if (map.fresh & 1) std::memset(map.total + bucket + i, 0, m * sizeof(float));  // it stays in the cache
+      if (map.fresh & 2) std::memset(static_cast<float*>(map.out) + bucket + i, 0, m * sizeof(float));
       *cell++ += kernels().absorb(now, static_cast<float*>(map.out) + bucket + i, map.total + bucket + i, m, map.scale);
     }
   } else if (map.out_double) {

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 FEWEST = 8
@@ -75,8 +74,3 @@ class Accumulation:
                 "the accumulation twice, so that the branch weighs less the more micro-batches a step has",
                 stacklevel=2,
             )
-
-
-def accumulation_of(numbers: Mapping[str, float], letter: str) -> tuple[float, float, float]:
-    """What :meth:`Accumulation.take` wants of a branch, from a step's metrics."""
-    return numbers[f"n_{letter}"], numbers[f"sigma_{letter}2"], numbers[f"norm_{letter}2"]

@@ -12,6 +12,7 @@ import torch
 from gac.cadence import BudgetCadence, Cadence, FixedCadence
 from gac.fused import device as fused_device
 from gac.fused import law as fused_law
+from gac.fused.host import HostProgram, HostVector
 from gac.fused.state import HostState, Numbers, numbers_of
 from gac.fused.statistics import UNMEASURED, cosine_of
 from gac.fused.vector import StepVector, VectorState
@@ -20,10 +21,15 @@ from gac.laws.controller import Controller
 from gac.laws.gac import GacLaw
 from gac.measurement import Measurement
 from gac.metrics import StepMetrics
+from gac.modes import Lasting
 from gac.options import Options
 from gac.quiet import Quiet
 from gac.statistics.step import Statistics
-from gac.weights import DeviceWeights, HostWeights, Weights
+from gac.weights import DeviceWeights, HostWeights, Slots, Weights
+from gac_kernels.cpu import ending
+
+UNTOLD: Mapping[str, Any] = dict.fromkeys(("step", "prior", "alpha", "kl", "entropy"))
+"""What :meth:`gac.Mixer.step` was told where it was told nothing."""
 
 
 class Ending:
@@ -39,11 +45,13 @@ class Ending:
     def __init__(self, measurement: Measurement, controller: Controller, metrics: StepMetrics, quiet: Quiet) -> None:
         self.measurement, self._metrics = measurement, metrics
         self._controller = controller
-        self._found: Statistics | StepVector | Mapping[str, float] | None = None
+        self._found: Statistics | StepVector | HostVector | Mapping[str, float] | None = None
         self._left = 0  # steps to come that may pass by
         self._quiet = quiet
         quiet.begins = self._begin_quietly
         self._program: fused_device.DeviceProgram | None = None  # made with the first step that it ends
+        self._on_host: HostProgram | None = None  # likewise
+        self._slots = Slots()
         self._vector: StepVector | None = None  # of the last step that it has ended
         self._told: StepVector | None = None  # the last one that the metrics have
 
@@ -52,7 +60,7 @@ class Ending:
         """Of the last step; None where it measured none."""
         if isinstance(self._found, Mapping):
             self._found = Statistics.of(self._found)
-        if isinstance(self._found, StepVector):
+        if isinstance(self._found, (StepVector, HostVector)):
             self._found = self._found.statistics()
         return self._found
 
@@ -97,7 +105,7 @@ class Ending:
             return None
         if not isinstance(state, VectorState) or state.vector is not vector:
             return None
-        with torch.inference_mode(False), torch.no_grad():
+        with Lasting():
             after = self._run(weights, Step(self._controller.steps), None)
         self.measurement.carry(after[0])
         self._left -= 1
@@ -139,6 +147,8 @@ class Ending:
         number = self._controller.steps
         if isinstance(weights, HostWeights):
             assert isinstance(law, GacLaw)
+            if measurement.worth is None and ending.serves():  # products with earlier steps: on Python numbers
+                return self._end_on_host(law, weights, told, since)
             if measurement.from_tokens:
                 statistics = _numbers(measurement.finish(weights.present, number))
             else:
@@ -170,6 +180,33 @@ class Ending:
             overhead=measurement.spending.account.share,
         )
         return after
+
+    def _end_on_host(self, law: GacLaw, weights: HostWeights, told: Mapping[str, Any], since: float) -> Weights:
+        """By one call of the CPU library."""
+        measurement, controller = self.measurement, self._controller
+        untold = told is UNTOLD and not law.needs
+        step = Step(controller.steps) if untold else controller.told(**told)
+        slot, measured = self._slots.next(), False
+        if self._on_host is None:
+            self._on_host = HostProgram(law)
+        program = self._on_host
+
+        def end(source: Any, **more: Any) -> HostVector:
+            nonlocal measured
+            measured, present = source is not None, weights.present_on_host
+            errors, skipped = measurement.state_of_errors, measurement.skipped_on_host
+            return program(errors, skipped, step, source, weights=slot.address, present=present, **more)
+
+        vector = measurement.finish_in_program(end, weights, controller.steps)
+        self._found = vector if measured else None
+        controller.steps = step.number + 1
+        alone = untold or all(value is None for value in told.values())
+        idle = alone and law.prior is None and not law.follows_kl
+        state: Any = law.state  # a HostState
+        self._quiet.keep(state if idle else None, vector["mu"], vector.target)
+        seconds = measurement.observer.now.seconds + perf_counter() - since
+        self._publish_row(vector.row, step.number, seconds)
+        return HostWeights.written(slot, vector.numbers[0])
 
     def _end_on_device(self, weights: DeviceWeights, step: Step, since: float) -> Weights:
         measurement, after = self.measurement, weights
@@ -206,25 +243,22 @@ class Ending:
         kept = HostState(state, functools.partial(fused_law.coast, law))
         law.state = kept  # type: ignore[assignment]
         idle = alone and law.prior is None and not law.follows_kl
-        self._quiet.keep(kept if idle else None)
+        self._quiet.keep(kept if idle else None, state["mu"], fused_law.target_of(state))
 
     def _numbers_of_law(self) -> Numbers:
         return numbers_of(self._controller.law.state)
 
     def _publish_vector(self, vector: StepVector, number: int, seconds: float) -> None:
         self._told = vector
-        self._metrics.publish_numbers(
-            number,
-            vector.row,
-            seconds=seconds,
-            estimator=self.measurement.used,
-            overhead=self.measurement.spending.account.share,
-        )
+        self._publish_row(vector.row, number, seconds)
 
     def _publish(self, statistics: Mapping[str, float], state: Numbers, number: int, seconds: float) -> None:
-        measurement = self.measurement
         row = [HostWeights.rounded(state["mu"]), state["raw"], state["mu_se"], state["prior"]]
-        row += [measurement.skipped_on_host, *statistics.values(), cosine_of(statistics)]
+        row += [self.measurement.skipped_on_host, *statistics.values(), cosine_of(statistics)]
+        self._publish_row(row, number, seconds)
+
+    def _publish_row(self, row: Any, number: int, seconds: float) -> None:
+        measurement = self.measurement
         self._metrics.publish_numbers(
             number, row, seconds=seconds, estimator=measurement.used, overhead=measurement.spending.account.share
         )

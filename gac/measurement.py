@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from gac.cadence import Cadence
-from gac.finishing import FinishOnDevice
-from gac.fused.state import HostState, numbers_of
-from gac.fused.statistics import attach_errors, statistics_of
-from gac.fused.statistics import has_moved as fused_has_moved
+from gac.finishing import FinishOnDevice, FinishOnHost
 from gac.laws.base import kind_of
 from gac.observe.choice import choose_estimator, reads_running_sums
 from gac.observe.observer import Observer
@@ -37,8 +34,6 @@ from gac_kernels.arguments import accumulator_dtype
 MODULE_HISTORY = 512
 """Steps kept of those that were taken apart by module."""
 
-COUNTS = ("n_s", "n_r")
-
 NOTHING_OBSERVED = (
     "mixer.step() with nothing observed: no backward pass reached a patched parameter since the last step. Run the "
     "losses inside `with mixer.sft():` and `with mixer.rl():`. If you did, the hooks are gone: copy.deepcopy, "
@@ -46,7 +41,7 @@ NOTHING_OBSERVED = (
 )
 
 
-class Measurement(FinishOnDevice):
+class Measurement(FinishOnDevice, FinishOnHost):
     """Observer, estimators and the state that they carry from step to step.
 
     A step goes ``plan``, backward passes, ``post``, ``finish``; between the last two a collective may be under way.
@@ -172,8 +167,9 @@ class Measurement(FinishOnDevice):
         self.coefficient = self._from_tokens()
         if observer.measuring:
             if self.topology.ranks == 1:  # a rank of several may lack data
+                counts = observer.seen.counts
                 for branch in observer.seen.entered:
-                    self._absent.take(branch, silent=observer.seen.counts[branch] == 0)
+                    self._absent.take(branch, silent=counts[branch] == 0)
             silent = bool(observer.seen.entered) and not observer.alive
             reduce = SequenceReduction if isinstance(observer, SequenceObserver) else reduce_step
             told = {"time_noise": self._noise_from_time(), "silent": silent, "costs": self.spending.report()}
@@ -203,7 +199,7 @@ class Measurement(FinishOnDevice):
                 self.worth.take(sums.worth, reduction.totals, (sums.n * present > 0) & (sums.nonfinite == 0), step)
         elif self.is_measured:
             self.spending.decide(self.spending.report())
-        self.used = self.estimator + ("+time" if self._uses_time() else "")
+        self.used = self.estimator + ("+time" if any(self._lone()) else "")
         if self.from_tokens:
             statistics, self.used = self.coefficient, "coefficient"
         if statistics is None:
@@ -228,43 +224,15 @@ class Measurement(FinishOnDevice):
         """Whether the step under way is measured."""
         return self.observer.measuring or (self.estimator == "coefficient" and self.due)
 
-    def finish_on_host(self, present: Sequence[bool], step: int) -> dict[str, float] | None:
-        """:meth:`finish` in numbers, by the names of :class:`gac.Statistics`: for gradients on the CPU."""
-        self.used = self.estimator + ("+time" if self._uses_time() else "")
-        if self.worth is not None:
-            self.worth.latest = None
-        if self._reduction is None:
-            return None
-        reduction, self._reduction = self._reduction, None
-        whole = reduction.finish() if self.observer.by_module else None
-        sums = reduction.finish_on_host() if whole is None else whole.on_host()
-        self.spending.decide(reduction.costs)
-        if not self.confirmed:
-            self._confirm(sums.silent, sum(sums.n))
-        lone = [self._uses_time(branch) for branch in Branch]
-        statistics = statistics_of(sums, present, lone)
-        healthy = statistics["nonfinite"] == 0
-        for k, branch in enumerate(Branch):
-            if lone[k]:
-                known = torch.tensor(healthy and statistics[COUNTS[k]] > 0)
-                take_in(branch, self.observer.ledgers, self._means, known, step)
-        if self.worth is not None and sums.worth is not None:
-            there = [healthy and statistics[name] > 0 for name in COUNTS]
-            self.worth.take_on_host(sums.worth, reduction.totals, there, step)
-        if not healthy:
-            self._skipped = float(self._skipped) + 1.0
-        before = numbers_of(self._errors.state)
-        state, statistics = attach_errors(before, statistics)
-        self._errors.state = HostState(state)
-        self.spending.account.moved = float(fused_has_moved(before["last"], statistics))
-        if whole is not None:
-            self.modules.append(take_apart(whole, Statistics.of(statistics), self.observer.module_labels, step + 1))
-        return statistics
-
     @property
     def skipped_on_host(self) -> float:
         """:attr:`skipped` as a number; the host waits for a device."""
         return float(self._skipped)
+
+    @property
+    def state_of_errors(self) -> Mapping[str, Tensor]:
+        """What the statistics' standard errors go on from."""
+        return self._errors.state
 
     def taken_apart(self, steps: int) -> list[ModuleStatistics]:
         """Statistics by module, oldest first. Raises RuntimeError where ``steps`` steps have brought none."""
@@ -289,28 +257,28 @@ class Measurement(FinishOnDevice):
             raise RuntimeError(f"{NOTHING_OBSERVED} ({silent:.0f} of {self.topology.ranks} ranks)")
         self.confirmed = n > 0  # passes over mixed batches show nothing
 
-    def _uses_time(self, branch: Branch | None = None) -> bool:
-        """Whether a lone contribution (of a branch, or of either) is compared with earlier steps."""
-        if self.estimator == "sequence":  # a lone sequence is no lone contribution of a branch
-            return False
+    def _lone(self) -> tuple[bool, bool]:
+        """Of SFT and RL, whether a lone contribution is compared with earlier steps."""
+        if self.estimator == "sequence" or not (self.topology.ranks == 1 or self.topology.sharded):
+            return False, False  # a lone sequence is no lone contribution of a branch
         counts = self.observer.seen.counts
-        alone = 1 in counts.values() if branch is None else counts[branch] == 1
-        return alone and (self.topology.ranks == 1 or self.topology.sharded)
+        return counts[Branch.SFT] == 1, counts[Branch.RL] == 1
 
     def _noise_from_time(self) -> Tensor:
         """``[2]``: noise of lone contributions, of the elements that this rank holds; 0 where there are several."""
-        lone = [(k, branch) for k, branch in enumerate(Branch) if self._uses_time(branch)]
-        if not lone:
+        lone = self._lone()
+        if not any(lone):
             return self._no_noise
         found = torch.zeros(2, dtype=self._dtype, device=self.device)
-        for k, branch in lone:
-            found[k] = noise_from_time(branch, self.observer.ledgers, self._means, self.device)
+        for k, branch in enumerate(Branch):
+            if lone[k]:
+                found[k] = noise_from_time(branch, self.observer.ledgers, self._means, self.device)
         return found
 
     def _from_sums(self, sums: StepSums, present: Tensor, step: int) -> Statistics:
         n = sums.n * present
         noise = noise_from_sums(sums, n)
-        lone = [branch for branch in Branch if self._uses_time(branch)]
+        lone = [branch for branch, alone in zip(Branch, self._lone(), strict=True) if alone]
         if lone:
             known = n > 0
             by_time = torch.where(known, sums.time_noise, NAN)

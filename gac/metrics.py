@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gac.accumulation import Accumulation, accumulation_of
+from gac.accumulation import Accumulation
 from gac.silence import ZERO, Silence
 from gac.statistics.branch import Branch
 from gac.statistics.step import NAN, Statistics
@@ -23,6 +23,16 @@ NAMES = ("mu", *OF_LAW, "skipped", *Statistics.names(), "cosine")
 _LETTERS = {"s": Branch.SFT, "r": Branch.RL}
 
 
+class _Look:
+    """What is looked at of a branch in every step, by its place in the row."""
+
+    __slots__ = ("accumulation", "branch", "n", "norm2", "sigma2")
+
+    def __init__(self, letter: str, branch: Branch) -> None:
+        self.branch, self.accumulation = branch, Accumulation(branch.value.upper())
+        self.n, self.sigma2, self.norm2 = (NAMES.index(x.format(letter)) for x in ("n_{}", "sigma_{}2", "norm_{}2"))
+
+
 class StepMetrics:
     """The numbers of each step by name: those of the device as soon as they have arrived, beside those of the host.
 
@@ -35,7 +45,7 @@ class StepMetrics:
         self._shows, self._names = shows, (*NAMES, *shows)
         self._mirror = HostMirror(device)
         self._zero = Silence(ZERO)
-        self._accumulation = {x: Accumulation(branch.value.upper()) for x, branch in _LETTERS.items()}
+        self._looks = [_Look(x, branch) for x, branch in _LETTERS.items()]
         self._looked_at = -1
         self._not_measured = _row(Statistics(n_s=torch.zeros((), device=device)))
         self._unknown: Tensor | None = None
@@ -62,7 +72,7 @@ class StepMetrics:
             seconds: host time spent in GAC. estimator: what the step was measured with. overhead: the share of GAC in
                 the time of late.
         """
-        self.latest(wait=False)  # of the steps before: whether a branch is silent
+        self._look_back()
         dtype = law["mu"].dtype
         if self._unknown is None:
             self._unknown = torch.full_like(law["mu"], NAN)
@@ -77,7 +87,7 @@ class StepMetrics:
         self, step: int, numbers: Sequence[float] | Tensor, *, seconds: float, estimator: str, overhead: float
     ) -> None:
         """:meth:`publish` for numbers that are together: those of :data:`NAMES`, in that order."""
-        self.latest(wait=False)
+        self._look_back()
         self._keep(step, numbers, seconds, estimator, overhead)
 
     def _keep(
@@ -87,6 +97,11 @@ class StepMetrics:
         self._host = {k: v for k, v in self._host.items() if k >= step - 1}
         self._host[step] = {"seconds": seconds, "estimator": estimator, "overhead": overhead}
 
+    def _look_back(self) -> None:
+        latest = self._mirror.latest()
+        if latest is not None:
+            self._look(*latest)
+
     def latest(self, *, wait: bool) -> dict[str, float | str]:
         """Everything of the newest step that has arrived; empty before the first."""
         latest = self._mirror.latest(wait=wait)
@@ -95,13 +110,19 @@ class StepMetrics:
         step, values = latest
         numbers = dict(zip(self._names, values, strict=True))
         silent = {f"silent_{x}": float(numbers[f"n_{x}"] > 0 and numbers[f"norm_{x}2"] == 0) for x in _LETTERS}
-        if step > self._looked_at:
-            self._looked_at = step
-            for x, branch in _LETTERS.items():
-                if numbers[f"n_{x}"] > 0:
-                    self._zero.take(branch, silent=bool(silent[f"silent_{x}"]))
-                    self._accumulation[x].take(*accumulation_of(numbers, x))
+        self._look(step, values)
         return numbers | silent | self._host[step] | {"step": step}
+
+    def _look(self, step: int, values: Sequence[float]) -> None:
+        """Looks at a step, once: whether a branch is silent, or divided too often."""
+        if step <= self._looked_at:
+            return
+        self._looked_at = step
+        for look in self._looks:
+            n, norm2 = values[look.n], values[look.norm2]
+            if n > 0:
+                self._zero.take(look.branch, silent=norm2 == 0)
+                look.accumulation.take(n, values[look.sigma2], norm2)
 
 
 def _row(statistics: Statistics) -> Tensor:

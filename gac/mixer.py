@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from time import perf_counter
 from typing import Any
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from gac.branches import Branches, Within
 from gac.cadence import Cadence
-from gac.ending import Ending, cadence_of, present_weights
+from gac.ending import UNTOLD, Ending, cadence_of, present_weights
 from gac.following import Following
 from gac.laws.controller import Controller
 from gac.measurement import Measurement
 from gac.metrics import StepMetrics
+from gac.modes import Lasting
 from gac.observe import deepspeed
 from gac.observe.contribution import Tokens
 from gac.observe.engine import EngineChecks
@@ -56,7 +57,7 @@ class Mixer(SequenceMethods, Results):
         self._patched: Observer | None = None
         self._following = Following(self._measure_by)
         weakref.finalize(self, self._following.remove)
-        self._told: dict[str, Any] | None = None  # what the law is told of a step that has ended and is not settled
+        self._told: Mapping[str, Any] | None = None  # what the law is told of a step that has ended and is not settled
         self._quiet = Quiet(self.controller, present_weights(self.controller, torch.device("cpu")))
         self._watch_parameters()
         metrics = StepMetrics(self.device, self.controller.law.shows)
@@ -288,9 +289,10 @@ class Mixer(SequenceMethods, Results):
         if untold and not observer.measuring and (weights := self._ending.pass_by(self._branches.weights, start)):
             self._branches.pass_by(weights)
             return weights.mu
-        with torch.inference_mode(False), torch.no_grad():  # what is made here is saved for backward passes to come
+        with Lasting():  # what is made here is saved for backward passes to come
             self._measurement.post()
-        self._told = {"step": step, "prior": prior, "alpha": alpha, "kl": kl, "entropy": entropy}
+        told = {"step": step, "prior": prior, "alpha": alpha, "kl": kl, "entropy": entropy}
+        self._told = UNTOLD if untold else told
         observer.now.seconds += perf_counter() - start
         if self._measurement.topology.ranks == 1 or not self._measurement.confirmed:
             self._settle()
@@ -308,7 +310,7 @@ class Mixer(SequenceMethods, Results):
         told, self._told = self._told, None
         start = perf_counter()
         try:
-            with torch.inference_mode(False), torch.no_grad():
+            with Lasting():
                 self._branches.weights = self._ending.end(self._branches.weights, told, start)
         finally:
             self._branches.end_step()

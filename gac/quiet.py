@@ -6,11 +6,11 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from gac.fused import law as fused_law
 from gac.fused.state import HostState
+from gac.modes import Lasting
 from gac.weights import HostWeights, Weights
 
 if TYPE_CHECKING:
@@ -56,13 +56,15 @@ class Quiet:
         self.left = self.passed = 0
         self.weight: Tensor | None = None
 
-    def keep(self, state: HostState | None) -> None:
-        """The law's state after a step that was ended; None: it cannot pass steps by itself."""
+    def keep(self, state: HostState | None, mu: float = 0.5, target: float = 0.5) -> None:
+        """The law's state after a step that was ended, its ``mu`` and what that goes towards.
+
+        ``state`` None: it cannot pass steps by itself.
+        """
         self._state = state
         if state is not None:
             law: Any = self._controller.law
-            numbers = state.numbers()
-            self._mu, self._target = numbers["mu"], fused_law.target_of(numbers)
+            self._mu, self._target = mu, target
             self._told_by = law.momentum, law.alpha
 
     def plan(self, left: int, observer: Observer, clock: StepClock) -> None:
@@ -114,7 +116,7 @@ class Quiet:
         if self._mu != self._target:
             moved = fused_law.towards(law, self._mu, self._target)
             if moved != self._mu:
-                with torch.inference_mode(False):  # backward passes to come save them
+                with Lasting():  # backward passes to come save them
                     self._mu, self.weights = moved, HostWeights(moved)
         inside, now = self._inside, perf_counter()
         inside.seconds += now - start

@@ -11,6 +11,9 @@ from torch import Tensor
 from gac.statistics.branch import Branch
 from gac_kernels.step_vector import WEIGHT_STRIDE, WEIGHTS_SIZE
 
+_FOUR = struct.Struct("@4f")
+_SLOTS = 16
+
 
 class Weights:
     """``mu`` for the SFT branch and ``1 - mu`` for the RL branch. New tensors for each step: those handed out stay.
@@ -59,6 +62,51 @@ class DeviceWeights(Weights):
         return torch.stack(list(self.of.values())) > 0
 
 
+class Slot:
+    """Memory of one step's weights on the CPU, and the tensors over it. Each is used once.
+
+    Attributes:
+        address: of four float32 numbers.
+        tensors: the four, 0-dim.
+    """
+
+    __slots__ = ("_at", "_memory", "address", "tensors")
+
+    def __init__(self, memory: bytearray, at: int, address: int, tensors: tuple[Tensor, ...]) -> None:
+        self._memory, self._at = memory, at
+        self.address, self.tensors = address, tensors
+
+    def write(self, *numbers: float) -> None:
+        """Writes the four numbers."""
+        _FOUR.pack_into(self._memory, self._at, *numbers)
+
+
+def new_slots(count: int) -> list[Slot]:
+    """Slots for so many steps. Not to be made in inference mode: backward passes save their tensors."""
+    memory = bytearray(count * _FOUR.size)
+    numbers = torch.frombuffer(memory, dtype=torch.float32)
+    tensors, address = numbers.unbind(), numbers.data_ptr()
+    places = [(4 * k, k * _FOUR.size) for k in range(count)]
+    return [Slot(memory, at, address + at, tensors[first : first + 4]) for first, at in places]
+
+
+class Slots:
+    """The slots of a mixer's steps.
+
+    Many are made at a time: between large matrix products no cache holds what makes a tensor, and the first costs what
+    a dozen more do.
+    """
+
+    def __init__(self) -> None:
+        self._made: list[Slot] = []
+
+    def next(self) -> Slot:
+        """A new one; see :func:`new_slots`."""
+        if not self._made:
+            self._made = new_slots(_SLOTS)
+        return self._made.pop()
+
+
 class HostWeights(Weights):
     """The same from a number, on the CPU.
 
@@ -73,10 +121,22 @@ class HostWeights(Weights):
         number = _float32(mu)
         # Differences and quotients of float32 numbers that double precision rounds first come out the same.
         pair = number, _float32(1.0 - number)
-        self.present_on_host = pair[0] > 0, pair[1] > 0
         undone = [_float32(1.0 / weight) if weight > 0 else 0.0 for weight in pair]
-        self.mu = torch.tensor(number, dtype=torch.float32)
-        s, r, undone_s, undone_r = torch.tensor([*pair, *undone], dtype=torch.float32).unbind()
+        (slot,) = new_slots(1)
+        slot.write(*pair, *undone)
+        self._take(slot, number)
+
+    @classmethod
+    def written(cls, slot: Slot, mu: float) -> HostWeights:
+        """From what was written to a slot; ``mu`` is its first number."""
+        found = object.__new__(cls)
+        found._take(slot, mu)
+        return found
+
+    def _take(self, slot: Slot, mu: float) -> None:
+        s, r, undone_s, undone_r = slot.tensors
+        self.mu = s
+        self.present_on_host = mu > 0, mu < 1
         self.of = {Branch.SFT: s, Branch.RL: r}
         self.undone = {Branch.SFT: undone_s, Branch.RL: undone_r}
 

@@ -43,6 +43,7 @@ class AccumulateCall(NamedTuple):
         scale: a number or a 0-dim tensor on the device.
         per_tensor: whether each tensor has its own row of moments.
         into: what the moments are added to, ``[2]`` or ``[n, 2]``; None for a new tensor.
+        fresh: bits, for the CPU library alone: 1, ``total`` counts as 0 where tensors go; 2, ``previous`` does.
     """
 
     read: Elements
@@ -52,6 +53,7 @@ class AccumulateCall(NamedTuple):
     scale: Tensor | float
     per_tensor: bool
     into: Tensor | None
+    fresh: int = 0
 
 
 def accumulate_call(
@@ -68,6 +70,7 @@ def accumulate_call(
     second_moments: Any = None,
     eps: float = 1e-8,
     block_scales: Any = None,
+    fresh: int = 0,
 ) -> AccumulateCall:
     """Checks the arguments of :func:`gac_kernels.accumulate_`. Raises its errors."""
     named = {"total": total} | ({} if previous is None else {"previous": previous})
@@ -83,12 +86,14 @@ def accumulate_call(
     else:
         places = places_of(layout, len(numels), numbers(regions), numbers(starts))
         stretches, size = _stretches(places, numels), layout.size
+        if fresh and numels != places.room:
+            raise ValueError(f"fresh totals need tensors that fill their regions, got {numels} for {places.room}")
     if total.numel() != size:
         raise ValueError(f"total has {total.numel()} elements, {size} are needed: torch.zeros({size})")
     if into is not None:
         check_into(into, (len(numels), 2) if per_tensor else (2,), device)
     scale = 1.0 if scale is None else check_scalar(scale, "scale", device)
-    return AccumulateCall(read, stretches, total, previous, scale, bool(per_tensor), into)
+    return AccumulateCall(read, stretches, total, previous, scale, bool(per_tensor), into, fresh)
 
 
 @lru_cache(maxsize=256)
@@ -187,6 +192,7 @@ class AbsorbSketchCall(NamedTuple):
         previous, total: contiguous ``[layout.size]`` float32.
         scale: a number or a 0-dim tensor on the device.
         into: ``[2 + layout.cells]``, what the sums are added to; None for a new tensor.
+        fresh: bits, for the CPU library alone: 1, ``total`` counts as 0 where tensors go; 2, ``previous`` does.
     """
 
     sketched: SketchCall
@@ -194,6 +200,7 @@ class AbsorbSketchCall(NamedTuple):
     total: Tensor
     scale: Tensor | float
     into: Tensor | None
+    fresh: int = 0
 
 
 def absorb_sketch_call(
@@ -208,6 +215,7 @@ def absorb_sketch_call(
     second_moments: Any = None,
     eps: float = 1e-8,
     block_scales: Any = None,
+    fresh: int = 0,
 ) -> AbsorbSketchCall:
     """Checks the arguments of :func:`gac_kernels.absorb_sketch_`. Raises its errors."""
     named = {"previous": previous, "total": total}
@@ -223,4 +231,4 @@ def absorb_sketch_call(
         raise ValueError(f"regions must differ, got {places.regions}: one tensor for each")
     if into is not None:
         check_into(into, (2 + layout.cells,), previous.device)
-    return AbsorbSketchCall(sketched, previous, total, check_scalar(scale, "scale", previous.device), into)
+    return AbsorbSketchCall(sketched, previous, total, check_scalar(scale, "scale", previous.device), into, fresh)

@@ -8,7 +8,7 @@ has to be given a floor. ``tests/test_order.py`` holds the code against it.
 FLOORS = (
     ("gac_kernels",),
     ("gac.state",),  # imports nothing of the package
-    ("gac.files",),
+    ("gac.files", "gac.modes"),
     ("gac.statistics",),
     ("gac.plots", "gac.schedules", "gac.version"),  # these import nothing of the package
     ("gac.laws", "gac.observe", "gac.accumulation", "gac.cadence", "gac.silence"),

@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import torch
@@ -22,8 +22,10 @@ from gac.bench.report import write_json
 from gac.bench.timing import quantile
 from gac.ending import Ending, why_in_torch
 from gac.fused import device as on_device
+from gac.fused.host import HostProgram
 from gac.measurement import Measurement
 from gac.observe.observer import Observer
+from gac_kernels import pair_moments
 
 PREDICTED: Mapping[str, Mapping[str, float]] = {
     "measured": {"kernels": 5, "host": 300e-6},
@@ -32,16 +34,23 @@ PREDICTED: Mapping[str, Mapping[str, float]] = {
 """Of a GPU, before any was at hand. Kernels: counted by the tests in Triton's interpreter, 3 programs and 2 fills with
 zeros. Seconds of the host: from those of prepared launches (``docs/kernels.md``) and of the same Python on a CPU."""
 
-PARTS: Mapping[str, tuple[type, tuple[str, ...]]] = {
-    "sums": (Measurement, ("post", "finish_on_device", "finish_on_host", "finish")),
-    "program": (Ending, ("_run",)),
-    "metrics": (Ending, ("_publish", "_publish_vector")),
-    "next step": (Ending, ("plan",)),
-    "clearing": (Observer, ("clear",)),
+PARTS: Mapping[str, tuple[tuple[type, str], ...]] = {
+    "sums": tuple((Measurement, f"finish{x}") for x in ("_on_device", "_on_host", "_in_program", "")),
+    "posting": ((Measurement, "post"),),
+    "gradients": ((Observer, "let_go"),),
+    "program": ((Ending, "_run"), (HostProgram, "__call__")),
+    "metrics": ((Ending, "_publish_row"),),
+    "next step": ((Ending, "plan"),),
+    "hooks": ((Observer, "measure"),),
+    "clearing": ((Observer, "clear"),),
 }
-"""What is timed within: each part has the time of its methods, less that of other parts that run within them."""
+"""What is timed within: each part has the time of its methods, less that of other parts that run within them.
 
-TENSORS, CONTRIBUTIONS, INTERVAL = 100, 4, 3
+``gradients`` is what freeing them takes where ``zero_grad`` came before the step's end: until then they are held, to
+tell whether somebody changed them. Without GAC ``zero_grad`` would take it.
+"""
+
+TENSORS, CONTRIBUTIONS, INTERVAL = (100, 300), 4, 3
 
 
 class Parts:
@@ -55,8 +64,8 @@ class Parts:
     def watching(self) -> Iterator[None]:
         """Times the methods of :data:`PARTS`."""
         kept = []
-        for part, (owner, names) in PARTS.items():
-            for name in names:
+        for part, methods in PARTS.items():
+            for owner, name in methods:
                 kept.append((owner, name, getattr(owner, name)))
                 setattr(owner, name, self._timed(part, getattr(owner, name)))
         try:
@@ -85,13 +94,14 @@ class Steps:
     """Small training steps: so many tensors that are quickly done.
 
     Args:
-        device: where. estimator: of the mixer.
+        device: where. estimator: of the mixer. tensors: of 64 x 64 elements.
     """
 
-    def __init__(self, device: torch.device, estimator: str = "sketch") -> None:
+    def __init__(self, device: torch.device, estimator: str = "sketch", tensors: int = TENSORS[0]) -> None:
         torch.manual_seed(0)
+        self.tensors = tensors
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.model = nn.ParameterList([torch.randn(64, 64) for _ in range(TENSORS)]).to(device, dtype)
+        self.model = nn.ParameterList([torch.randn(64, 64) for _ in range(tensors)]).to(device, dtype)
         self.device = device
         options: dict[str, Any] = {"estimator": estimator, "interval": INTERVAL, "report_interval": None}
         self.mixer = gac.patch(self.model, **options)
@@ -101,7 +111,7 @@ class Steps:
         for branch in (self.mixer.sft, self.mixer.rl):
             with branch():
                 for _ in range(CONTRIBUTIONS // 2):
-                    noise = torch.randn(TENSORS, 64, 64, device=self.device)
+                    noise = torch.randn(self.tensors, 64, 64, device=self.device)
                     self.mixer.backward((torch.stack(list(self.model)).float() - noise).square().mean())
         self.model.zero_grad()
         if self.device.type == "cuda":
@@ -112,15 +122,22 @@ def measure(device: torch.device, *, rounds: int = 30) -> dict[str, Any]:
     """Host seconds and launches of the end of a step; plain data.
 
     Args:
-        device: where the gradients are. rounds: measured steps that are timed; the median counts.
+        device: where the gradients are.
+        rounds: measured steps that are timed, and as many more for their parts; medians count.
 
     Returns:
-        For ``sketch``, ``exact`` and, on a GPU, ``in torch`` (the sketch's steps without the program): ``measured`` and
-        ``unmeasured`` steps, with ``host`` seconds, those by ``parts``, and on a GPU ``kernels`` and ``copies``. Beside
-        them what was ``predicted`` of a GPU, and the ``seconds`` that it took.
+        For ``sketch`` and ``exact``, of 100 tensors and again of 300, and on a GPU ``in torch`` (the sketch's steps
+        without the program): ``measured`` and ``unmeasured`` steps, with ``host`` seconds, those by ``parts``, and on a
+        GPU ``kernels`` and ``copies``. On a CPU also the time of the ``thread``, which other processes are not in, its
+        ``quickest``, and the ``floor``: what one read of both branches' totals takes at that moment. Beside them what
+        was ``predicted`` of a GPU, and the ``seconds`` that it took.
     """
     start = perf_counter()
-    found: dict[str, Any] = {estimator: _of(Steps(device, estimator), rounds) for estimator in ("sketch", "exact")}
+    found: dict[str, Any] = {}
+    for tensors in TENSORS:
+        for estimator in ("sketch", "exact"):
+            name = estimator if tensors == TENSORS[0] else f"{estimator}, {tensors} tensors"
+            found[name] = _of(Steps(device, estimator, tensors), rounds)
     if device.type == "cuda":
         found["predicted"] = PREDICTED
         kept, on_device.ON = on_device.ON, set()
@@ -136,29 +153,49 @@ def _of(steps: Steps, rounds: int) -> dict[str, Any]:
         for _ in range(4 * INTERVAL):  # kernels are compiled, tables are there
             steps.until_its_end()
             mixer.step()
-        times: dict[bool, list[tuple[float, dict[str, float]]]] = {True: [], False: []}
-        for number in range(INTERVAL * rounds):
+        times: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+        of_parts: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+        floors: list[float] = []
+        for number in range(2 * INTERVAL * rounds):
+            measured, watched = number % INTERVAL == 0, number // INTERVAL % 2 == 1
             steps.until_its_end()
             parts = Parts()
-            with parts.watching():
-                start = perf_counter()
+            with parts.watching() if watched else nullcontext():  # which costs time by itself
+                start, of_thread = perf_counter(), thread_time()
                 mixer.step()
-                spent = perf_counter() - start
-            if number % INTERVAL != INTERVAL - 1:  # the last one of an interval prepares a measured step
-                times[number % INTERVAL == 0].append((spent, parts.seconds))
+                spent = perf_counter() - start, thread_time() - of_thread
+            if number % INTERVAL == INTERVAL - 1:  # the last one of an interval prepares a measured step
+                if steps.device.type == "cpu":
+                    floors.append(_reading(mixer))
+            elif watched:
+                of_parts[measured].append(parts.seconds)
+            else:
+                times[measured].append(spent)
         result: dict[str, Any] = {"why_in_torch": why_in_torch(mixer.controller.law, steps.device)}
         for measured, name in ((True, "measured"), (False, "unmeasured")):
             result[name] = {
                 "host": quantile([spent for spent, _ in times[measured]], 0.5),
-                "parts": {
-                    part: quantile([seconds.get(part, 0.0) for _, seconds in times[measured]], 0.5) for part in PARTS
-                },
+                "parts": {part: quantile([x.get(part, 0.0) for x in of_parts[measured]], 0.5) for part in PARTS},
             }
+            if steps.device.type == "cpu":
+                of_threads = [of_thread for _, of_thread in times[measured]]
+                result[name] |= {"thread": quantile(of_threads, 0.5), "quickest": min(of_threads)}
+        if floors:
+            result["measured"]["floor"] = quantile(floors, 0.5)
         if steps.device.type == "cuda":
             for name in ("measured", "unmeasured"):
                 steps.until_its_end()
                 result[name] |= _started(mixer.step)
     return result
+
+
+def _reading(mixer: gac.Mixer) -> float:
+    """Seconds of the thread in one read of both branches' totals, as a step's passes have left the caches."""
+    pairs = [ledger._vectors[: 2 * ledger.layout.size].view(2, -1).unbind() for ledger in mixer._observer.ledgers]
+    start = thread_time()
+    for pair in pairs:
+        pair_moments(*pair)
+    return thread_time() - start
 
 
 def _started(call: Callable[[], object]) -> dict[str, Any]:

@@ -6,31 +6,17 @@ against the reference in torch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gac.fused.arithmetic import NAN
+from gac.fused.told import changing, options, told_of
 from gac.fused.vector import StepVector
 from gac.laws.base import Step
-from gac.laws.gac import (
-    ALPHA_MAX,
-    ALPHA_MIN,
-    ETA_DOWN,
-    ETA_UP,
-    HYSTERESIS,
-    KL_DECAY,
-    KL_TARGET,
-    LONG,
-    UNKNOWN_WEIGHT,
-    GacLaw,
-)
-from gac.statistics.uncertainty import SURPRISE, table_of_weights
+from gac.laws.gac import GacLaw
+from gac.statistics.uncertainty import table_of_weights
 from gac_kernels import backends
-from gac_kernels.step_vector import OPTIONS
 
 ON = {"cuda"}
 """Types of devices whose steps it may end. Tests add the CPU, in Triton's interpreter; comparisons take the GPU out."""
@@ -81,18 +67,8 @@ class DeviceProgram:
             lone: of SFT and RL, whether the noise is that from time.
         """
         law = self._law
-        told: dict[str, Any] = {}
         follows_kl = law.follows_kl and step.alpha is None
-        if follows_kl:
-            assert step.kl is not None  # the controller has asked for it
-            told["kl"] = self._number(step.kl)
-        else:
-            told["alpha"] = self._number(law.alpha if step.alpha is None else step.alpha)
-        prior = step.prior
-        if prior is None and law.prior is not None:
-            prior = law.prior(step.number + 1)  # of the step to come
-        if prior is not None:
-            told["prior"] = self._number(prior)
+        told = {name: self._number(value) for name, value in told_of(law, step).items()}
         numbers, after = self._ending.finish(
             source,
             before.numbers,
@@ -112,31 +88,7 @@ class DeviceProgram:
 
     def _uploaded(self) -> Tensor:
         """The law's options on the device; most steps find them there."""
-        law = self._law
-        told = (law.cap, law.mu_min, law.mu_max, law.noise, law.prior_weight, law.prior_sd, *law.rates)
-        if told == self._told:
-            return self._options
-        found = {
-            "cap": law.cap,
-            "mu_min": law.mu_min,
-            "mu_max": law.mu_max,
-            "noise": law.noise,
-            "forget": math.log(2) / LONG,
-            "prior_weight": NAN if law.prior_weight is None else law.prior_weight,
-            "prior_sd": law.prior_sd,
-            "unknown_weight": UNKNOWN_WEIGHT,
-            "kl_target": KL_TARGET,
-            "kl_decay": KL_DECAY,
-            "hysteresis": HYSTERESIS,
-            "eta_up": ETA_UP,
-            "eta_down": ETA_DOWN,
-            "alpha_min": ALPHA_MIN,
-            "alpha_max": ALPHA_MAX,
-            "surprise": SURPRISE * math.sqrt(2),
-            "rate_0": law.rates[0],
-            "share_0": -math.expm1(-law.rates[0]),
-            "rate_1": law.rates[-1],
-            "share_1": -math.expm1(-law.rates[-1]),
-        }
-        self._told, self._options = told, self._ending.upload([found[name] for name in OPTIONS], self.device)
+        told = changing(self._law)
+        if told != self._told:
+            self._told, self._options = told, self._ending.upload(options(self._law), self.device)
         return self._options

@@ -16,30 +16,51 @@ class HostState(MutableMapping[str, Tensor]):
     """Reads and writes like the dictionary of float64 tensors on the CPU that it stands for.
 
     Args:
-        numbers: what it holds; not changed afterwards.
+        numbers: what it holds, or a function that gives them; not changed afterwards.
         ahead: what the numbers are after so many steps in which nothing was measured.
+        vector: what the numbers stand in, for whoever reads them there.
 
     Attributes:
         passed: how many of these there were; they are made up for when somebody reads.
     """
 
-    def __init__(self, numbers: Numbers, ahead: Callable[[Numbers, int], Numbers] | None = None) -> None:
-        self._numbers = numbers
-        self._ahead = ahead
+    def __init__(
+        self,
+        numbers: Numbers | Callable[[], Numbers],
+        ahead: Callable[[Numbers, int], Numbers] | None = None,
+        vector: Any = None,
+    ) -> None:
+        self._given: Numbers | Callable[[], Numbers] = numbers
+        self._ahead, self._vector = ahead, vector
         self._tensors: dict[str, Tensor] = {}  # those that were asked for: anybody may have written into them
         self.passed = 0
+
+    @property
+    def _numbers(self) -> Numbers:
+        if not isinstance(self._given, dict):
+            self._given = self._given()
+        return self._given
 
     @property
     def was_read(self) -> bool:
         """Whether a tensor was handed out, which somebody may write into."""
         return bool(self._tensors)
 
+    @property
+    def vector(self) -> Any:
+        """What all but the steps that have passed stands in; None where there is no such thing."""
+        return None if self._tensors else self._vector
+
+    def _hold(self, numbers: Numbers) -> None:
+        self._given, self._vector = numbers, None
+
     def numbers(self) -> Numbers:
         """What it holds now."""
         if self._tensors:
-            self._numbers = self._numbers | {name: tensor.tolist() for name, tensor in self._tensors.items()}
+            self._hold(self._numbers | {name: tensor.tolist() for name, tensor in self._tensors.items()})
         if self.passed and self._ahead is not None:
-            self._numbers, self.passed = self._ahead(self._numbers, self.passed), 0
+            self._hold(self._ahead(self._numbers, self.passed))
+            self.passed = 0
             self._tensors = {}  # what was handed out stays
         return self._numbers
 
@@ -49,11 +70,11 @@ class HostState(MutableMapping[str, Tensor]):
         return self._tensors[name]
 
     def __setitem__(self, name: str, value: Tensor) -> None:
-        self._numbers = self.numbers() | {name: None}
+        self._hold(self.numbers() | {name: None})
         self._tensors[name] = value
 
     def __delitem__(self, name: str) -> None:
-        self._numbers = {key: value for key, value in self.numbers().items() if key != name}
+        self._hold({key: value for key, value in self.numbers().items() if key != name})
         self._tensors.pop(name, None)
 
     def __iter__(self) -> Iterator[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import is_
+from itertools import compress
+from operator import is_, is_not, ne, or_
 
 from torch import Tensor, nn
 
@@ -49,9 +50,9 @@ class Accumulated:
         """The parameters whose gradients are not what was noted last, and are there. What is there now is known."""
         gradients, versions = self._gradients, self._versions
         self.note()
-        rows = zip(self._gradients, gradients, self._versions, versions, strict=True)
-        changed = (x is not None and (x is not noted or version != known) for x, noted, version, known in rows)
-        return [k for k, one in enumerate(changed) if one]
+        other = map(or_, map(is_not, self._gradients, gradients), map(ne, self._versions, versions))
+        found = compress(range(len(versions)), other)  # without a line of Python per parameter
+        return [k for k in found if self._gradients[k] is not None]
 
     def changed_besides(self, index: int) -> list[int]:
         """The gradients that are not what was noted, when a pass has just accumulated the one of ``index``.

@@ -62,7 +62,10 @@ class Seen:
     @property
     def counts(self) -> dict[Branch, int]:
         """Contributions of each branch."""
-        return {branch: sum(c.branch is branch for c in self.contributions) for branch in Branch}
+        of_rl = 0
+        for contribution in self.contributions:
+            of_rl += contribution.branch is Branch.RL
+        return {Branch.SFT: len(self.contributions) - of_rl, Branch.RL: of_rl}
 
     def check_tokens(self, branch: Branch, tokens: Tokens) -> None:
         """Checks what a contribution to come is said to count for.

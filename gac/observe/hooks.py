@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import operator
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,38 @@ _graph_task_id = torch._C._current_graph_task_id
 
 OnGradient = Callable[[int, Tensor], None]
 OnAccumulated = Callable[[nn.Parameter], None]
+
+
+class _Kind:
+    """One kind of hooks as torch keeps them: in a dictionary that is an attribute of the parameter."""
+
+    get: Callable[[nn.Parameter], Any]
+    put: Callable[[nn.Parameter, Any], None]
+    register: Callable[[nn.Parameter, Any], RemovableHandle]
+    leaves_whole: bool
+    """Whether a dictionary that holds nothing else is taken off and put on as a whole."""
+
+
+class _Gradient(_Kind):
+    leaves_whole = True  # for an empty one torch would still wrap the gradient for Python, in every pass
+
+    get = operator.attrgetter("_backward_hooks")
+    register = staticmethod(nn.Parameter.register_hook)
+
+    @staticmethod
+    def put(parameter: nn.Parameter, hooks: Any) -> None:
+        parameter._backward_hooks = hooks
+
+
+class _Accumulated(_Kind):
+    leaves_whole = False  # torch would keep it: its attribute takes no leave
+
+    get = operator.attrgetter("_post_accumulate_grad_hooks")
+    register = staticmethod(nn.Parameter.register_post_accumulate_grad_hook)
+
+    @staticmethod
+    def put(parameter: nn.Parameter, hooks: Any) -> None:
+        parameter._post_accumulate_grad_hooks = hooks
 
 
 class Hooks:
@@ -41,39 +76,110 @@ class Hooks:
     ) -> None:
         self._parameters, self._accumulated = parameters, accumulated
         self._gradient, self._told = gradient, sentinel
-        self._handles: list[RemovableHandle] = []
+        self._lone: RemovableHandle | None = None
+        self._on: tuple[Places, Places] | None = None  # of all hooks, kept once they were put on
+        self._are_on = False
         self.sentinel: int | None = None
         """The parameter that alone has a hook; None where all have."""
 
+    @property
+    def count(self) -> int:
+        """How many hooks are on."""
+        if self._lone is not None:
+            return 1
+        return sum(map(len, self._on)) if self._are_on and self._on is not None else 0
+
     def put_on(self, sentinel: int | None = None) -> None:
         """Puts a hook on every parameter, or on the sentinel alone, unless that is how it is."""
-        if self._handles and sentinel == self.sentinel:
+        if sentinel == self.sentinel and (self._lone is not None or self._are_on):
             return
         self.remove()
         self.sentinel = sentinel
         if sentinel is not None:
             hook = functools.partial(self._on_sentinel, sentinel)
-            self._handles.append(self._parameters[sentinel].register_post_accumulate_grad_hook(hook))
+            self._lone = self._parameters[sentinel].register_post_accumulate_grad_hook(hook)
             return
-        for index, parameter in enumerate(self._parameters):
-            if self._gradient is not None:
-                self._handles.append(parameter.register_hook(functools.partial(self._gradient, index)))
-            self._handles.append(parameter.register_post_accumulate_grad_hook(self._accumulated(index)))
+        self._are_on = True
+        if self._on is not None:
+            for places in self._on:
+                places.put_on()
+            return
+        self._on = gradients, accumulated = Places(_Gradient), Places(_Accumulated)
+        try:
+            for index, parameter in enumerate(self._parameters):
+                if self._gradient is not None:
+                    gradients.first(parameter, functools.partial(self._gradient, index))
+                accumulated.first(parameter, self._accumulated(index))
+        except BaseException:
+            self.remove()
+            self._on = None
+            raise
 
     def _on_sentinel(self, index: int, _: nn.Parameter) -> None:
         self._told(index)
 
     def remove(self) -> None:
-        """Takes the hooks off.
+        """Takes the hooks off."""
+        if self._lone is not None:
+            self._lone.remove()
+            self._lone = None
+        if self._are_on and self._on is not None:
+            for places in self._on:
+                places.take_off()
+        self._are_on = False
 
-        Where none is left on a parameter's gradient, torch would still wrap the gradient for Python, in every pass.
-        """
-        while self._handles:
-            self._handles.pop().remove()
-        if self._gradient is not None:
-            for parameter in self._parameters:
-                if parameter._backward_hooks is not None and not parameter._backward_hooks:
-                    parameter._backward_hooks = None
+
+class Places:
+    """Where hooks of one kind stand, one for each parameter: torch's own dictionaries, by which it knows them.
+
+    They come and go with the steps that are measured, and between large matrix products no cache holds anything of
+    them: what is touched is what it costs.
+
+    Args:
+        kind: of hooks.
+    """
+
+    def __init__(self, kind: type[_Kind]) -> None:
+        self._kind = kind
+        self._of: list[tuple[nn.Parameter, int, Any, dict[int, Any]]] = []  # parameter, key, hook, dictionary
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def first(self, parameter: nn.Parameter, hook: Any) -> None:
+        """Puts a hook on for the first time. Raises RuntimeError for a parameter that requires no gradient."""
+        handle = self._kind.register(parameter, hook)
+        self._of.append((parameter, handle.id, hook, self._kind.get(parameter)))
+
+    def put_on(self) -> None:
+        """Puts the hooks on again; raises as :meth:`first`, with none put on."""
+        get, put = self._kind.get, self._kind.put
+        for parameter, _, hook, _ in self._of:
+            if not parameter.requires_grad:
+                self._kind.register(parameter, hook)  # raises
+        for k, (parameter, key, hook, own) in enumerate(self._of):
+            present = get(parameter)
+            if present is None:
+                own[key] = hook
+                put(parameter, own)
+            else:
+                present[key] = hook
+                if present is not own:  # somebody else's
+                    self._of[k] = parameter, key, hook, present
+
+    def take_off(self) -> None:
+        """Takes the hooks off, and leaves those of others."""
+        get, put = self._kind.get, self._kind.put
+        whole = self._kind.leaves_whole
+        for k, (parameter, key, hook, own) in enumerate(self._of):
+            if whole and len(own) == 1 and key in own and get(parameter) is own:
+                put(parameter, None)
+                continue
+            own.pop(key, None)
+            if whole:
+                if not own and get(parameter) is own:
+                    put(parameter, None)
+                self._of[k] = parameter, key, hook, OrderedDict({key: hook})
 
 
 class Guided:

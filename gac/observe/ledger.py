@@ -23,15 +23,18 @@ taken apart by module, every call is cut into one for each module.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gac.observe.contribution_sums import ContributionSums
+from gac.observe.outdated import Outdated
+from gac.observe.summing import Summing
 from gac.statistics import Branch
-from gac_kernels import SketchLayout, absorb_, absorb_sketch_, accumulate_, pair_moments, sketch
+from gac_kernels import SketchLayout, absorb_, absorb_sketch_, accumulate_, cpu, pair_moments, sketch
 from gac_kernels.arguments import accumulator_dtype
 from gac_kernels.layout import LANES
 
@@ -47,7 +50,7 @@ def sketch_size(elements: int) -> int:
     return max(SMALLEST_SKETCH, elements // ELEMENTS_PER_BUCKET)
 
 
-class Ledger:
+class Ledger(ContributionSums):
     """Buffers and sums of one device. Everything but the counts is a tensor, and nothing is read on the host.
 
     Args:
@@ -87,8 +90,8 @@ class Ledger:
         """Vectors of the layout's size that are kept."""
         self._vectors = torch.zeros(self.vectors * m, dtype=torch.float32, device=device)
         parts = self._vectors.split(m) if m else [self._vectors] * self.vectors
-        self.totals: dict[Branch, Tensor] = {Branch.SFT: parts[0], Branch.RL: parts[1]}
-        self.previous = parts[2] if running else None
+        self._totals: dict[Branch, Tensor] = {Branch.SFT: parts[0], Branch.RL: parts[1]}
+        self._previous = parts[2] if running else None
         self.current = None if self.lossless or running else parts[2]
         self.modules = list(modules) if modules is not None else [0] * len(numels)
         self.module_count = module_count
@@ -106,10 +109,14 @@ class Ledger:
         self._stale: set[int] = set()  # ... and those that hold an earlier one
         self._sums: dict[int, tuple[Tensor, Tensor | None]] = {}  # running sums that are read at the end, by region
         self._eps = 0.0
+        may_stay = (self.direct or running) and Summing.serves(device.type)
+        self._outdated = [Outdated(part, self.layout, may_stay=may_stay) for part in parts]
+        self._rows_are_clear = True
         self._nothing = torch.empty(0, device=device)
 
     def _set_rows(self, rows: Tensor) -> None:
         self._rows = rows
+        self._summing: Summing | None = None  # over these rows
         # made once: a view costs as much as a small sum
         self._views = [(row[:2], row[self._cells], row[: self._cells.stop]) for row in rows]
 
@@ -118,9 +125,27 @@ class Ledger:
         """Device memory of the sketches and sums."""
         return self._vectors.nbytes + self._rows.nbytes
 
+    def _settle(self) -> None:
+        self._outdated[0].settle()
+        self._outdated[1].settle()
+
+    @property
+    def totals(self) -> dict[Branch, Tensor]:
+        """``[m]`` of each branch: the sum of its contributions, or of their sketches."""
+        self._settle()
+        return self._totals
+
+    @property
+    def previous(self) -> Tensor | None:
+        """``[m]``: the running sums, or their sketch, before the next contribution; None where nobody reads them."""
+        if self._previous is not None:
+            self._outdated[2].settle()
+        return self._previous
+
     @property
     def both_totals(self) -> Tensor:
         """``[2m]``: both branches' totals as one vector."""
+        self._settle()
         return self._vectors[: 2 * self.layout.size]
 
     @cached_property
@@ -148,6 +173,7 @@ class Ledger:
 
     def begin(self) -> None:
         """Before the first gradient of a contribution."""
+        self._rows_are_clear = False
         self._stale |= self._filled
         self._filled = set()
         self._sums.clear()
@@ -165,12 +191,13 @@ class Ledger:
         eps: float = 0.0,
     ) -> None:
         """Takes running sums as the ones before the next contribution; parameters that are not named have none."""
-        assert self.previous is not None  # only running sums are asked for
+        assert self._previous is not None  # only running sums are asked for
         weights: dict[str, Any] = {} if second_moments is None else {"second_moments": second_moments, "eps": eps}
-        self.previous.zero_()
+        self._previous.zero_()
+        self._outdated[2].renew()
         if indices:
             read = accumulate_ if self.lossless else sketch
-            read(sums, self.previous, layout=self.layout, regions=indices, **weights)
+            read(sums, self._previous, layout=self.layout, regions=indices, **weights)
 
     def read(
         self,
@@ -216,15 +243,17 @@ class Ledger:
         self, branch: Branch, indices: Any, gradients: Any, scale: Tensor, second_moments: Any, eps: float
     ) -> None:
         """Adds the sketch of what running sums have gained to a branch's total, by module where that is asked."""
-        vectors, common = (self.previous, self.totals[branch], scale), {"layout": self.layout, "eps": eps}
+        vectors, common = (self._previous, self._totals[branch], scale), {"layout": self.layout, "eps": eps}
         if not self.by_module:
+            absorb, fresh = self._writing("absorb_sketch_", absorb_sketch_, branch, indices)
             into = self._views[len(self._scales)][2]
-            absorb_sketch_(gradients, *vectors, regions=indices, second_moments=second_moments, into=into, **common)
+            absorb(gradients, *vectors, regions=indices, second_moments=second_moments, into=into, **common, **fresh)
             return
         for module, at in self._by_module(indices):
             weights = None if second_moments is None else [second_moments[j] for j in at]
             regions, some = [indices[j] for j in at], [gradients[j] for j in at]
-            sums = absorb_sketch_(some, *vectors, regions=regions, second_moments=weights, **common)
+            absorb, fresh = self._writing("absorb_sketch_", absorb_sketch_, branch, regions)
+            sums = absorb(some, *vectors, regions=regions, second_moments=weights, **common, **fresh)
             self._module_rows[-1][module] += torch.stack([sums[2:].sum(), sums[1]])
 
     def _by_module(self, indices: Sequence[int]) -> list[tuple[int, list[int]]]:
@@ -238,16 +267,28 @@ class Ledger:
         self, branch: Branch, indices: Any, gradients: Any, scale: Tensor, second_moments: Any, eps: float
     ) -> None:
         """Adds gradients, or what running sums have gained, to a branch's total, by module where that is asked."""
-        common = {"layout": self.layout, "previous": self.previous, "scale": scale, "eps": eps}
+        common = {"layout": self.layout, "previous": self._previous, "scale": scale, "eps": eps}
+        total = self._totals[branch]
         if not self.by_module:
+            accumulate, fresh = self._writing("accumulate_", accumulate_, branch, indices)
             common["into"] = self._views[len(self._scales)][0]
-            accumulate_(gradients, self.totals[branch], regions=indices, second_moments=second_moments, **common)
+            accumulate(gradients, total, regions=indices, second_moments=second_moments, **common, **fresh)
             return
         for module, at in self._by_module(indices):
             common["into"] = self._module_rows[-1][module]
             common["second_moments"] = None if second_moments is None else [second_moments[j] for j in at]
             regions = [indices[j] for j in at]
-            accumulate_([gradients[j] for j in at], self.totals[branch], regions=regions, **common)
+            accumulate, fresh = self._writing("accumulate_", accumulate_, branch, regions)
+            accumulate([gradients[j] for j in at], total, regions=regions, **common, **fresh)
+
+    def _writing(
+        self, name: str, ordinary: Callable[..., Tensor], branch: Branch, regions: Sequence[int]
+    ) -> tuple[Callable[..., Tensor], dict[str, int]]:
+        """What adds to regions, and the option that it needs where it writes over an earlier step's numbers."""
+        fresh = int(self._outdated[0 if branch is Branch.SFT else 1].take(regions))
+        if self._previous is not None:
+            fresh |= self._outdated[2].take(regions) << 1
+        return (getattr(cpu, name), {"fresh": fresh}) if fresh else (ordinary, {})
 
     def _read(self, indices: Any, gradients: Any, second_moments: Any, eps: float, into: Any) -> None:
         again = self._filled.intersection(indices)
@@ -287,7 +328,7 @@ class Ledger:
         if left:
             self._sketch(left, [self._nothing] * len(left), moments)  # writes zeros
         self._stale.clear()
-        total = self.totals[branch]
+        total = self._totals[branch]
         if not self.by_module:
             absorb_(self.current, None, total, scale, into=squares)
             return
@@ -296,65 +337,6 @@ class Ledger:
             self._module_rows[-1][module, 0] += absorb_(self.current[part], None, total[part], scale).sum()
 
     # -- sums -----------------------------------------------------------------------------------------------------
-
-    def powers(self) -> Tensor:
-        """``[K]``: ``|x_k|^2`` of each contribution of this step."""
-        k = len(self._scales)
-        if self.by_module and k:
-            return self.module_powers().sum(1)
-        return self._scaled(self._rows[:k, 0]) if self.lossless else self._rows[:k, self._cells].sum(1)
-
-    def powers_on_host(self) -> list[float]:
-        """:meth:`powers` as numbers; the host waits."""
-        if not self.lossless or self.by_module:
-            return self.powers().tolist()
-        scales = {id(scale): float(scale) ** 2 for scale in self._scales}  # one for each branch
-        squares = self._rows[: len(self._scales), 0].tolist()
-        return [square * scales[id(scale)] for square, scale in zip(squares, self._scales, strict=True)]
-
-    def module_powers(self) -> Tensor:
-        """``[K, modules]``: the part of ``|x_k|^2`` in each module; in a step that is taken apart."""
-        return self._scaled(torch.stack(self._module_rows[: len(self._scales)])[..., 0])
-
-    def _scaled(self, squares: Tensor) -> Tensor:
-        """Squares of what was read as those of the contributions."""
-        if not self.lossless or not self._scales:
-            return squares
-        factors = torch.stack(self._scales).to(squares.dtype).square()
-        return squares * factors.view(-1, *[1] * (squares.dim() - 1))
-
-    def nonfinite(self) -> Tensor:
-        """Non-finite elements read in this step, 0-dim."""
-        found = self._rows[:, 1].sum()
-        if self.lossless or self.running:
-            for rows in self._module_rows:
-                found = found + rows[:, 1].sum()
-        return found
-
-    def gathers(self, branches: Sequence[int]) -> bool:
-        """Whether :meth:`gather` serves a step with these contributions."""
-        if self.by_module or self.layout.size == 0:
-            return False
-        scales = {(branch, id(scale)) for branch, scale in zip(branches, self._scales, strict=True)}
-        return not self.lossless or len(scales) == len(set(branches))  # one for each branch
-
-    def gather(
-        self, branches: Sequence[int], tokens: Tensor | None, time_noise: Tensor | None, broken: float, *, counts: bool
-    ) -> Tensor:
-        """``[13]``: :meth:`powers` over branches, :meth:`nonfinite`, :meth:`inner`, on a GPU by two launches.
-
-        Arguments are those of :func:`gac_kernels.triton.ending.gather`.
-        """
-        from gac_kernels.triton.ending import gather  # it imports Triton
-
-        scales = None
-        if self.lossless and self._scales:
-            of = dict(zip(branches, self._scales, strict=True))
-            scales = of.get(0, self._scales[0]), of.get(1, self._scales[0])
-        cells = None if self.lossless else self._cells.stop - self._cells.start
-        totals = self.totals[Branch.SFT], self.totals[Branch.RL]
-        told = {"tokens": tokens, "scales": scales, "time_noise": time_noise, "broken": broken, "counts": counts}
-        return gather(totals, self._rows, cells, branches, **told)
 
     def inner(self, both_totals: Tensor) -> Tensor:
         """``[3]``: ``|G_s|^2``, ``|G_r|^2``, ``<G_s, G_r>``, of this ledger's totals or of those of all ranks."""
@@ -369,8 +351,11 @@ class Ledger:
 
     def clear(self) -> None:
         """Forgets the step."""
-        self._vectors.zero_()
-        self._rows.zero_()
+        for outdated in self._outdated:
+            outdated.forget()
+        if not self._rows_are_clear:
+            self._rows.zero_()
+            self._rows_are_clear = True
         self._module_rows.clear()
         self._scales.clear()
         self._filled, self._stale = set(), set()

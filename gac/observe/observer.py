@@ -158,7 +158,7 @@ class Observer:
                 self.seen.broken = True
                 self._hooks.put_on()
                 return False
-            self._begin_guided(tokens)
+            self._begin_guided(tokens, looked=self._guided.alone)  # it has just been compared
             self._passes.opened(self._passes.present())
             self._passes.began(task)
         return True
@@ -168,14 +168,15 @@ class Observer:
         self._passes.ended(task)
         self._end_guided()
 
-    def _begin_guided(self, tokens: Tokens) -> None:
-        """A pass begins whose end will be told."""
+    def _begin_guided(self, tokens: Tokens, *, looked: bool = False) -> None:
+        """A pass begins whose end will be told; ``looked``: running sums are known to be as they were read."""
         self._passes.check_alone()
         self._close()
         tokens = self.told if tokens is None else tokens
         self.seen.check_tokens(self.branch, tokens)
         self.tokens = tokens
-        self._look_again()
+        if not looked:
+            self._look_again()
         self._passes.guided = True
 
     def _end_guided(self) -> None:

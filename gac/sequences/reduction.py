@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -102,6 +103,10 @@ class SequenceReduction:
     def finish_on_host(self) -> SumsOnHost:
         """:meth:`finish` in numbers."""
         return self.finish().on_host()
+
+    def finish_in_numbers(self, *, lone: bool) -> array[float]:
+        """:meth:`finish` as one vector of the host; nothing is cleared."""
+        return array("d", self.finish().stacked().tolist())
 
     def finish_on_device(self) -> Tensor:
         """:meth:`finish` as one vector."""

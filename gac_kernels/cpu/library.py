@@ -14,7 +14,7 @@ ISA_VARIABLE = "GAC_CPU_ISA"
 """Environment variable that limits the instruction set: portable, avx2, avx512 or neon. Read when the library loads."""
 
 INTERFACE = {
-    "version": "8",
+    "version": "9",
     "gac_interface": "const char*()",
     "gac_select": "int(const char*)",
     "gac_isa": "const char*()",
@@ -33,11 +33,19 @@ INTERFACE = {
     "gac_token_moments": "int(const gac_tokens*, double*, int)",
     "gac_absorb": "int(const float*, float*, float*, int64, double, double*, int, int)",
     "gac_accumulate": "int(const int64*, const int64*, int64, int, const gac_sum*, double*, int)",
+    "gac_step_sums": "int(const gac_step*, double*, int)",
+    "gac_step_end": "int(const gac_ending*)",
     "gac_python_call": "object*(const char*, object*, const void*, const void*, const void*, int64)",
     "gac_python_names": "const char*()",
-    "struct gac_sketch_map": "qqQdPPqqiiii",
-    "struct gac_sum": "PPPddii",
+    "struct gac_sketch_map": "qqQdPPqqiiiii",
+    "struct gac_sum": "PPPddiii",
     "struct gac_tokens": "qqPqqPqqPqqPqiiii",
+    "struct gac_step": "PPPPqqqqqii",
+    "struct gac_ending": "PPPPPdddqiiiiii",
+    "sums of a step": "0 2 4 6 7 8 11 13",
+    "state after a step": "0 20 21 22 23 24 28 32 36 40 43 46 48 50 62 80",
+    "raw and skipped in its row": "1 4",
+    "options of the law": "0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 20",
     "dtypes": "float32 bfloat16 float16 float64 float8_e4m3fn float8_e5m2",
     "dtypes of two lists": "4",
     "dtype of scales, elements of each": "6 32",
@@ -49,7 +57,8 @@ module ``struct``, codes of dtypes from 0 on, and numbers. The library has made 
 
 _CODES = {1: "null pointer", 2: "out of memory"}
 _TYPES = {"void": None, "int": c_int, "int64": c_int64, "double": c_double, "object*": py_object}
-_BYTES = ("const char*", "const gac_sketch_map*", "const gac_sum*", "const gac_tokens*")
+_STRUCTS = ("gac_sketch_map", "gac_sum", "gac_tokens", "gac_step", "gac_ending")
+_BYTES = ("const char*", *(f"const {name}*" for name in _STRUCTS))
 
 
 def _type(name: str) -> type | None:

@@ -96,7 +96,7 @@ def _scaled_moments(read: Elements, per_tensor: bool) -> Tensor:
     """What ``accumulate_`` makes of them where nothing is added to."""
     require_cpu(list(read.tensors), "tensors")
     table, scales, count = list_table(read.listed, read.numels), second_table(read), len(read.numels)
-    out, head = _sums(count, 2, per_tensor), _SUM.pack(0, 0, 0, 1.0, read.eps, per_tensor, 0)
+    out, head = _sums(count, 2, per_tensor), _SUM.pack(0, 0, 0, 1.0, read.eps, per_tensor, 0, 0)
     forms, threads = table.form | scales.form << 4, _threads(sum(read.numels))
     check(require().call.gac_accumulate(table.rows, scales.rows, count, forms, head, out.data_ptr(), threads))
     return out
@@ -225,7 +225,7 @@ def _pieces(places: Places) -> array:
     return array("q", numbers + [layout.numels[r] for r in regions] + list(places.starts) + cells)
 
 
-_MAP = struct.Struct("@qqQdPPqqiiii")
+_MAP = struct.Struct("@qqQdPPqqiiiii")
 _SKETCH_ALONE = 3 << 16
 """Elements up to which a sketch runs on the caller's thread. It plans before it reads, alone in any case, and where two
 cores share a cache a second thread gains from 256 K elements on (measured cold: 64 K 58 us alone, 64 with two threads;
@@ -249,12 +249,14 @@ def absorb_sketch_(call: AbsorbSketchCall) -> Tensor:
     previous, total, into = call.previous, call.total, call.into
     require_cpu([previous], "tensors, previous and total")
     sums = torch.zeros(2 + call.sketched.layout.cells, dtype=_FLOAT64) if into is None else into
-    _run_sketch(call.sketched, call.scale, total, sums, add=True)
+    _run_sketch(call.sketched, call.scale, total, sums, add=True, fresh=call.fresh)
     increment_version([t for t in (previous, total, into) if t is not None])
     return sums
 
 
-def _run_sketch(call: SketchCall, scale: Tensor | float, total: Tensor | None, sums: Tensor, *, add: bool) -> None:
+def _run_sketch(
+    call: SketchCall, scale: Tensor | float, total: Tensor | None, sums: Tensor, *, add: bool, fresh: int = 0
+) -> None:
     library, layout, out, numels = require(), call.layout, call.out, call.read.numels
     table, weights = list_table(call.read.listed, numels), second_table(call.read)
     head = _MAP.pack(
@@ -270,6 +272,7 @@ def _run_sketch(call: SketchCall, scale: Tensor | float, total: Tensor | None, s
         call.accumulate,
         call.per_tensor,
         add,
+        fresh,
     )
     count, elements = len(numels), sum(numels)
     handle = library.quick if elements <= QUICK else library.call
@@ -304,7 +307,7 @@ def _offsets(stretches: Stretches) -> array:
     return array("q", stretches.offsets)
 
 
-_SUM = struct.Struct("@PPPddii")
+_SUM = struct.Struct("@PPPddiii")
 
 
 @takes(accumulate_call)
@@ -324,6 +327,7 @@ def accumulate_(call: AccumulateCall) -> Tensor:
         call.read.eps,
         call.per_tensor,
         into is not None,
+        call.fresh,
     )
     accumulate = library.quick.gac_accumulate if elements <= QUICK else library.call.gac_accumulate
     forms = table.form if weights is None else table.form | weights.form << 4

@@ -15,6 +15,7 @@ import torch
 
 import gac
 from gac import branches, measurement, mixer, weights
+from gac.fused import host as fused_host
 from gac.fused import law as fused_law
 from gac.observe import contribution, observer, pending, structure
 from gac.observe.accumulated import Accumulated
@@ -116,7 +117,9 @@ def _unfreezing_forgotten(monkeypatch):
 
 
 def _foreign_error(monkeypatch):
+    """Of the end of a step, in one piece by the library or in Python."""
     monkeypatch.setattr(fused_law, "update", lambda *arguments: {}["mu"])
+    monkeypatch.setattr(fused_host.HostProgram, "__call__", lambda *arguments, **more: {}["mu"])
 
 
 def _compiled_left_out(monkeypatch):

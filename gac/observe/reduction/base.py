@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -72,6 +73,14 @@ class Reduction(ABC):
     def finish_on_host(self) -> SumsOnHost:
         """The sums as numbers, without those by module; the host waits."""
         return self.finish().on_host()
+
+    def finish_in_numbers(self, *, lone: bool) -> array[float]:
+        """The same as :meth:`finish_on_device` has it; the host waits.
+
+        Args:
+            lone: whether there is noise from time.
+        """
+        return array("d", self.finish().stacked().tolist())
 
     def finish_on_device(self) -> Tensor:
         """The sums as one vector, ``[13]``, without those by module: :meth:`gac.statistics.sums.StepSums.stacked`."""

@@ -34,7 +34,7 @@ class Model(torch.nn.Module):
 
 
 def hooks_of(mixer):
-    return len(mixer._observer._hooks._handles)
+    return mixer._observer._hooks.count
 
 
 def train(mixer, model, steps, *, run=None):
@@ -111,6 +111,62 @@ def test_hooks_are_not_put_on_and_off():
         assert hooks_of(mixer) == 0
         train(mixer, model, 1)
         assert hooks_of(mixer) == 1
+
+
+def test_hooks_of_others_stay_where_ours_come_and_go():
+    """Those that were there before, that came while ours were on, and that came while they were off."""
+    model, seen = Model(), []
+    parameter = model.head.weight
+
+    def add(name):
+        first = parameter.register_hook(lambda _: seen.append(name))
+        second = parameter.register_post_accumulate_grad_hook(lambda _: seen.append(f"{name} accumulated"))
+        return first, second
+
+    kept, expected = [add("before")], ["before", "before accumulated"]
+    with gac.patch(model, estimator="exact", interval=2, report_interval=None) as mixer:
+        for step in range(8):
+            if step in (2, 3):  # ours are on, then off
+                kept.append(add(f"at {step}"))
+                expected += [f"at {step}", f"at {step} accumulated"]
+            for branch in (mixer.sft, mixer.rl):
+                with branch():
+                    seen.clear()
+                    mixer.backward(model(step))
+                    assert sorted(seen) == sorted(expected)
+            assert (hooks_of(mixer) > 1) == (step % 2 == 0)
+            model.zero_grad()
+            mixer.step()
+            assert (float(mixer.metrics()["n_s"]) == 1) == (step % 2 == 0)
+            if step == 5:
+                for handle in kept.pop():
+                    handle.remove()
+                del expected[-2:]
+        while kept:
+            for handle in kept.pop():
+                handle.remove()
+        for step in range(2):  # nobody's but ours again
+            for branch in (mixer.sft, mixer.rl):
+                with branch():
+                    mixer.backward(model(step))
+            mixer.step()
+        assert all(p._backward_hooks for p in model.parameters())
+    for p in model.parameters():
+        assert p._backward_hooks is None
+        assert not p._post_accumulate_grad_hooks
+
+
+def test_a_parameter_that_was_frozen_is_named_when_hooks_come_again():
+    model = Model()
+    with gac.patch(model, estimator="exact", interval=2, report_interval=None) as mixer:
+        for step in range(2):
+            with mixer.sft():
+                mixer.backward(model(step))
+            if step == 0:
+                mixer.step()
+        model.head.weight.requires_grad_(False)
+        with pytest.raises(RuntimeError, match="doesn't require gradient"):
+            mixer.step()
 
 
 @pytest.mark.parametrize("step_of", [1, 3])
