@@ -50,6 +50,7 @@ _LABELS = {
     SFT_ALONE: "SFT alone",
     "gac-reward": "gac, weights by reward",
     "aim-reward": "aim, weights by reward",
+    "gac-source": "gac, weights by source",
     "paper": "paper's controller",
     "fixed": "constant",
     "sequential": "SFT then RL",

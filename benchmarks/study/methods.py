@@ -61,9 +61,10 @@ CANDIDATES = {
     "aim": Method("aim", "", ("trust=0.5", "alpha=0.5")),
     "gac-reward": Method("gac", "", ("alpha=0.25", "alpha=0.75"), sft_weights="reward"),
     "aim-reward": Method("aim", "", ("trust=0.5", "alpha=0.5"), sft_weights="reward"),
+    "gac-source": Method("gac", "", ("alpha=0.25", "alpha=0.75"), sft_weights="source"),
 }
 """What runs in the regimes alone, at the learning rate of ``gac``, without trials of its own: laws, and demonstrations
-that are weighed by their rewards."""
+that are weighed by their rewards or by the gradients of their sources."""
 
 WITHOUT_MOMENTUM = "momentum=0"
 """Of ``gac``: the law as it was before it counted what the optimizer's momentum leaves of the noise."""
@@ -146,4 +147,5 @@ def arm_of(method: str, setting: str) -> Arm:
         beta=chosen.beta,
         every_prompt=setting.endswith(_EVERY_PROMPT),
         sft_weights=chosen.sft_weights,
+        estimator="sequence" if chosen.sft_weights == "source" else "auto",
     )

@@ -16,12 +16,16 @@ import numpy as np
 from benchmarks.study.arms import arm, label
 from benchmarks.study.inference import LEVEL, interval
 from benchmarks.study.measures import late_accuracy
+from benchmarks.study.methods import CANDIDATES
 from benchmarks.study.regimes import CLEAN, REGIMES
 
 CONSTANT = "fixed:mu="
 
 SAME = {"regimes": "comparison", "regimes-confirmation": "confirmation"}
 """Phases whose runs are those of the clean regime."""
+
+LABELLED = {"sources": "wrong-50"}
+"""Regimes that differ from another by the label of each demonstration alone."""
 
 Cells = dict[tuple[str, str, int], float]
 """Late accuracy by regime, task and seed."""
@@ -135,7 +139,8 @@ def of_phase(records: Iterable[Mapping[str, Any]], phase: str) -> list[Mapping[s
     """The runs of a phase of regimes, and of its clean regime those that another phase has made already.
 
     Such a run is taken for an arm and learning rate that the phase has in the same task, where it has no clean run of
-    them itself with the same seed.
+    them itself with the same seed. What an arm that does not read labels has done in a regime counts in that of
+    :data:`LABELLED` too, where an arm that reads them has run in it.
     """
     records = list(records)
     own = [record for record in records if record["phase"] == phase]
@@ -143,7 +148,21 @@ def of_phase(records: Iterable[Mapping[str, Any]], phase: str) -> list[Mapping[s
     arms = set(map(cell, own))
     clean = {(cell(record), record["seed"]) for record in own if record.get("regime", CLEAN) == CLEAN}
     others = (record for record in records if record["phase"] == SAME[phase] and cell(record) in arms)
-    return own + [record for record in others if (cell(record), record["seed"]) not in clean]
+    return _labelled(own + [record for record in others if (cell(record), record["seed"]) not in clean])
+
+
+def _labelled(records: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    place = lambda record: (record.get("regime", CLEAN), record["task"], record["seed"])
+    there = {place(record) for record in records}
+    own = {(arm(record), place(record)) for record in records}
+    found = list(records)
+    for regime, other in LABELLED.items():
+        for record in records:
+            now = regime, record["task"], record["seed"]
+            reads = CANDIDATES[record["method"]].sft_weights == "source" if record["method"] in CANDIDATES else False
+            if record.get("regime") == other and not reads and now in there and (arm(record), now) not in own:
+                found.append({**record, "regime": regime})
+    return found
 
 
 def by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[str, float]]]]:

@@ -144,6 +144,7 @@ def _trainer(row: Row, arm: Arm, model, tokenizer, data, length: int, reward):
         beta=arm.beta,
         sft_batch_size=STEP_DEMONSTRATIONS // arm.micro_batches,
         sft_weights=arm.sft_weights,
+        gac_source_column="source" if arm.sft_weights == "source" else None,
         max_steps=STEPS,
         learning_rate=row.lr,
         lr_scheduler_type="constant_with_warmup",
@@ -171,7 +172,9 @@ def _trainer(row: Row, arm: Arm, model, tokenizer, data, length: int, reward):
     ]
     fields = ("prompt", "completion", "answer")
     demonstrations: Any = [
-        {name: item[name] for name in fields} for item, given in zip(data["prompts"], shown, strict=True) if given
+        {name: item[name] for name in fields} | {"source": item.get("source", "a")}
+        for item, given in zip(data["prompts"], shown, strict=True)
+        if given
     ]
     if regime_of(row.regime).turns:
         if from_prompts:

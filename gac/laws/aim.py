@@ -12,6 +12,7 @@ from gac.laws.averages import Averages
 from gac.laws.base import Law, Step, bounds, momentum_of, noise_left, number, register, unit_interval
 from gac.state import Range
 from gac.statistics import Statistics, SuccessiveDifferences
+from gac.statistics.trust import probability_right
 
 MEASURED = ("size_s", "size_r", "own_s", "own_r", "dot", "worth_ss", "worth_sr", "worth_rs", "worth_rr")
 """What is averaged: squared lengths, squared signals, inner product within a step; the four products over steps."""
@@ -228,7 +229,7 @@ class AimLaw(Law):
         noise = noise_left(self.momentum)
         squared = signal + noise * (size - signal)
         lengths = squared.sqrt()
-        trust = self._trust(inner, inner_se, self.spread * sure.prod(-1).sqrt())
+        trust = probability_right(inner, inner_se, self.spread * sure.prod(-1).sqrt(), self.trust)
         alpha = self._alpha(step, trust)
         alive = self.state["alive"]
         share_of_signal = torch.where(squared > 0, signal / squared, 0.0)
@@ -239,23 +240,6 @@ class AimLaw(Law):
         to_s, to_r = alpha * f_s + (1 - alpha) * q, alpha * q + (1 - alpha) * f_r
         x, y = (to_s - q * to_r).clamp(min=0.0), (to_r - q * to_s).clamp(min=0.0)
         return x / (x + y), lengths, alpha, trust
-
-    def _trust(self, c: Tensor, error: Tensor, scale: Tensor) -> Tensor:
-        """Probability that ``c`` is above 0, of a teacher who is right, useless or wrong; the prior where unknown.
-
-        Right: ``c`` is half-normal of this scale above 0. Useless: it is 0. Wrong: half-normal below 0. The last two
-        share what the prior leaves. ``c`` is measured with a Gaussian error. The scale is not taken to be below that: a
-        sign that is measured counts, whatever is known of the lengths.
-        """
-        t, share = c / error, scale.square() / (scale.square() + error.square())
-        known = torch.isfinite(t) & (error > 0)
-        t, share = torch.where(known, t, 0.0), torch.where(known, share.nan_to_num(0.0).clamp(min=0.5), 0.0)
-        log_k = 0.5 * torch.log1p(-share.clamp(max=1 - 1e-15)) + 0.5 * t.square() * share
-        u = t * share.sqrt()
-        right = math.log(2 * self.trust) + log_k + torch.special.log_ndtr(u)
-        wrong = math.log(1 - self.trust) + log_k + torch.special.log_ndtr(-u)
-        useless = torch.full_like(wrong, math.log((1 - self.trust) / 2))
-        return torch.sigmoid(right - torch.logaddexp(wrong, useless))
 
     def _alpha(self, step: Step, trust: Tensor) -> Tensor:
         if step.alpha is not None:

@@ -27,6 +27,7 @@ class History:
     Attributes:
         labels: likewise.
         sources: of the steps whose rows were told theirs. alignments: of demonstrations that were told their numbers.
+        added: steps that :meth:`add` was told of.
     """
 
     def __init__(self, labels: Sequence[Hashable] | None, topology: Topology) -> None:
@@ -36,6 +37,12 @@ class History:
         self._place = Place(rank, topology.ranks, shared=self.labels is not None and topology.ranks > 1)
         self.sources: deque[StepOfSources] = deque(maxlen=LENGTH)
         self.alignments = Alignments()
+        self.added = 0
+
+    def add(self, step: StepOfSources) -> None:
+        """A step has ended."""
+        self.sources.append(step)
+        self.added += 1
 
     def check(self, labels: Sequence[Hashable] | None) -> None:
         """Raises ValueError for a label of some rows that was not named beforehand, where labels were."""

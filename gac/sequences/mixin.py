@@ -13,7 +13,7 @@ from gac.sequences.alignment import Alignment
 from gac.sequences.layers import Layers
 from gac.sequences.observer import SequenceObserver
 from gac.sequences.rows import chosen_of, rows_of
-from gac.sequences.sources import SourceTable, table_of
+from gac.sequences.sources import SourceTable, StepOfSources, table_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -139,6 +139,19 @@ class SequenceMethods:
         if not observer.history.sources:
             raise RuntimeError("mixer.sources() has nothing to tell yet: pass sources= to mixer.batch")
         return table_of(observer.history.sources)
+
+    def newest_sources(self) -> tuple[int, StepOfSources | None]:
+        """How many steps have told of sources since the model was patched, and the newest of them (None before any).
+
+        On several ranks it waits for the step's all-reduce.
+
+        Raises:
+            RuntimeError: another estimator.
+        """
+        observer = self._sequences("mixer.newest_sources()")
+        self._settle()  # type: ignore[attr-defined]
+        history = observer.history
+        return history.added, history.sources[-1] if history.added else None
 
     def _known_sources(self) -> SourceTable | None:
         """The table of sources; None where there is none."""

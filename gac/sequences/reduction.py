@@ -51,7 +51,7 @@ class SequenceReduction:
         self._labels = observer.history.labels if topology.groups else None
         record = None if self._labels else sums.sources.record(sums.totals, sums.power_of_rows, sums.n)
         if record is not None:
-            observer.history.sources.append(record)
+            observer.history.add(record)
         self._device, self._segments = device, observer.layers.segments
         self._dtype = sums.power.dtype
         message = {
@@ -118,7 +118,7 @@ class SequenceReduction:
         rows = torch.cat([found["source_totals"].view(len(sources), -1), totals])
         numbers = torch.stack([found["source_power"], torch.cat([found["source_n"], found["n"].reshape(-1)])])
         record = StepOfSources(sources, (rows @ rows.T).to(self._dtype), numbers.to(self._dtype))
-        self._observer.history.sources.append(record)
+        self._observer.history.add(record)
 
     def _number(self, piece: Tensor) -> Tensor:
         return piece.reshape(()).to(self._dtype)

@@ -15,6 +15,9 @@ from gac.statistics.branch import Branch
 Source = tuple[Hashable, Branch]
 """A label among the rows of one branch."""
 
+Product = tuple[float, float, float]
+"""Of two mean gradients in a step: their inner product and both squares, unbiased."""
+
 
 @dataclass
 class SourceSums:
@@ -146,23 +149,17 @@ def table_of(history: Sequence[StepOfSources]) -> SourceTable:
     # a label has a place in both branches; most have rows in one
     present = [[source for k, source in enumerate(names) if numbers[1, k] > 0] for names, _, numbers in steps]
     sources = list(dict.fromkeys(source for names in present for source in names))
-    pairs: dict[tuple[Source, Any], list[tuple[float, float, float]]] = {}
+    pairs: dict[tuple[Source, Any], list[Product]] = {}
     alone: dict[Source, list[tuple[float, float, float]]] = {source: [] for source in sources}
     for names, gram, (power, n) in steps:
         means = {s: _Mean(gram[k, k], power[k], n[k]) for k, s in enumerate(names)}
-        rl = len(names) + 1
+        for source, product in _with_rl(names, gram, power, n).items():
+            pairs.setdefault((source, None), []).append(product)
         for k, source in enumerate(names):
             own = means[source]
             if own.n < 2:
                 continue
             alone[source].append((own.noise, own.square, own.n))
-            # of a source of rollouts, the other rollouts: its own would be compared with themselves
-            others = source[1] is Branch.RL
-            square = gram[rl, rl] + others * (gram[k, k] - 2 * gram[k, rl])
-            rest = _Mean(square, power[rl] - others * power[k], n[rl] - others * n[k])
-            if rest.n >= 2:
-                dot = (gram[k, rl] - others * gram[k, k]) / (own.n * rest.n)
-                pairs.setdefault((source, None), []).append((float(dot), own.square, rest.square))
             for j, other in enumerate(names):
                 if j != k and means[other].n >= 2:
                     dot = gram[k, j] / (own.n * means[other].n)
@@ -170,7 +167,7 @@ def table_of(history: Sequence[StepOfSources]) -> SourceTable:
     rows = []
     for source in sources:
         found = torch.tensor(alone[source], dtype=torch.float64).reshape(-1, 3)
-        cosine, error = _cosine(pairs.get((source, None), []))
+        cosine, error = cosine_of(pairs.get((source, None), []))
         (noise, noise_se), (signal, signal_se) = (_mean(found[:, k]) for k in (0, 1))
         counts = len(found), int(found[:, 2].sum())
         rows.append(SourceRow(*source, *counts, noise, signal, cosine, error, noise_se, signal_se))
@@ -178,8 +175,28 @@ def table_of(history: Sequence[StepOfSources]) -> SourceTable:
     for k, source in enumerate(sources):
         for j, other in enumerate(sources):
             if k != j:
-                between[:, k, j] = torch.tensor(_cosine(pairs.get((source, other), [])), dtype=torch.float64)
+                between[:, k, j] = torch.tensor(cosine_of(pairs.get((source, other), [])), dtype=torch.float64)
     return SourceTable(tuple(rows), between[0], between[1])
+
+
+def products_with_rl(step: StepOfSources) -> dict[Source, Product]:
+    """Of the sources that had two contributions or more, with the RL branch's others; waits for the device."""
+    power, n = step.numbers.double().cpu()
+    return _with_rl(step.sources, step.gram.double().cpu(), power, n)
+
+
+def _with_rl(names: Sequence[Source], gram: Tensor, power: Tensor, n: Tensor) -> dict[Source, Product]:
+    found, rl = {}, len(names) + 1
+    for k, source in enumerate(names):
+        own = _Mean(gram[k, k], power[k], n[k])
+        # of a source of rollouts, the other rollouts: its own would be compared with themselves
+        others = source[1] is Branch.RL
+        square = gram[rl, rl] + others * (gram[k, k] - 2 * gram[k, rl])
+        rest = _Mean(square, power[rl] - others * power[k], n[rl] - others * n[k])
+        if own.n >= 2 and rest.n >= 2:
+            dot = (gram[k, rl] - others * gram[k, k]) / (own.n * rest.n)
+            found[source] = float(dot), own.square, rest.square
+    return found
 
 
 class _Mean:
@@ -201,8 +218,8 @@ def _mean(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), error
 
 
-def _cosine(steps: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """From inner products and both squares of each step: of their means, and its jackknife error over steps."""
+def cosine_of(steps: Sequence[Product]) -> tuple[float, float]:
+    """From the products of steps: the cosine of their means, and its jackknife error over steps; NaN where unknown."""
     if not steps:
         return math.nan, math.nan
     values = torch.tensor(steps, dtype=torch.float64)

@@ -28,7 +28,7 @@ from gac.trainers.grouped_grpo import TOKEN_SUM_LOSSES, loss_mask
 from gac.trainers.packing import PackedCollator, require_separable
 from gac.trainers.prompts import TOKENS, demonstrations_of
 from gac.trainers.rules import LossTerms
-from gac.trainers.scored import ScoredGRPOTrainer
+from gac.trainers.sourced import SourcedGRPOTrainer
 from gac.trainers.token_stats import label_logprobs
 from gac.trainers.window import Window
 
@@ -38,11 +38,11 @@ BYPASSED = (
 )
 
 
-class BranchedGRPOTrainer(ScoredGRPOTrainer):
-    """`ScoredGRPOTrainer` that adds a supervised forward and backward to every micro-step, and weights both losses.
+class BranchedGRPOTrainer(SourcedGRPOTrainer):
+    """`SourcedGRPOTrainer` that adds a supervised forward and backward to every micro-step, and weights both losses.
 
     Args:
-        *args, **kwargs: of `ScoredGRPOTrainer`.
+        *args, **kwargs: of `SourcedGRPOTrainer`.
         sft_dataset: demonstrations; not used by rules that take them from the prompts.
 
     Raises:
@@ -65,8 +65,10 @@ class BranchedGRPOTrainer(ScoredGRPOTrainer):
                 template=self._template,
             )
             self._collate = collate
-            if options.sft_weights is not None:
+            if options.sft_weights == "reward":
                 self.judge(collate)
+            elif options.sft_weights == "source":
+                self.trust_sources(collate)
             if options.sft_packing:
                 require_separable(self.model)
                 self._collate = PackedCollator(collate, cast(int, options.sft_max_length))

@@ -81,6 +81,7 @@ class CheckpointedGRPOTrainer(SinglePassGRPOTrainer):
                 "batching": dataclasses.asdict(self._batching()),
                 "rule": self._rule.state_dict(),
                 **({} if self._values is None else {"values": self._values.state_dict()}),
+                **({} if self._trust is None else {"sources": self._trust.state_dict()}),
             }
             sync_tree(folder)  # first, so that this file never vouches for one that a crash of the machine took
             save_whole(state, os.path.join(folder, STATE_FILE))
@@ -165,6 +166,7 @@ class CheckpointedGRPOTrainer(SinglePassGRPOTrainer):
                 "batching": Table({field.name: Whole(1) for field in dataclasses.fields(Batching)}),
                 "rule": self._rule.entries(),
                 **({} if self._values is None else {"values": self._values.entries()}),
+                **({} if self._trust is None else {"sources": self._trust.entries()}),
             },
             misfit="it was written with another sft_weights, or by another version",
         )
@@ -218,6 +220,8 @@ class CheckpointedGRPOTrainer(SinglePassGRPOTrainer):
         self._rule.load_state_dict(state["rule"])
         if self._values is not None:
             self._values.load_state_dict(state["values"])
+        if self._trust is not None:
+            self._trust.load_state_dict(state["sources"])
         self._sft_position = state["sft_position"]
         self._forget_window()
         self._step = self._position.trained

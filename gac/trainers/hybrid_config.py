@@ -10,7 +10,7 @@ from gac.options import ESTIMATORS, METRICS
 from gac.sequences.options import SequenceOptions
 
 SFT_LOSSES = ("nll", "phi")
-SFT_WEIGHTS = ("reward",)
+SFT_WEIGHTS = ("reward", "source")
 LOSS_TYPES = ("bnpo", "cispo", "dapo", "dr_grpo", "grpo", "luspo", "sapo", "vespo")
 """TRL 1.16's; of each it has to be known what it divides by."""
 
@@ -77,7 +77,8 @@ class HybridGRPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "'reward': demonstrations are scored by the reward functions, and each weighs what its reward is "
-            "above the policy's at its prompt, in [0, 1]; default: all weigh 1."
+            "above the policy's at its prompt, in [0, 1]. 'source': each weighs how surely the gradient of its source "
+            "(gac_source_column) points with that of the rewards; with estimator='sequence'. Default: all weigh 1."
         },
     )
     sft_weight_column: str | None = field(
@@ -141,6 +142,11 @@ class HybridGRPOConfig(GRPOConfig):
     def _check_weights(self) -> None:
         if self.sft_weights not in (None, *SFT_WEIGHTS):
             raise ValueError(f"unknown sft_weights {self.sft_weights!r}; known: {', '.join(SFT_WEIGHTS)}, or None")
+        if self.sft_weights == "source" and (self.estimator != "sequence" or self.gac_source_column is None):
+            raise ValueError(
+                "sft_weights='source' compares gradients of sources: it needs estimator='sequence' and "
+                f"gac_source_column, got {self.estimator!r} and {self.gac_source_column!r}"
+            )
         given = self.weighing
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} both weigh demonstrations: leave one of them out")

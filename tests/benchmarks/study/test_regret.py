@@ -144,3 +144,20 @@ def test_clean_runs_of_the_comparison_stand_in():
     assert next(r for r in found if r["key"] == "clean/a/gac/1")["phase"] == "regimes"
     unknown = [record for record in made if record["method"] != "aim"]
     assert {r["method"] for r in of_phase([*unknown, *clean], "regimes")} == {"gac", "fixed"}
+
+
+def test_labels_alone_make_no_other_run():
+    """Of two sources: what does not read labels is as where half of the demonstrations are wrong."""
+    half = [record | {"phase": "regimes", "lr": 1e-4} for record in records() if record.get("regime") == "wrong-50"]
+    assert {r["regime"] for r in of_phase(half, "regimes")} == {"wrong-50"}, "nothing that reads labels has run"
+    reads = [r | {"method": "gac-source", "regime": "sources"} for r in half if r["method"] == "aim" and r["task"] == "a"]
+    found = of_phase([*half, *reads], "regimes")
+    added = [r for r in found if r["regime"] == "sources" and r["method"] != "gac-source"]
+    assert {r["task"] for r in added} == {"a"}
+    assert {(r["key"], r["accuracy"][-1][1]) for r in added} == {
+        (r["key"], r["accuracy"][-1][1]) for r in half if (r["task"], r["seed"]) in {("a", s["seed"]) for s in reads}
+    }
+    own = half[0] | {"regime": "sources", "key": "run itself"}
+    again = of_phase([*half, *reads, own], "regimes")
+    same = [r for r in again if r["regime"] == "sources" and (r["method"], r["seed"]) == (own["method"], own["seed"])]
+    assert [r["key"] for r in same if r["task"] == own["task"] and r["setting"] == own["setting"]] == ["run itself"]

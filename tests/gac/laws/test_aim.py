@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import gac
 from gac.laws.aim import AimLaw
+from gac.statistics.trust import probability_right
 from gac.statistics.worth import Worth
 from tests.gac.laws.planted import answers_of, measured
 
@@ -40,14 +41,13 @@ def trust(c: float, error: float, scale: float, prior: float) -> float:
 @pytest.mark.parametrize("c", [-0.4, -0.05, 0.0, 0.03, 0.3])
 @pytest.mark.parametrize("error", [0.02, 0.1, 1.0])
 def test_the_probability_is_that_of_the_three_teachers(c, error):
-    law = AimLaw(trust=0.6)
-    found = law._trust(number(c), number(error), number(0.2))
+    found = probability_right(number(c), number(error), number(0.2), 0.6)
     assert float(found) == pytest.approx(trust(c, error, max(0.2, error), 0.6), rel=1e-5, abs=1e-12)
 
 
 @pytest.mark.parametrize(("c", "error", "scale"), [(0.3, NAN, 0.2), (0.1, 0.0, 0.2), (NAN, 0.1, 0.2), (NAN, NAN, NAN)])
 def test_what_cannot_be_told_leaves_the_prior(c, error, scale):
-    assert float(AimLaw(trust=0.6)._trust(number(c), number(error), number(scale))) == pytest.approx(0.6, rel=1e-12)
+    assert float(probability_right(number(c), number(error), number(scale), 0.6)) == pytest.approx(0.6, rel=1e-12)
 
 
 def test_weights_are_the_least_squares_solution():

@@ -195,7 +195,7 @@ def test_weights_that_are_none_are_refused_by_row(trainer, value):
     [
         ({"sft_weights": None, "sft_weight_column": "x"}, "sft_weight_column='x' is no column of sft_dataset"),
         ({"sft_weight_column": "x"}, "sft_weights='reward' and sft_weight_column='x' both weigh demonstrations"),
-        ({"sft_weights": "loss"}, "unknown sft_weights 'loss'; known: reward, or None"),
+        ({"sft_weights": "loss"}, "unknown sft_weights 'loss'; known: reward, source, or None"),
         ({"sft_packing": True, "sft_max_length": 8}, "sft_weights='reward' weighs each demonstration, and sft_packing"),
         ({"estimator": "coefficient"}, "sft_weights='reward'.*coefficient estimator reads none"),
         ({"observe_tokens": True}, "sft_weights='reward'.*without observe_tokens"),
