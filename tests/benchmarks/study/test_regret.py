@@ -150,7 +150,9 @@ def test_labels_alone_make_no_other_run():
     """Of two sources: what does not read labels is as where half of the demonstrations are wrong."""
     half = [record | {"phase": "regimes", "lr": 1e-4} for record in records() if record.get("regime") == "wrong-50"]
     assert {r["regime"] for r in of_phase(half, "regimes")} == {"wrong-50"}, "nothing that reads labels has run"
-    reads = [r | {"method": "gac-source", "regime": "sources"} for r in half if r["method"] == "aim" and r["task"] == "a"]
+    reads = [
+        r | {"method": "gac-source", "regime": "sources"} for r in half if r["method"] == "aim" and r["task"] == "a"
+    ]
     found = of_phase([*half, *reads], "regimes")
     added = [r for r in found if r["regime"] == "sources" and r["method"] != "gac-source"]
     assert {r["task"] for r in added} == {"a"}
