@@ -19,7 +19,7 @@ class Mix:
         mu_raw, mu_se: the law's estimate of it before prior and guardrails, and its standard error.
         alpha, alpha_se: the SFT gradient's share of the wanted direction, where the law tells it.
         share: of SFT in the steps to come, where the law weighs branches by their gradients' lengths.
-        sft_weight, sft_weight_se: mean weight of the step's demonstrations, where their rewards weigh them.
+        sft_weight, sft_weight_se: mean weight of the step's demonstrations, where something weighs them.
     """
 
     mu: float
@@ -48,7 +48,7 @@ class Mix:
         if math.isfinite(self.share):
             text += f", at lengths that make {digits(100 * self.share, 2)}% of a step SFT's"
         if math.isfinite(self.sft_weight):
-            text += f"; by their rewards demonstrations weigh {_text(self.sft_weight, self.sft_weight_se)}"
+            text += f"; demonstrations weigh {_text(self.sft_weight, self.sft_weight_se)}"
         return text + "."
 
     def as_json(self) -> dict[str, float | None]:

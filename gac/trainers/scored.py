@@ -30,6 +30,7 @@ class ScoredGRPOTrainer(PatchedGRPOTrainer):
         self._values: DemonstrationValues | None = None
         self._judged: DemonstrationCollator | None = None
         self._drawn: list[int] = []  # demonstrations of the step under way, on all ranks
+        self._told: list[float] = []  # their weights on this rank, where rewards do not make them
 
     def judge(self, demonstrations: DemonstrationCollator) -> None:
         """Has the demonstrations scored. Raises ValueError where the reward functions cannot be asked about them."""
@@ -117,6 +118,7 @@ class ScoredGRPOTrainer(PatchedGRPOTrainer):
         """``[B]`` float32 on the device: what the losses of these demonstrations are multiplied by; None for 1."""
         if batch.weights is not None:
             weights = torch.tensor(batch.weights)
+            self._told += batch.weights
         elif self._values is not None and batch.index is not None:
             weights = self._values.weights(batch.index)
         else:
@@ -124,15 +126,20 @@ class ScoredGRPOTrainer(PatchedGRPOTrainer):
         return weights.to(self.accelerator.device, torch.float32)
 
     def _log_weights(self) -> None:
-        """The step's weights for the log: their mean over ranks, its standard error, and the mean reward."""
-        if self._values is None or not self._drawn:
-            return
-        weights, scores = self._values.weights(self._drawn), self._values.scores(self._drawn)
+        """The step's weights for the log, their mean and its standard error, and the mean reward.
+
+        Of all ranks where rewards make the weights, else of this one.
+        """
         series = self._metrics["train"]
-        series["gac/sft_weight"].append(float(weights.mean()))
+        weights = torch.tensor(self._told, dtype=torch.float64)
+        self._told.clear()
+        if self._values is not None and self._drawn:
+            weights = self._values.weights(self._drawn)
+            series["gac/sft_reward"].append(float(self._values.scores(self._drawn).nanmean()))
+        if len(weights):
+            series["gac/sft_weight"].append(float(weights.mean()))
         if len(weights) > 1:
             series["gac/sft_weight_se"].append(float(weights.std() / len(weights) ** 0.5))
-        series["gac/sft_reward"].append(float(scores.nanmean()))
 
     def end_optimizer_step(self) -> None:
         """As the base class; the weights of the step's demonstrations are logged."""

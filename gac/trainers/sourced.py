@@ -20,7 +20,6 @@ class SourcedGRPOTrainer(ScoredGRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._trust: SourceTrust | None = None
-        self._sources_of_step: list[Any] = []  # of this rank's demonstrations
         self._ended = 0  # steps with sources, in this run
 
     def trust_sources(self, demonstrations: DemonstrationCollator) -> None:
@@ -52,12 +51,12 @@ class SourcedGRPOTrainer(ScoredGRPOTrainer):
         """As the base class."""
         if self._trust is None or batch.sources is None:
             return super().weights_of(batch)
-        self._sources_of_step += batch.sources
-        return self._trust.weights(batch.sources).to(self.accelerator.device, torch.float32)
+        weights = self._trust.weights(batch.sources)
+        self._told += weights.tolist()
+        return weights.to(self.accelerator.device, torch.float32)
 
     def _detach(self) -> None:
         super()._detach()
-        self._sources_of_step.clear()
         self._ended = 0
 
     def end_optimizer_step(self) -> None:
@@ -70,13 +69,9 @@ class SourcedGRPOTrainer(ScoredGRPOTrainer):
             if step is not None and ended != self._ended:
                 self._trust.take(step)
             self._ended = ended
-        self._sources_of_step.clear()
 
     def _log_sources(self, trust: SourceTrust) -> None:
         series = self._metrics["train"]
-        if self._sources_of_step:
-            weights = trust.weights(self._sources_of_step)
-            series["gac/sft_weight"].append(float(weights.mean()))
         for label, known in trust.known().items():
             series[f"gac/source_weight/{label}"].append(known.weight)
             series[f"gac/source_trust/{label}"].append(known.probability)

@@ -491,7 +491,7 @@ def test_where_the_mix_stands(deep, tmp_path):
     fixed = Mix.of({"gac/mu": 0.5, "gac/mu_raw": math.nan, "gac/alpha": None}, "gac/")
     assert fixed.sentence() == "The SFT branch has the weight mu = 0.500."
     judged = Mix.of({"gac/mu": 0.5, "gac/sft_weight": 0.4, "gac/sft_weight_se": 0.05}, "gac/")
-    assert judged.sentence().endswith("mu = 0.500; by their rewards demonstrations weigh 0.40±0.05.")
+    assert judged.sentence().endswith("mu = 0.500; demonstrations weigh 0.40±0.05.")
     assert Mix.from_json(fixed.as_json()).sentence() == fixed.sentence()
     assert Mix.of({"mu": math.nan}) is None
     assert Mix.of({}) is None

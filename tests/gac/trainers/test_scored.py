@@ -170,7 +170,12 @@ def test_weights_of_a_column_are_the_users(trainer, estimator):
     found, rows = [], [row | {"share": k % 4 / 2} for k, row in enumerate(DEMONSTRATIONS)]
     common = {"mu": 0.5, "max_steps": 1, "estimator": estimator, "sft_dataset": rows}
     kept = Gradients()
-    trainer(sft_weight_column="share", callbacks=[kept], **common).train()
+    run = trainer(sft_weight_column="share", callbacks=[kept], **common)
+    run.train()
+    drawn = torch.tensor([rows[k]["share"] for k in EpochSampler(len(rows), 42).take(0, 8)], dtype=torch.float64)
+    entry = run.state.log_history[0]
+    assert entry["gac/sft_weight"] == pytest.approx(drawn.mean().item(), rel=1e-6)
+    assert entry["gac/sft_weight_se"] == pytest.approx(drawn.std().item() / 8**0.5, rel=1e-6)
     for weight, subset in ((0.5, 1), (1.0, 2), (1.5, 3)):
         alone = Gradients()
         only = [row | {"share": float(k % 4 == subset)} for k, row in enumerate(DEMONSTRATIONS)]
