@@ -37,6 +37,7 @@ FLOORS = (
         "benchmarks.kill_and_resume",
         "benchmarks.on_device",
         "benchmarks.overhead",
+        "benchmarks.predictions",
         "benchmarks.real",
         "benchmarks.sequences",
         "benchmarks.study",

@@ -1,12 +1,14 @@
 """The end of a step by itself: host time of ``mixer.step()`` and of its parts, and what it starts on a GPU.
 
-``python -m gac.bench.ending [--device cuda] [--out FILE]`` prints it as JSON, or writes it. Steps end as they do in
-training and, on a GPU, in plain torch, too. Beside what is measured stands what was predicted (:data:`PREDICTED`).
+``python -m gac.bench.ending [--device cuda] [--out FILE]`` prints it as JSON, or writes it as it comes. Steps end as
+they do in training and, on a GPU, in plain torch, too; there, calls of ``sketch`` are timed besides. Beside what is
+measured stands what was predicted (:data:`PREDICTED`).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -25,7 +27,7 @@ from gac.fused import device as on_device
 from gac.fused.host import HostProgram
 from gac.measurement import Measurement
 from gac.observe.observer import Observer
-from gac_kernels import pair_moments
+from gac_kernels import SketchLayout, pair_moments, sketch
 
 PREDICTED: Mapping[str, Mapping[str, float]] = {
     "measured": {"kernels": 5, "host": 300e-6},
@@ -51,6 +53,9 @@ tell whether somebody changed them. Without GAC ``zero_grad`` would take it.
 """
 
 TENSORS, CONTRIBUTIONS, INTERVAL = (100, 300), 4, 3
+
+CALLED = (1, 38, 100, 300)
+"""Tensors of a call of ``sketch`` whose host time is taken: the rows of ``docs/kernels.md`` on prepared launches."""
 
 
 class Parts:
@@ -118,34 +123,60 @@ class Steps:
             torch.cuda.synchronize(self.device)
 
 
-def measure(device: torch.device, *, rounds: int = 30) -> dict[str, Any]:
+def measure(
+    device: torch.device, *, rounds: int = 30, on_found: Callable[[dict[str, Any]], object] = lambda found: None
+) -> dict[str, Any]:
     """Host seconds and launches of the end of a step; plain data.
 
     Args:
         device: where the gradients are.
         rounds: measured steps that are timed, and as many more for their parts; medians count.
+        on_found: sees what there is whenever more is.
 
     Returns:
         For ``sketch`` and ``exact``, of 100 tensors and again of 300, and on a GPU ``in torch`` (the sketch's steps
         without the program): ``measured`` and ``unmeasured`` steps, with ``host`` seconds, those by ``parts``, and on a
         GPU ``kernels`` and ``copies``. On a CPU also the time of the ``thread``, which other processes are not in, its
-        ``quickest``, and the ``floor``: what one read of both branches' totals takes at that moment. Beside them what
-        was ``predicted`` of a GPU, and the ``seconds`` that it took.
+        ``quickest``, and the ``floor``: what one read of both branches' totals takes at that moment. On a GPU also the
+        host seconds of ``calls`` of ``sketch`` by :func:`calls`, and beside them what was ``predicted``. Last the
+        ``seconds`` that it took.
     """
     start = perf_counter()
     found: dict[str, Any] = {}
+    if device.type == "cuda":
+        found |= {"predicted": PREDICTED, "calls": {str(tensors): calls(device, tensors) for tensors in CALLED}}
     for tensors in TENSORS:
         for estimator in ("sketch", "exact"):
             name = estimator if tensors == TENSORS[0] else f"{estimator}, {tensors} tensors"
             found[name] = _of(Steps(device, estimator, tensors), rounds)
+            on_found(found)
     if device.type == "cuda":
-        found["predicted"] = PREDICTED
         kept, on_device.ON = on_device.ON, set()
         try:
             found["in torch"] = _of(Steps(device), rounds)
         finally:
             on_device.ON = kept
     return found | {"seconds": perf_counter() - start}
+
+
+def calls(device: torch.device, tensors: int, *, times: int = 50) -> float:
+    """Host seconds of a call of ``sketch`` on so many bf16 tensors of 64 elements, with ``into``, that repeats.
+
+    Least of ten turns, the device idle before each: later calls of a turn do not wait for it.
+    """
+    gradients = [torch.randn(64, device=device).bfloat16() for _ in range(tensors)]
+    layout = SketchLayout.per_tensor([64] * tensors)
+    out, into = torch.zeros(layout.size, device=device), torch.zeros(2, dtype=torch.float64, device=device)
+    turns = []
+    for turn in range(11):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = perf_counter()
+        for _ in range(times):
+            sketch(gradients, out, layout=layout, into=into)
+        if turn:  # the first compiles
+            turns.append((perf_counter() - start) / times)
+    return min(turns)
 
 
 def _of(steps: Steps, rounds: int) -> dict[str, Any]:
@@ -220,11 +251,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="a file to write")
     args = parser.parse_args(argv)
     device = torch.device("cuda", torch.cuda.current_device()) if args.device.type == "cuda" else args.device
-    found = measure(device, rounds=args.rounds)
+    write = (lambda found: None) if args.out is None else functools.partial(write_json, args.out)
+    found = measure(device, rounds=args.rounds, on_found=write)
     if args.out is None:
         print(json.dumps(found, indent=1))
     else:
-        write_json(args.out, found)
+        write(found)
     return 0
 
 

@@ -127,12 +127,12 @@ def _step(result: dict, gpu: bool) -> list[Figure]:
     for interval, target in targets.items():
         value = 100 * result["intervals"][interval][key]
         found.append(_most(f"{what}, {name}, interval {interval}", value, target, "%", 3))
-    if gpu and targets:
+    if targets and "launches" in result:
         share = result["launches"]["measured"]["gac_kernel_seconds"] / result["arms"]["plain"]["device"]
         every = min(targets, key=int)
         what = f"GAC's kernels over device time, {name}, interval {every}"
         found.append(_most(what, 100 * share / int(every), targets[every], "%", 3))
-    if gpu:
+    if "synchronizations" in result:
         verdict = result["synchronizations"]["gac"]
         found.append(Figure(f"host synchronisations, {name}", "none", verdict, verdict.startswith("none")))
     if result["model"] == "1B" and not sequences:

@@ -122,8 +122,12 @@ def _activation_bytes(options: StepOptions) -> int:
     return options.tokens * shape.layers * (16 * shape.hidden + 6 * shape.intermediate) * options.dtype.itemsize
 
 
-def run(options: StepOptions) -> dict:
-    """Measures one configuration; the result is plain data."""
+def run(options: StepOptions, on_found: Callable[[dict], object] = lambda found: None) -> dict:
+    """Measures one configuration; the result is plain data.
+
+    Args:
+        on_found: sees it as soon as the arms are there, and with what else it has on a GPU each time that more is.
+    """
     trainer = Trainer(options)
     trainer.plain()
     samples: dict[str, list[dict]] = {arm: [] for arm in ARMS}
@@ -142,9 +146,11 @@ def run(options: StepOptions) -> dict:
         "arms": {arm: _summary(found) for arm, found in samples.items()},
         "intervals": {str(k): _overhead(samples, k) for k in INTERVALS},
     } | _sketch_bytes(trainer)
+    on_found(result)
     if options.device.type == "cuda":
-        result["launches"] = launches(trainer)
-        result["synchronizations"] = synchronizations(trainer)
+        for name, look in (("synchronizations", synchronizations), ("launches", launches)):
+            result[name] = look(trainer)
+            on_found(result)
     return result
 
 

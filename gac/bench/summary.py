@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from gac.bench.figures import figures
 from gac.bench.kernels import describe
@@ -19,10 +20,16 @@ _PARTS = {
     "step": "step.json",
     "sequence": "sequence.json",
     "ending": "ending.json",
+    "budget": "budget.json",
+    "hybrid": "hybrid.json",
+    "compiled": "compiled.json",
+    "predicted": "predicted.json",
 }
+_WHOLE = ("ending", "budget", "hybrid", "compiled", "predicted")
+"""What the summary holds as it is."""
 
 
-def _load(path: Path) -> dict | None:
+def _load(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
@@ -30,10 +37,11 @@ def _load(path: Path) -> dict | None:
 
 
 def pytest_counts(log: str) -> dict[str, int]:
-    """``{"passed": 12, "failed": 1, ...}`` from the last summary line of a pytest log; empty without one."""
+    """``{"passed": 12, "failed": 1, ...}`` from a pytest log's last summary line; without one, of its tests so far."""
     lines = [line for line in log.splitlines() if re.search(r"\bin [\d.]+s\b", line)]
     if not lines:
-        return {}
+        told = re.findall(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", log)
+        return {name.lower(): told.count(name) for name in dict.fromkeys(told)}
     return {
         name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|errors?|skipped|deselected)", lines[-1])
     }
@@ -53,12 +61,13 @@ def summarize(folder: Path) -> dict:
     merged |= {"step": steps, "host": (parts["step"] or {}).get("host", {})}
     rows = (parts["kernels"] or {}).get("kernels", [])
     told = ("model", "tokens", "estimator", "intervals", "launches", "synchronizations")
+    ended = exit_codes(log)
     return {
         "facts": merged.get("facts"),
-        "parts": {name: {"found": part is not None, "complete": part is not None and "seconds" in part}
-                  for name, part in parts.items()},
-        "ending": parts["ending"],
-        "exit_codes": exit_codes(log),
+        "parts": {name: {"found": part is not None, "complete": _is_complete(name, part, ended)}
+                  for name, part in parts.items() if name != "predicted"},
+        **{name: parts[name] for name in _WHOLE},
+        "exit_codes": ended,
         "tests": pytest_counts(_text(folder / "tests.log")),
         "red_gates": [describe(row) for row in rows if not row.get("gate", {"ok": True})["ok"]],
         "cases": sum("variants" in row for row in rows),
@@ -68,6 +77,11 @@ def summarize(folder: Path) -> dict:
             {key: result.get(key) for key in told} for result in merged["step"]
         ],
     }  # fmt: skip
+
+
+def _is_complete(name: str, part: dict | list | None, ended: dict[str, int]) -> bool:
+    """Whether a part went on to its end: most say so themselves, others by having ended well."""
+    return part is not None and ("seconds" in part or (name in _WHOLE and ended.get(name) == 0))
 
 
 def _text(path: Path) -> str:

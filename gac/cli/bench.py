@@ -232,12 +232,17 @@ def _run_steps(args: argparse.Namespace, device: torch.device, results: dict, sa
         options = step.StepOptions(
             MODELS[name], device, dtype_of(dtype), count, estimator=estimator, seconds=spent, rounds=rounds
         )
+        place = len(results["step"])
+
+        def on_found(result: dict, place: int = place) -> None:
+            results["step"][place:] = [result]
+            save()
+
         try:
-            results["step"].append(step.run(options))
+            step.run(options, on_found)
         except torch.OutOfMemoryError:
             print(f"{what}: left out, out of memory", file=sys.stderr)
             continue
-        save()
         print(", ".join(step_row(results["step"][-1])), file=sys.stderr, flush=True)
     if "auto" not in args.estimator:
         return  # the hook is that of the observers of parameters

@@ -9,8 +9,12 @@ import torch
 from gac.bench import ending
 
 
-def test_the_parts_of_a_step(tmp_path):
+def test_the_parts_of_a_step(tmp_path, monkeypatch):
+    """Which are written as they come."""
+    written, write = [], ending.write_json
+    monkeypatch.setattr(ending, "write_json", lambda path, found: (written.append(len(found)), write(path, found)))
     assert ending.main(["--rounds", "3", "--out", str(tmp_path / "ending.json")]) == 0
+    assert written == [1, 2, 3, 4, 5]
     found = json.loads((tmp_path / "ending.json").read_text())
     steps = {"sketch", "exact", "sketch, 300 tensors", "exact, 300 tensors"}
     assert set(found) == {*steps, "seconds"}
@@ -23,6 +27,11 @@ def test_the_parts_of_a_step(tmp_path):
         assert measured["floor"] > 0
         assert not any(unmeasured["parts"].values())  # it is passed by
         assert 0 < unmeasured["quickest"] < measured["quickest"]
+
+
+def test_a_call_is_timed():
+    few, many = (ending.calls(torch.device("cpu"), tensors, times=3) for tensors in (1, 300))
+    assert 0 < few < many
 
 
 def test_a_part_has_no_time_of_those_within_it():

@@ -176,10 +176,30 @@ def test_the_summary_takes_what_is_there(tmp_path):
     assert found["tests"] == {"passed": 12, "failed": 1, "deselected": 900}
     assert found["parts"] == {
         "kernels": {"found": True, "complete": False},
-        "step": {"found": False, "complete": False},
-        "sequence": {"found": False, "complete": False},
-        "ending": {"found": False, "complete": False},
+        **{
+            name: {"found": False, "complete": False}
+            for name in ("step", "sequence", "ending", "budget", "hybrid", "compiled")
+        },
     }
     assert found["red_gates"] == ["sketch fp32 1K"]
     assert found["figures"]
     assert summary.main([]) == 2
+
+
+def test_the_summary_of_a_suite_that_was_stopped(tmp_path):
+    """Tests that had ended are counted; a step that had been timed counts without what was to be looked at after it."""
+    step = {"model": "1B", "tokens": 8192, "dtype": "bfloat16", "estimator": "sketch", "sketch_bytes": 1}
+    step |= {"gradient_bytes": 1000, "intervals": {k: {"whole_step": 0.001} for k in ("1", "10")}}
+    report.write_json(tmp_path / "step.json", {"device_type": "cuda", "step": [step]})
+    report.write_json(tmp_path / "budget.json", {"0.1B 8192": {"share": 0.004}})
+    (tmp_path / "suite.log").write_text("part tests exit 124 after 85 s\npart budget exit 0 after 90 s\nstopped\n")
+    workers = "[gw{}] [ 12%] {} tests/gac/test_gpu.py::test_launches\n"
+    (tmp_path / "tests.log").write_text(
+        "".join(workers.format(*one) for one in enumerate(["PASSED", "FAILED", "PASSED"]))
+    )
+    found = summary.summarize(tmp_path)
+    assert found["tests"] == {"passed": 2, "failed": 1}
+    assert found["budget"] == {"0.1B 8192": {"share": 0.004}}
+    assert found["parts"]["budget"] == {"found": True, "complete": True}
+    assert found["parts"]["step"] == {"found": True, "complete": False}
+    assert [figure["value"] for figure in found["figures"]] == ["0.100%", "0.100%", "0.10%"]

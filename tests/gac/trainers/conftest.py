@@ -1,10 +1,10 @@
+"""Small runs of the hybrid trainer. What needs TRL and datasets is imported late: a GPU machine may lack them."""
+
 import pytest
 import torch
-from datasets import Dataset
 
 from gac.tasks.characters import build_character_tokenizer
 from gac.tasks.models import build_small_model
-from gac.trainers import HybridGRPOConfig, HybridGRPOTrainer
 
 PROMPTS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(6) for b in range(6)]
 DEMONSTRATIONS = [
@@ -65,6 +65,8 @@ def config(tmp_path):
     """Builds a `HybridGRPOConfig` for tiny CPU runs."""
 
     def build(**options):
+        from gac.trainers import HybridGRPOConfig
+
         cls = options.pop("cls", HybridGRPOConfig)
         defaults = TINY_RUN | {"output_dir": str(tmp_path / "out"), "max_steps": 2, "gradient_accumulation_steps": 2}
         return cls(**{**defaults, **options})
@@ -77,6 +79,10 @@ def trainer(config):
     """Builds a `HybridGRPOTrainer` on a tiny model."""
 
     def build(model=None, sft_dataset=DEMONSTRATIONS, reward=last_digit_reward, prompts=PROMPTS, **options):
+        from datasets import Dataset
+
+        from gac.trainers import HybridGRPOTrainer
+
         given = ("callbacks", "eval_dataset", "peft_config", "processing_class")
         keywords = {"processing_class": build_character_tokenizer()}
         keywords |= {key: options.pop(key) for key in given if key in options}

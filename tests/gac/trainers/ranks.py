@@ -174,7 +174,8 @@ def launch(folder: str, runs: dict[int, dict], *, seconds: float = 100) -> dict[
     """
     torch.save(runs, os.path.join(folder, "runs.pt"))
     command = [sys.executable, "-m", "tests.gac.trainers.ranks", folder, str(seconds)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # FSDP2 shards onto a device where there is one, whatever the trainer's is, and forked processes cannot use it
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     root = Path(__file__).parents[3]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -20,6 +20,7 @@ def run_ranks(folder):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    shared |= {"CUDA_VISIBLE_DEVICES": ""}  # ranks of a CPU, also where there is a GPU
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.gac.trainers.ddp_worker", str(folder)],
