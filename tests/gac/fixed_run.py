@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -27,6 +28,13 @@ CASES = {
     "one contribution": {"estimator": "sketch", "contributions": 1},
     "coefficients": {"estimator": "coefficient"},
 }
+MOVING = {
+    "sketch": {"estimator": "sketch"},
+    "exact": {"estimator": "exact"},
+    "prior": {"estimator": "sketch", "prior": {"warmup": 2, "decay": 5, "peak": 0.9, "valley": 0.1}, "momentum": 0.9},
+    "kl": {"estimator": "exact", "alpha": "kl", "half_life": 5},
+}
+"""Of law ``gac``, whose mu moves and weighs the losses."""
 LAWS = {
     "gac": {},
     "gac, prior": {"prior": 0.25, "prior_weight": 0.5},
@@ -89,6 +97,27 @@ def measure(*, tokens: bool = False, contributions: int = 4, **options) -> list[
     return found
 
 
+def moving(**options) -> list[dict]:
+    """Every step's statistics, mu and state of law ``gac``; every step is measured."""
+    model, found = Model(), []
+    with gac.patch(model, law="gac", interval=1, **options) as mixer:
+        for step in range(12):
+            for number, branch in enumerate((mixer.sft, mixer.rl)):
+                if step == 5 and number == 0:
+                    continue  # without demonstrations
+                with branch():
+                    for k in range(3):
+                        broken = step == 7 and number == 1 and k == 2
+                        told = {"tokens": 1.0 + k} if step % 3 == 2 else {}
+                        mixer.backward((math.nan if broken else 1.0) * model(100 * step + 10 * number + k), **told)
+            mixer.step(kl=0.01 * step)
+            model.zero_grad()
+            state = mixer.controller.law.state
+            row = {name: float(getattr(mixer.statistics, name)) for name in gac.Statistics.names()}
+            found.append(row | {"mu": float(mixer.mu)} | {name: state[name].tolist() for name in sorted(state)})
+    return found
+
+
 def control(law: str, options: dict, *, gaps: bool = True) -> list[float]:
     """Every step's mu from statistics that are given, with steps that measured nothing or a part unless told not to."""
     controller, found = gac.Controller(law.split(",")[0], **options), []
@@ -118,7 +147,8 @@ def record() -> dict:
     runs = {name: measure(**options) for name, options in CASES.items()}
     laws = {name: control(name, options) for name, options in LAWS.items()}
     every_step = {name: control(name, options, gaps=False) for name, options in LAWS.items()}
-    return {"runs": runs, "laws": laws, "laws, every step measured": every_step}
+    gac_law = {name: moving(**options) for name, options in MOVING.items()}
+    return {"runs": runs, "laws": laws, "laws, every step measured": every_step, "law gac, mu moving": gac_law}
 
 
 if __name__ == "__main__":

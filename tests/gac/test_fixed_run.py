@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 
+import gac.ending
+import gac.observe.summing
+import gac_kernels.cpu.ending
+from gac.fused.host import HostProgram
+from gac_kernels.cpu.ending import serves
 from tests.gac import fixed_run
 
 RECORD = json.loads((Path(__file__).parent.parent / "data" / "fixed_run.json").read_text())
@@ -40,3 +45,19 @@ def test_mu_where_every_step_is_measured(law):
     """As before gaps were counted by steps: without any nothing may differ."""
     found = fixed_run.control(law, fixed_run.LAWS[law], gaps=False)
     assert same(found, RECORD["laws, every step measured"][law], rel=1e-12)
+
+
+@pytest.mark.parametrize("by_library", [True, False])
+@pytest.mark.parametrize("case", fixed_run.MOVING)
+def test_law_gac_in_a_mixer(case, by_library, monkeypatch):
+    """As before the library ended steps: whether it does, or Python's numbers do as on a machine without it."""
+    ended = []
+    ordinary = HostProgram.__call__
+    monkeypatch.setattr(HostProgram, "__call__", lambda *args, **more: ended.append(1) or ordinary(*args, **more))
+    if not by_library:
+        for module in (gac_kernels.cpu.ending, gac.observe.summing):
+            monkeypatch.setattr(module, "serves", lambda: False)
+    # without the library gradients are summed in float32: up to 2e-4 of what cancels to a hundredth of its terms
+    rel = 1e-12 if serves() else 1e-3
+    assert same(fixed_run.moving(**fixed_run.MOVING[case]), RECORD["law gac, mu moving"][case], rel=rel)
+    assert len(ended) == (12 if by_library and serves() else 0)
