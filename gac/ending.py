@@ -64,6 +64,11 @@ class Ending:
             self._found = self._found.statistics()
         return self._found
 
+    @property
+    def why_in_torch(self) -> str | None:
+        """Why its steps end in torch rather than in one piece; None where they do not."""
+        return why_in_torch(self._controller.law, self.measurement.device)
+
     def metrics(self, *, wait: bool) -> dict[str, float | str]:
         """Those of :class:`gac.metrics.StepMetrics`."""
         if self._quiet.passed:  # host time of the steps that were passed by, in equal parts

@@ -50,14 +50,18 @@ class Results:
         """What the gradients say so far, overall and by module: signal-to-noise ratio, noise scale, disagreement.
 
         It averages over the steps that were taken apart (every ``report_interval`` measured steps, the last 512 at
-        most), with mu and the law's aim first and a part for each source that :meth:`batch` was told of, and waits for
-        the device. ``print`` it; ``options`` are those of :class:`gac.report.Report`. Raises RuntimeError where no step
-        was taken apart yet.
+        most), with mu and the law's aim first and a part for each source that :meth:`batch` was told of, says why steps
+        end in torch where they do, and waits for the device. ``print`` it; ``options`` are those of
+        :class:`gac.report.Report`. Raises RuntimeError where no step was taken apart yet.
         """
         from gac.report import Mix, Report
 
         self._settle()
-        told = {"sources": self._known_sources(), "mix": Mix.of(self._ending.metrics(wait=True))}
+        told = {
+            "sources": self._known_sources(),
+            "mix": Mix.of(self._ending.metrics(wait=True)),
+            "in_torch": self._ending.why_in_torch,
+        }
         return Report(self._measurement.taken_apart(self.controller.steps), **(told | options))
 
     @property

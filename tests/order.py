@@ -30,6 +30,7 @@ FLOORS = (
     ("gac.cli",),
     (
         "benchmarks.accumulate",
+        "benchmarks.audit_budget",
         "benchmarks.budget_runs",
         "benchmarks.communication",
         "benchmarks.conftest",

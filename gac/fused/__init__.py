@@ -2,5 +2,5 @@
 
 Written in torch, the end of a step is some 200 operations on single numbers, and each costs the host several
 microseconds whatever it computes. :mod:`gac.statistics` and :mod:`gac.laws.gac` stay the reference: tests hold this
-package against them, and what it does not serve (:func:`gac.fused.served.why_not`) is done by them.
+package against them, and what it does not serve (:func:`gac.ending.why_in_torch`) is done by them.
 """

@@ -66,6 +66,7 @@ class Report:
         informative_groups: share of the groups of rollouts whose rewards differ, averaged alike; NaN: not told.
         sources: what each source of data gives; None where rows were not told theirs.
         mix: where the law stands; None: not told.
+        in_torch: why steps end in torch rather than in one piece; None: they do not, or not told.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Report:
         unit: str | None = None,
         sources: SourceTable | None = None,
         mix: Mix | None = None,
+        in_torch: str | None = None,
     ) -> None:
         """
         Args:
@@ -87,6 +89,7 @@ class Report:
             unit: the name of what ``sizes`` counts, in the plural.
             sources: what each source of data gives, of :meth:`gac.Mixer.sources`.
             mix: where the law stands.
+            in_torch: why steps end in torch, if they do.
 
         Raises:
             ValueError: no steps, steps of different models, or an impossible option.
@@ -108,7 +111,7 @@ class Report:
                     f"steps {statistics.step} and {self.history[-1].step} have different modules: "
                     "make a report of the steps of one model"
                 )
-        self.sources, self.mix = sources, mix
+        self.sources, self.mix, self.in_torch = sources, mix, in_torch
         self.half_life = float(half_life)
         self.sizes = dict(sizes) if sizes else None
         self._counts = contribution_counts(self.history)
@@ -235,7 +238,8 @@ class Report:
         found = sentences(Findings(self.whole, self.modules, self.batch, unit, self.informative_groups))
         of_sources = "" if self.sources is None else source_sentence(self.sources)
         of_mix = "" if self.mix is None else self.mix.sentence()
-        return [sentence for sentence in (of_mix, *found, of_sources) if sentence]
+        of_end = "" if self.in_torch is None else f"Steps end in torch, not in one piece: {self.in_torch}."
+        return [sentence for sentence in (of_mix, *found, of_sources, of_end) if sentence]
 
     def __str__(self) -> str:
         text = (textwrap.fill(sentence, 110) for sentence in self.reading())
@@ -280,6 +284,7 @@ class Report:
             "modules": {r.label: row(r) for r in self.modules},
             "sources": None if self.sources is None else to_json(self.sources),
             "mix": None if self.mix is None else self.mix.as_json(),
+            "in_torch": self.in_torch,
             "reading": self.reading(),
         }
 
@@ -307,7 +312,8 @@ class Report:
         if not isinstance(content, dict) or not {"options", "history"} <= set(content):
             raise ValueError(f"{path} is not a saved report: pass a file that Report.save wrote")
         options = dict(content["options"])
-        sources, mix = (content.get("report", {}).get(name) for name in ("sources", "mix"))  # None in files of before
+        report = content.get("report", {})
+        sources, mix, options["in_torch"] = map(report.get, ("sources", "mix", "in_torch"))  # None in files of before
         options["mix"] = None if mix is None else Mix.from_json(mix)
         options["sources"] = None if sources is None else from_json(sources)
         options["half_life"] = math.inf if options["half_life"] is None else options["half_life"]

@@ -40,7 +40,7 @@ def patched(case):
     return model, gac.patch(model, carries_out_rules=True, **options)
 
 
-def run(case, model, mixer, steps, seed=0):
+def run(case, model, mixer, steps, seed=0, optimizer=None):
     generator = torch.Generator().manual_seed(seed)
     batch = lambda: torch.randn(4, 5, generator=generator)
     for _ in range(steps):
@@ -50,7 +50,11 @@ def run(case, model, mixer, steps, seed=0):
         with mixer.rl():
             for _ in range(MIXERS[case].get("n_r", 3)):
                 mixer.backward(-model(batch()).mean())
-        mixer.step(kl=0.03, entropy=1.5)
+        if optimizer is None:
+            mixer.step(kl=0.03, entropy=1.5)
+        else:
+            optimizer.step()
+            mixer.step()  # told nothing: steps that measure nothing are passed by
         model.zero_grad()
 
 
@@ -123,6 +127,42 @@ def test_a_state_comes_back_through_a_file(case):
     run(case, model, other, 2, seed=1)  # what was loaded is fit to go on with
     assert other.controller.steps == 5
     assert same(loaded, mixer.state_dict()), "the mixer goes on in copies"
+
+
+@pytest.mark.parametrize("stop", [4, 5])
+@pytest.mark.parametrize("case", ["exact", "sketch", "sketch, by time"])
+def test_a_run_goes_on_to_the_bit_between_two_measurements(case, stop):
+    """Steps 0, 3, 6 and 9 are measured; the run is stopped after so many steps, and goes on in another model."""
+    file, found = io.BytesIO(), []
+    for parts in ([10], [stop, 10 - stop]):
+        rows, first = [], 0
+        for steps in parts:
+            model = small_model()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+            options = {name: value for name, value in MIXERS[case].items() if name != "n_r"}
+            with gac.patch(model, interval=3, **options) as mixer:
+                if first:
+                    torch.nn.init.zeros_(model[0].weight)  # everything comes from the file
+                    file.seek(0)
+                    for part, state in zip((model, optimizer, mixer), torch.load(file), strict=True):
+                        part.load_state_dict(state)
+                for step in range(first, first + steps):
+                    run(case, model, mixer, 1, seed=step, optimizer=optimizer)
+                    told = mixer.metrics(wait=True)
+                    left_out = {"seconds", "overhead"} | (
+                        {"estimator"} if told["n_s"] == 0 else set()
+                    )  # that of the last
+                    rows.append({name: value for name, value in told.items() if name not in left_out})
+                file.seek(0)
+                states = [part.state_dict() for part in (model, optimizer, mixer)]
+                torch.save(states, file)
+            first += steps
+        found.append((repr(rows), *map(copy.deepcopy, states)))
+        assert [row["n_s"] > 0 for row in rows] == [step % 3 == 0 for step in range(10)]
+    (whole, *whole_states), (resumed, *states) = found
+    assert resumed == whole, "to the last digit; as text, since NaN is not equal to itself"
+    assert len({row["mu"] for row in rows}) >= 4, "mu moves"
+    assert same(states, whole_states)
 
 
 @pytest.mark.parametrize("case", MIXERS)

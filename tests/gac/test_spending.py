@@ -155,11 +155,15 @@ def share(found, last=-1, first=9):
     ],
 )
 def test_measuring_takes_less_than_its_budget(processor, width, layers, seconds, steps):
-    """Of steps of a few milliseconds the least of three looks: its own time has what others do to its caches."""
+    """At the end, and at every step from the fiftieth on.
+
+    Of steps of a few milliseconds the least of three looks: its own time has what others do to its caches.
+    """
     least = 1.0
     for _ in range(3 if seconds < 1e-2 else 1):
         torch.manual_seed(0)
-        least = min(least, share(shares(processor, width, layers, seconds, steps)))
+        found = shares(processor, width, layers, seconds, steps)
+        least = min(least, max(share(found, step) for step in range(49, steps)))
         if least < 0.01:
             break
     assert least < 0.01

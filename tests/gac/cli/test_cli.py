@@ -11,8 +11,10 @@ import pytest
 import gac
 from gac.cli import build_parser, command_names, main
 from gac.cli.compare import split_laws
+from gac.cli.train import show
 from gac.runs.comparison import run_directory, warm_start_directory
-from gac.runs.folder import TIMING_KEYS, read_metrics
+from gac.runs.console import Reporter
+from gac.runs.folder import SUMMARY, TIMING_KEYS, read_json, read_metrics
 
 TINY = [
     "--task", "chain_sum:terms=2,digits=1", "--heldout", "20", "--demonstrations", "20", "--prompts", "40",
@@ -32,6 +34,17 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "whole"
     assert main(["train", *TINY, "--steps", "9", "--save-every", "2", "--out", str(out)]) == 0
     return out
+
+
+@pytest.mark.parametrize(("budget", "told"), [(..., " of a budget of 1%"), (0.005, " of a budget of 0.5%"), (None, "")])
+def test_the_table_shows_the_share_beside_the_budget(finished, budget, told, capsys):
+    summary = read_json(finished / SUMMARY)  # of a run with the default budget
+    if budget is not ...:
+        summary["gac_budget"] = budget
+    summary["gac_share"] = 0.01234
+    show(Reporter(), summary, finished)
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "share of it spent in GAC" in line)
+    assert row.strip(" │|").endswith(f" 1.23%{told}")
 
 
 def test_help_lists_commands_and_examples(capsys):

@@ -21,6 +21,7 @@ REPLICAS = {
     "ddp, gradient_as_bucket_view": engines.ddp(no_sync=True, gradient_as_bucket_view=True),
     "ddp, static_graph": engines.ddp(static_graph=True),
     "ddp, find_unused_parameters": engines.ddp(find_unused_parameters=True),
+    "ddp, weigh": engines.ddp(weigh=True),
     "averaged by hand": engines.by_hand,
     "main_grad": engines.main_grad,
     "accelerate": engines.accelerated(),
@@ -31,6 +32,7 @@ REPLICAS = {
 SHARDS = {
     "fsdp2": engines.fsdp(),
     "fsdp2, cpu offload": engines.fsdp(offload=True),
+    "fsdp2, weigh": engines.fsdp(weigh=True),
     "accelerate, fsdp2": engines.accelerated(sharded=True),
 }
 """Engines in which the ranks share contributions."""

@@ -96,6 +96,11 @@ def train(
     return {"mu": mus, "statistics": found}
 
 
+def weighed(mixer):
+    """A pass that somebody else runs over a marked loss, divided and scaled back."""
+    return lambda loss: (2.0 * (mixer.weigh(loss) / 2.0)).backward()
+
+
 def alone(world: int, *, together: bool, plan: Plan = UNIFORM, model: nn.Module | None = None, **options):
     """The same in one process."""
     model = new_model() if model is None else model
@@ -110,7 +115,7 @@ def whole_parameters(model: nn.Module) -> list[torch.Tensor]:
 # -- replicas ---------------------------------------------------------------------------------------------------------
 
 
-def ddp(*, no_sync=False, **options):
+def ddp(*, no_sync=False, weigh=False, **options):
     def run(rank, world, plan=UNIFORM, *, width=32, **patch_options):
         model = DistributedDataParallel(new_model(width=width), **options)
         quiet = (
@@ -119,7 +124,9 @@ def ddp(*, no_sync=False, **options):
             else None
         )
         with gac.patch(model, **patch_options) as mixer:
-            return train(mixer, model, [rank], world, plan=plan, quiet=quiet) | {"parameters": whole_parameters(model)}
+            backward = weighed(mixer) if weigh else None
+            found = train(mixer, model, [rank], world, plan=plan, quiet=quiet, backward=backward)
+            return found | {"parameters": whole_parameters(model)}
 
     return run
 
@@ -198,7 +205,14 @@ def shard(model: nn.Module, mesh, **options) -> nn.Module:
     return fully_shard(model, mesh=mesh, **options)
 
 
-def fsdp(*, replicate: int = 1, sync_last_only: bool = False, dtype: torch.dtype | None = None, offload: bool = False):
+def fsdp(
+    *,
+    replicate: int = 1,
+    sync_last_only: bool = False,
+    dtype: torch.dtype | None = None,
+    offload: bool = False,
+    weigh: bool = False,
+):
     def run(rank, world, plan=UNIFORM, *, width=32, **patch_options):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
@@ -218,7 +232,9 @@ def fsdp(*, replicate: int = 1, sync_last_only: bool = False, dtype: torch.dtype
             yield
 
         with gac.patch(model, **patch_options) as mixer:
-            found = train(mixer, model, [rank], world, plan=plan, quiet=quiet if sync_last_only else None)
+            backward = weighed(mixer) if weigh else None
+            quiet = quiet if sync_last_only else None
+            found = train(mixer, model, [rank], world, plan=plan, quiet=quiet, backward=backward)
             return found | {"parameters": whole_parameters(model)}
 
     return run

@@ -36,7 +36,7 @@ from gac_kernels import step_vector
 from gac_kernels.triton import ending
 from gac_kernels.triton import launch as starting
 from tests.gac.fused.test_ending import Model, Operations, agree, everything, flat, train
-from tests.gac.fused.test_law import below_the_end, same
+from tests.gac.fused.test_law import below_the_end, same, unit_of
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
@@ -141,19 +141,22 @@ class Three:
     def compare(self, in_floats, found, rel=1e-12):
         own, weights = {name: x.tolist() for name, x in self.own.state.items()}, HostWeights(self.numbers["mu"])
         assert own.keys() == self.numbers.keys()
+        unit = unit_of(self.numbers)
         for name, value in own.items():
-            assert same(value, self.numbers[name], rel), (name, value, self.numbers[name])
-            assert same(value, self.controller.law.state[name].tolist(), rel), name
+            assert same(value, self.numbers[name], rel, name, unit), (name, value, self.numbers[name])
+            assert same(value, self.controller.law.state[name].tolist(), rel, name, unit), name
         for name in OF_ERRORS:
-            assert same(self.vector[name].tolist(), self.of_errors[name], rel), name
-            assert same(self.vector[name].tolist(), self.errors.state[name].tolist(), rel), name
+            assert same(self.vector[name].tolist(), self.of_errors[name], rel, name), name
+            assert same(self.vector[name].tolist(), self.errors.state[name].tolist(), rel, name), name
+        unit = unit_of(in_floats)
         expected = [HostWeights.rounded(self.numbers["mu"]), *(self.numbers[name] for name in OF_LAW.values())]
         expected += [self.skipped, *in_floats.values(), cosine_of(in_floats)]
         row = dict(zip(NAMES, self.vector.row.tolist(), strict=True))
         for (name, value), wanted in zip(row.items(), expected, strict=True):
-            assert same(value, wanted, rel), (name, value, wanted)
+            assert same(value, wanted, rel, name, unit), (name, value, wanted)
         for name in Statistics.names() if found is not None else ():
-            assert same(float(getattr(self.vector.statistics(), name)), float(getattr(found, name)), rel), name
+            statistic = float(getattr(self.vector.statistics(), name))
+            assert same(statistic, float(getattr(found, name)), rel, name, unit), name
         if found is not None:
             assert float(self.vector["moved"]) == self.moved
         mine = [*self.weights.of.values(), *self.weights.undone.values(), self.weights.mu]
@@ -222,7 +225,7 @@ def test_any_numbers(case, norms, power, n, kl):
     own = {name: x.tolist() for name, x in three.own.state.items()}
     assert three.law.mu_min <= own["mu"] <= three.law.mu_max
     for name in ("mu", "waiting", "unsettled"):
-        assert same(own[name], three.numbers[name], 1e-9), name
+        assert same(own[name], three.numbers[name], 1e-9, name), name
     assert math.isfinite(own["raw"]) == math.isfinite(three.numbers["raw"])
 
 

@@ -5,16 +5,20 @@ import random
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gac
 import gac.ending
+import gac.observe.observer
 import gac.observe.summing
 import gac_kernels.cpu.ending
 from gac.ending import why_in_torch
-from gac.fused.host import HostVector
+from gac.fused.host import HostProgram, HostVector
+from gac.observe.places import place
 from gac_kernels.cpu.ending import serves
-from tests.gac.fused.test_law import same
+from tests.gac.fused.test_law import same, unit_of
 
 CASES = {
     "sketch": {"estimator": "sketch"},
@@ -94,9 +98,29 @@ def flat(value):
     return value.flatten().tolist() if isinstance(value, torch.Tensor) else [value]
 
 
-def agree(found, expected):
-    for f, e in zip(flat(found), flat(expected), strict=True):
-        assert same(f, e, 1e-12) if isinstance(e, float) else f == e, (f, e)
+def plain(value):
+    """Whether these are numbers alone."""
+    return isinstance(value, float) or (isinstance(value, (list, tuple)) and all(map(plain, value)))
+
+
+def agree(found, expected, name="", unit=0.0):
+    """Numbers within 1e-12 of what they were computed from (:func:`same`), everything else alike."""
+    found, expected = (x.tolist() if isinstance(x, torch.Tensor) else x for x in (found, expected))
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        values = {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in expected.items()}
+        unit = max(unit, unit_of(values))
+        for key, value in expected.items():
+            agree(found[key], value, key, unit)
+    elif isinstance(expected, (list, tuple)) and not plain(expected):
+        assert len(found) == len(expected)
+        for pair in zip(found, expected, strict=True):
+            agree(*pair, name, unit)
+    elif plain(expected):
+        listed = (list(x) if isinstance(x, tuple) else x for x in (found, expected))
+        assert same(*listed, 1e-12, name, unit), (name, found, expected)
+    else:
+        assert found == expected, (name, found, expected)
 
 
 @pytest.fixture
@@ -172,6 +196,46 @@ def test_a_state_goes_from_one_to_the_other(first_in_torch, in_torch):
     in_torch(not first_in_torch)
     found = [everything(mixer) for mixer in train("sketch", 10, first=30, load=state)]
     agree(found, expected)
+
+
+@pytest.fixture
+def two_ranks():
+    """A group in which what this rank adds up comes back as it is."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def two_ledgers(monkeypatch):
+    """Half of the parameters to a ledger, as if they were on two devices."""
+
+    def in_two(parameters, modules, count, copies, *, seed, **options):
+        half = len(parameters) // 2
+        first, places = place(parameters[:half], modules[:half], count, copies, seed=seed, **options)
+        second, others = place(parameters[half:], modules[half:], count, copies, seed=seed + 1, **options)
+        return first + second, [*places, *((1, region) for _, region in others)]
+
+    monkeypatch.setattr(gac.observe.observer, "place", in_two)
+
+
+@pytest.mark.parametrize("several", ["two_ranks", "two_ledgers"])
+@pytest.mark.parametrize("case", ["every third step", "exact", "kl"])
+def test_several_ranks_or_ledgers(several, case, in_torch, request, monkeypatch):
+    request.getfixturevalue(several)
+    ended, ordinary = [], HostProgram.__call__
+    monkeypatch.setattr(HostProgram, "__call__", lambda *args, **more: ended.append(args[4]) or ordinary(*args, **more))
+    kinds = [kind for kind in KINDS if kind != "mixed"]
+    in_torch(True)
+    expected = [(everything(mixer), mixer.state_dict()) for mixer in train(case, 12, kinds=kinds)]
+    in_torch(False)
+    assert not ended
+    for mixer, (seen, state) in zip(train(case, 12, kinds=kinds), expected, strict=True):
+        agree(everything(mixer), seen)
+        agree(mixer.state_dict(), state)
+    assert sum(sums is not None for sums in ended) == (0 if not serves() else 4 if case == "every third step" else 12)
+    found = (mixer._measurement.topology.ranks, len(mixer._observer.ledgers))
+    assert found == ((2, 1) if several == "two_ranks" else (1, 2))
 
 
 def test_numbers_that_were_handed_out_stay():

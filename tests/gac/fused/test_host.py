@@ -22,7 +22,7 @@ from gac.statistics.sums import StepSums, SumsOnHost
 from gac.statistics.uncertainty import StandardErrors
 from gac.weights import HostWeights, new_slots
 from gac_kernels.cpu.ending import serves
-from tests.gac.fused.test_law import OPTIONS, below_the_end, same
+from tests.gac.fused.test_law import OPTIONS, below_the_end, same, unit_of
 
 pytestmark = pytest.mark.skipif(not serves(), reason="the CPU library does not serve")
 
@@ -83,20 +83,23 @@ class Three:
     def compare(self, in_floats, found, rel=1e-12):
         own = self.own.state.numbers()
         assert list(own) == list(self.numbers)
+        unit = unit_of(self.numbers)
         for name, value in own.items():
-            assert same(value, self.numbers[name], rel), (name, value, self.numbers[name])
-            assert same(value, self.controller.law.state[name].tolist(), rel), name
+            assert same(value, self.numbers[name], rel, name, unit), (name, value, self.numbers[name])
+            assert same(value, self.controller.law.state[name].tolist(), rel, name, unit), name
         for name in OF_ERRORS:
-            assert same(self.own_errors.numbers()[name], self.of_errors[name], rel), name
-            assert same(self.own_errors.numbers()[name], self.errors.state[name].tolist(), rel), name
+            assert same(self.own_errors.numbers()[name], self.of_errors[name], rel, name), name
+            assert same(self.own_errors.numbers()[name], self.errors.state[name].tolist(), rel, name), name
+        unit = unit_of(in_floats)
         expected = [HostWeights.rounded(self.numbers["mu"]), *(self.numbers[name] for name in OF_LAW.values())]
         expected += [self.skipped, *in_floats.values(), cosine_of(in_floats)]
         for name, value, wanted in zip(NAMES, self.vector.row, expected, strict=True):
-            assert same(value, wanted, rel), (name, value, wanted)
+            assert same(value, wanted, rel, name, unit), (name, value, wanted)
         if found is not None:
             assert self.vector["moved"] == self.moved
             for name in Statistics.names():
-                assert same(float(getattr(self.vector.statistics(), name)), float(getattr(found, name)), rel), name
+                mine = float(getattr(self.vector.statistics(), name))
+                assert same(mine, float(getattr(found, name)), rel, name, unit), name
         weights = HostWeights(self.numbers["mu"])
         if HostWeights.rounded(own["mu"]) == float(weights.mu):  # the last bit of mu may lie between two float32
             for name in ("of", "undone"):
@@ -162,7 +165,7 @@ def test_any_numbers(case, norms, power, n, kl):
     own = three.own.state.numbers()
     assert three.law.mu_min <= own["mu"] <= three.law.mu_max
     for name in ("mu", "waiting", "unsettled"):
-        assert same(own[name], three.numbers[name], 1e-9), name
+        assert same(own[name], three.numbers[name], 1e-9, name), name
     assert math.isfinite(own["raw"]) == math.isfinite(three.numbers["raw"])
 
 
@@ -180,7 +183,7 @@ def test_steps_that_have_passed_are_made_up_for(case, passed):
             three.controller.update(None)
         assert three.own.state.vector is three.vector
         if seen:
-            assert same(float(three.own.state["mu"]), three.numbers["mu"], 1e-12)
+            assert same(float(three.own.state["mu"]), three.numbers["mu"], 1e-12, "mu")
             assert three.own.state.vector is None
         three.compare(*three.step(drawn(draw, "plain"), {}))
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+import gac
 from gac.report import HISTORY, BranchSignal, Mix, ModuleSummary, Report, append_record, read_history
 from gac.report.estimates import FEWEST, Estimate, estimate
 from gac.report.sentences import Findings, places, sentences
@@ -495,6 +496,23 @@ def test_where_the_mix_stands(deep, tmp_path):
     assert Mix.from_json(fixed.as_json()).sentence() == fixed.sentence()
     assert Mix.of({"mu": math.nan}) is None
     assert Mix.of({}) is None
+
+
+@pytest.mark.parametrize(("law", "reason"), [("gac", None), ("paper", "law 'paper' is written in torch alone")])
+def test_why_steps_end_in_torch_is_said(law, reason, tmp_path):
+    model = torch.nn.Linear(3, 2)
+    with gac.patch(model, law=law, interval=1, report_interval=1) as mixer:
+        for branch in (mixer.sft, mixer.rl):
+            with branch():
+                for _ in range(2):
+                    mixer.backward(model(torch.randn(4, 3)).square().mean())
+        mixer.step()
+        report = mixer.report()
+    report.save(tmp_path / "report.json")
+    for told in (report, Report.load(tmp_path / "report.json")):
+        assert told.in_torch == told.as_json()["in_torch"] == reason
+        assert ("Steps end in torch" in str(told)) == (reason is not None)
+        assert reason is None or told.reading()[-1] == f"Steps end in torch, not in one piece: {reason}."
 
 
 def test_history_file(deep, tmp_path):
