@@ -13,8 +13,9 @@ each step's estimates, the same for both cadences, from the normal distribution 
 that the audit found at the nearest point.
 
 Differences are paired: both mu meet the same estimates and the same truth. ``truth_se`` is the error that comes with
-the truth, to first order from its jackknife covariances; ``draws_sd`` is the spread over draws. Audits of before the
-law counted momentum are judged without it (`docs/audit.md`).
+the truth, to first order from its jackknife covariances; ``draws_sd`` is the spread over draws. ``cost`` multiplies
+what steps cost; ``every_4th`` has the excess of that interval and its error, for each step that it may begin with.
+Audits of before the law counted momentum are judged without it (`docs/audit.md`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from gac.audit.replicates import COLUMNS, TRUE_COLUMNS, mean_squared_error
 from gac.audit.run import compact_json
-from gac.cadence import Account, BudgetCadence, Costs
+from gac.cadence import WARM_UP, Account, BudgetCadence, Costs
 from gac.fused.law import update
 from gac.fused.state import numbers_of
 from gac.fused.statistics import UNMEASURED, attach_errors, has_moved
@@ -109,15 +110,22 @@ def shares_of(rows: Sequence[Mapping[str, Any]]) -> list[Shares]:
 
 
 def replay(
-    estimates: Sequence[Sequence[float]], momentum: float, shares: Shares | None = None, seed: int = 0
+    estimates: Sequence[Sequence[float]],
+    momentum: float,
+    shares: Shares | None = None,
+    seed: int = 0,
+    *,
+    interval: int = 1,
+    phase: int = 0,
 ) -> tuple[list[float], int]:
     """The mu of law ``gac`` before each step, and how many steps were measured.
 
     Args:
         estimates: ``[S, 3]``, what measuring would say in each step.
         momentum: of the optimizer.
-        shares: what steps cost under the default budget; None: every step is measured.
+        shares: what steps cost under the default budget; None: the interval decides.
         seed: of the costs of single steps.
+        interval, phase: of fixed measurements after the first ten, the first of them so many steps earlier.
     """
     law = Controller("gac", momentum=momentum).law
     assert isinstance(law, GacLaw)
@@ -127,7 +135,8 @@ def replay(
     mus, measurements = [], 0
     for step, row in enumerate(estimates):
         mus.append(state["mu"])
-        measured = shares is None or cadence.is_due(step)
+        fixed = step < WARM_UP or (step - WARM_UP + 1 + phase) % interval == 0
+        measured = fixed if shares is None else cadence.is_due(step)
         found = None
         if measured:
             measurements += 1
@@ -205,6 +214,14 @@ def compare(record: Record, shares: Sequence[Shares], draws: int, *, redrawn: bo
     }
 
 
+def every_so_many(record: Record, interval: int) -> list[list[float]]:
+    """The excess of a fixed interval and its error from that of the truth, at each phase, on the recorded estimates."""
+    series = record.estimates.tolist()
+    every = coefficients(replay(series, record.momentum)[0], record)
+    mus = (replay(series, record.momentum, interval=interval, phase=phase)[0] for phase in range(interval))
+    return [[*excess(coefficients(mu, record), every, record)] for mu in mus]
+
+
 def main() -> None:
     """Compares over every audit and shows the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -215,13 +232,17 @@ def main() -> None:
     rows = []
     for name in AUDITS:
         record = read(read_json(RESULTS / f"{name}.json")["record"])
-        for redrawn in (False, True):
-            found = compare(record, shares, arguments.draws, redrawn=redrawn)
-            about = {"audit": name, "momentum": record.momentum, "estimates": "redrawn" if redrawn else "recorded"}
-            rows.append(about | found)
-            print(json.dumps({**rows[-1], "of_draws": "..."}), flush=True)
+        for cost in (1.0, 0.75, 0.5) if name == AUDITS[0] else (1.0,):
+            cheaper = [Shares(cost * share.measured, cost * share.unmeasured) for share in shares]
+            for redrawn in (False, True):
+                about = {"audit": name, "momentum": record.momentum, "cost": cost}
+                about["estimates"] = "redrawn" if redrawn else "recorded"
+                rows.append(about | compare(record, cheaper, arguments.draws, redrawn=redrawn))
+                print(json.dumps({**rows[-1], "of_draws": "..."}), flush=True)
+    fixed = every_so_many(read(read_json(RESULTS / f"{AUDITS[0]}.json")["record"]), 4)
     if arguments.json is not None:
         told = {"budget": OVERHEAD, "shares": [share._asdict() for share in shares], "rows": rows}
+        told["every_4th"] = fixed
         write_text(arguments.json, compact_json(told))
 
 

@@ -12,6 +12,7 @@ from benchmarks.audit_budget import (
     Shares,
     coefficients,
     compare,
+    every_so_many,
     excess,
     read,
     replay,
@@ -52,6 +53,10 @@ def test_the_costs_decide_which_steps_are_measured():
     assert 10 + 30 <= measured <= 10 + 39
     assert mu[:11] == every[:11]
     assert mu != every
+    other, measured = replay(series, 0.9, interval=4)
+    assert measured == 107
+    assert other == pytest.approx(AUDIT["mu"]["gac, every 4th step"], abs=1e-4)
+    assert replay(series, 0.9, interval=4, phase=3)[0][:12] == every[:12]
     assert len({replay(series, 0.9, SHARES[0], seed)[1] for seed in range(4)}) > 1
 
 
@@ -87,8 +92,9 @@ def test_draws_are_compared_with_every_step_measured_on_the_same_estimates(redra
 
 
 def test_the_committed_draws_come_out_again():
-    rows = {(row["audit"], row["estimates"]): row for row in COMMITTED["rows"]}
+    rows = {(row["audit"], row["estimates"]): row for row in COMMITTED["rows"] if row["cost"] == 1}
     assert {audit for audit, _ in rows} == set(AUDITS)
     assert COMMITTED["shares"] == [pytest.approx(share._asdict()) for share in SHARES]
     again = compare(read(AUDIT), SHARES, 2)
+    assert every_so_many(read(AUDIT), 4) == [pytest.approx(found, rel=1e-9) for found in COMMITTED["every_4th"]]
     assert again["of_draws"] == pytest.approx(rows[AUDITS[0], "recorded"]["of_draws"][:2], rel=1e-9)

@@ -234,7 +234,7 @@ def test_several_ranks_or_ledgers(several, case, in_torch, request, monkeypatch)
         agree(everything(mixer), seen)
         agree(mixer.state_dict(), state)
     assert sum(sums is not None for sums in ended) == (0 if not serves() else 4 if case == "every third step" else 12)
-    found = (mixer._measurement.topology.ranks, len(mixer._observer.ledgers))
+    found = (mixer._measurement.topology.ranks, len(mixer._measurement.observer.ledgers))
     assert found == ((2, 1) if several == "two_ranks" else (1, 2))
 
 
