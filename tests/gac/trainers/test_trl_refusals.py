@@ -49,6 +49,11 @@ def test_images_that_come_later(trainer, monkeypatch, law, given):
         ({"use_vllm": True}, ImportError, "vLLM is not available and `use_vllm`"),
         ({"sync_ref_model": True}, ValueError, "sync_ref_model=True` while `beta=0.0`"),
         (
+            {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}},
+            ValueError,
+            "fused_linear_cross_entropy.*is not supported",
+        ),
+        (
             {"sync_ref_model": True, "beta": 0.1, "peft_config": LoraConfig(target_modules=["q_proj"], **ADAPTERS)},
             NotImplementedError,
             "sync_ref_model=True` while using a PEFT",
