@@ -35,6 +35,9 @@ RECENT = 3
 FLOOR = 0.1
 """Measuring takes at least this share of what steps cost that are not measured, where those use the budget up."""
 
+UNKNOWN = 0.05, 2.5e-5
+"""What a step that is not measured is taken to cost before there was one: of one that is, and seconds, whichever is less."""
+
 
 class Costs(NamedTuple):
     """What steps cost since the last report, as means over the ranks: the measured step that begins it and the rest.
@@ -178,6 +181,8 @@ class BudgetCadence(Cadence):
         if self.measurements < WARM_UP:
             return
         m, u, rest = self._usual("measured"), self._usual("unmeasured"), self._usual("rest")
+        if all(map(math.isnan, self._recent["unmeasured"])):
+            u = min(UNKNOWN[0] * m, UNKNOWN[1])
         earned = self.overhead * rest
         if self.measurements > WARM_UP:
             paid = costs.unmeasured + (costs.measured if self.measurements > WARM_UP + 1 else 0.0)
