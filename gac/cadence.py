@@ -36,7 +36,7 @@ FLOOR = 0.1
 """Measuring takes at least this share of what steps cost that are not measured, where those use the budget up."""
 
 UNKNOWN = 0.05, 2.5e-5
-"""What a step that is not measured is taken to cost before there was one: of one that is, and seconds, whichever is less."""
+"""What a step that is not measured is taken to cost before there was one: of one that is, and seconds; the lesser."""
 
 
 class Costs(NamedTuple):

@@ -156,8 +156,7 @@ def share(found, last=-1, first=9):
     ],
 )
 def test_measuring_takes_less_than_its_budget(processor, width, layers, seconds, steps):
-    """At every step from the fiftieth on; of steps of 1 or 2 ms, which earn less in fifty than one measurement costs, at
-    the end.
+    """At every step from the fiftieth on; of 1 or 2 ms, fifty of which earn less than a measurement costs, at the end.
 
     Steps of 1 ms are too short for it: there it is those that are not measured which use the budget up, and measuring
     takes a tenth of what they cost. Of steps of a few milliseconds the least of three looks: their own time has what
