@@ -172,10 +172,11 @@ def _trainer(row: Row, arm: Arm, model, tokenizer, data, length: int, reward):
     ]
     fields = ("prompt", "completion", "answer")
     demonstrations: Any = [
-        {name: item[name] for name in fields} | {"source": item.get("source", "a")}
-        for item, given in zip(data["prompts"], shown, strict=True)
-        if given
+        {name: item[name] for name in fields} for item, given in zip(data["prompts"], shown, strict=True) if given
     ]
+    if arm.sft_weights == "source":
+        told = [item.get("source", "a") for item, given in zip(data["prompts"], shown, strict=True) if given]
+        demonstrations = [row | {"source": label} for row, label in zip(demonstrations, told, strict=True)]
     if regime_of(row.regime).turns:
         if from_prompts:
             raise ValueError(f"regime {row.regime!r} has no form for {row.method!r}, which acts per prompt")

@@ -1,5 +1,7 @@
 """What the GPU suite trains, on the CPU."""
 
+import math
+
 import torch
 
 from benchmarks import on_device
@@ -16,7 +18,7 @@ def test_fewer_steps_where_one_is_long():
 
 
 def test_a_short_run_under_the_budget():
-    ((name, found),) = on_device.budget(CPU, 0.0, 60.0)
+    ((name, found),) = on_device.budget(CPU, 0.0, math.inf)
     assert name == "tiny 16"
     assert found["steps"] == 14
     assert 0 <= found["measured"] <= 1
@@ -34,7 +36,7 @@ def test_no_case_begins_that_would_end_too_late():
 def test_layers_are_compiled_as_one_graph():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    ((_, found),) = on_device.compiled(CPU, 0.0, 120.0)
+    ((_, found),) = on_device.compiled(CPU, 0.0, math.inf)
     assert found["graphs"] == 1  # of two layers, in every step
     assert (found["steps"], found["share"]) == (5, None)  # too few to tell
     assert found["host_share"] > 0
