@@ -90,7 +90,6 @@ class SketchLayout:
             raise ValueError(f"lanes must be a positive multiple of {SIGN_BITS}, got {self.lanes}")
         if any(n < 0 for n in self.numels):
             raise ValueError(f"numels must not be negative, got {self.numels}")
-        _ = self._hash  # before steps are timed
 
     @classmethod
     def flat(cls, numel: int, size: int, *, seed: int = 0, lanes: int = LANES) -> SketchLayout:

