@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gac.files import write_whole
+
 RESULTS = Path(__file__).parent / "results"
 STEPS = {("0.1B", 1024): 0.43192, ("0.1B", 8192): 0.39922, ("1B", 1024): 0.47499, ("1B", 8192): 0.76141}
 """Seconds of a plain step of four micro-batches by eager transformers in ``results/h100``."""
@@ -224,9 +226,7 @@ def compare(folder: Path) -> list[dict[str, Any]]:
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """As JSON, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_whole(path, (json.dumps(rows, indent=1) + "\n").encode())
 
 
 def main(argv: list[str]) -> int:

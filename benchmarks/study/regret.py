@@ -155,12 +155,13 @@ def _labelled(records: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     place = lambda record: (record.get("regime", CLEAN), record["task"], record["seed"])
     there = {place(record) for record in records}
     own = {(arm(record), place(record)) for record in records}
-    found = list(records)
+    found, readers = list(records), {name for name, one in CANDIDATES.items() if one.sft_weights == "source"}
     for regime, other in LABELLED.items():
         for record in records:
             now = regime, record["task"], record["seed"]
-            reads = CANDIDATES[record["method"]].sft_weights == "source" if record["method"] in CANDIDATES else False
-            if record.get("regime") == other and not reads and now in there and (arm(record), now) not in own:
+            if record.get("regime") != other or record["method"] in readers:
+                continue
+            if now in there and (arm(record), now) not in own:
                 found.append({**record, "regime": regime})
     return found
 
