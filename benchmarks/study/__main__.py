@@ -19,7 +19,7 @@ examples:
   python -m benchmarks.study status
   python -m benchmarks.study row KEY                    repeats a run and compares every number
   python -m benchmarks.study report                     docs/study.md and its pictures from the data
-  python -m benchmarks.study run --phase regimes --only wrong-50
+  python -m benchmarks.study run --phase regimes --regimes wrong-50 few --arms gac aim-reward fixed:mu=0.1 --seeds 1
   python -m benchmarks.study regret                     of every arm in every regime"""
 
 TIMINGS = frozenset({"seconds", "seconds_per_step", "gac_share"})
@@ -75,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--limit", type=_positive, metavar="N", help="at most N runs")
     run.add_argument("--minutes", type=float, metavar="M", help="start no run after M minutes")
     run.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="only rows whose key holds each TEXT")
+    run.add_argument("--arms", nargs="+", metavar="ARM", help="only these, such as gac aim-reward fixed:mu=0.5")
+    run.add_argument("--regimes", nargs="+", metavar="NAME", help="only these")
+    run.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these")
     status = command("status", _status, "rows done and left, time left")
     status.add_argument("--jobs", type=_positive, default=2, metavar="N", help="runs side by side, for the time left")
     row = command("row", _row, "repeat one run and compare it with its record, number by number")
@@ -128,7 +131,7 @@ def _run_phase(phase: str, args: argparse.Namespace, progress: Any, deadline: fl
     while True:
         records = read_records(args.results)
         done = {record["key"] for record in records}
-        rows = [row for row in grid.rows(phase, records) if all(text in row.key for text in args.only)]
+        rows = [row for row in grid.rows(phase, records) if _wanted(row, args)]
         missing = [row.key for row in rows if row.key not in done | tried]
         if args.limit is not None:
             missing = missing[: args.limit - len(tried)]
@@ -147,6 +150,16 @@ def _run_phase(phase: str, args: argparse.Namespace, progress: Any, deadline: fl
             preload=training.PRELOAD,
             deadline=deadline,
         )
+
+
+def _wanted(row: Any, args: argparse.Namespace) -> bool:
+    arm = _part("arms").arm
+    return (
+        all(text in row.key for text in args.only)
+        and (args.arms is None or arm(row.fields) in args.arms)
+        and (args.regimes is None or row.regime in args.regimes)
+        and (args.seeds is None or row.seed in args.seeds)
+    )
 
 
 def _status(args: argparse.Namespace) -> int:
