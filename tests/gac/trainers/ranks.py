@@ -69,6 +69,7 @@ class Kept(TrainerCallback):
             "history": trainer.state.log_history,
             "numbers": {k: v.hex() for k, v in numbers.items() if k != "seconds" and isinstance(v, float)},
             "loaded": self.loaded,
+            "sources": trainer.source_trust and trainer.source_trust.known(),
             "steps": trainer.state.global_step,
             "micro_steps": trainer._step,
             "units": [name for name, module in trainer.model_wrapped.named_modules() if isinstance(module, FSDPModule)],
@@ -106,7 +107,14 @@ def shard(trainer, version: int | str) -> None:
 
 
 def train(
-    folder: str, *, resume: str | None = None, prompts=PROMPTS, sharded=False, peft_config=None, **options
+    folder: str,
+    *,
+    resume: str | None = None,
+    prompts=PROMPTS,
+    demonstrations=DEMONSTRATIONS,
+    sharded=False,
+    peft_config=None,
+    **options,
 ) -> dict:
     """One rank's part of a run, or a whole one; returns what it saw, or the error that it met."""
     if "deepspeed" in options:
@@ -120,7 +128,7 @@ def train(
         kept.reward,
         HybridGRPOConfig(**{**defaults, **options}),
         Dataset.from_list(prompts),
-        DEMONSTRATIONS,
+        demonstrations,
         processing_class=build_character_tokenizer(),
         callbacks=[kept],
         peft_config=peft_config,

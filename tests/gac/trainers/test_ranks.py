@@ -12,6 +12,7 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from accelerate.state import AcceleratorState
 from trl import GRPOTrainer
 
+from gac.sequences.source_trust import FEWEST
 from gac.trainers.demonstrations import EpochSampler
 from gac.trainers.resume import Batching, Position, redistribute
 from tests.gac.trainers.conftest import DEMONSTRATIONS, PROMPTS, last_digit_reward, with_demonstrations
@@ -44,6 +45,13 @@ fsdp_config:
 """
 """As ``accelerate config`` writes it."""
 
+OF_TWO = {
+    "max_steps": FEWEST + 2, "gradient_accumulation_steps": 2, "sft_weights": "source", "gac_source_column": "teacher",
+    "estimator": "sequence", "gac_interval": 1, "gac_sequences": {"sources": ["a", "b", "rollouts"]},
+    "demonstrations": [row | {"teacher": "ab"[k % 2]} for k, row in enumerate(DEMONSTRATIONS)],
+}  # fmt: skip
+"""Demonstrations of two sources, followed until both are judged."""
+
 OTHERS = ("gac/seconds", "gac/informative_groups")
 """Logged numbers that are a rank's own, or the trainer's."""
 
@@ -72,6 +80,7 @@ def results(folder):
         "sharded": {**SHARDED, **twice, "resume": saved("sharded", 1)},
         "replicas": {"max_steps": 2, "gradient_accumulation_steps": 2},
         "scored": {"max_steps": 2, "gradient_accumulation_steps": 2, "sft_weights": "reward"},
+        "sourced": OF_TWO,
         "shards": {"max_steps": 2, "gradient_accumulation_steps": 2, "sharded": True},
         "configured": {"max_steps": 2, "gradient_accumulation_steps": 2, "sharded": os.path.join(folder, "fsdp2.yaml")},
     }
@@ -95,6 +104,18 @@ def test_demonstrations_are_scored_by_the_rank_that_has_them_and_known_to_all(on
     for step in range(2):
         own = rewards[step * 4 * rows : (step + 1) * 4 * rows]
         assert first["history"][step]["gac/sft_reward"] == pytest.approx(sum(own) / len(own))
+    for a, b in zip(first["gradients"], second["gradients"], strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_ranks_weigh_sources_alike(on_two):
+    first, second = (rank["sourced"] for rank in on_two)
+    assert first["sources"] == second["sources"], "to the bit"
+    assert all(trust.steps >= FEWEST and trust.probability != 0.7 for trust in first["sources"].values()), "judged"
+    for name in ("gac/source_weight/a", "gac/source_weight/b", "gac/source_trust/a", "gac/source_trust/b"):
+        logged = [[step[name] for step in run["history"] if name in step] for run in (first, second)]
+        assert len(logged[0]) == FEWEST + 2, name
+        assert logged[0] == logged[1], name
     for a, b in zip(first["gradients"], second["gradients"], strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
