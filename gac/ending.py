@@ -69,7 +69,7 @@ class Ending:
         """Why its steps end in torch rather than in one piece; None where they do not."""
         return why_in_torch(self._controller.law, self.measurement.device)
 
-    def metrics(self, *, wait: bool) -> dict[str, float | str]:
+    def metrics(self, *, wait: bool, measured: bool = False) -> dict[str, float | str]:
         """Those of :class:`gac.metrics.StepMetrics`."""
         if self._quiet.passed:  # host time of the steps that were passed by, in equal parts
             seconds = self.measurement.observer.now.seconds / self._quiet.passed
@@ -77,7 +77,7 @@ class Ending:
                 self._publish(UNMEASURED, self._numbers_of_law(), self._controller.steps - 1, seconds)
             elif self._vector is not self._told:
                 self._publish_vector(self._vector, self._controller.steps - 1, seconds)
-        return self._metrics.latest(wait=wait)
+        return self._metrics.latest(wait=wait, measured=measured)
 
     # -- a step -------------------------------------------------------------------------------------------------------
 

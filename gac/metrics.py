@@ -50,6 +50,7 @@ class StepMetrics:
         self._not_measured = _row(Statistics(n_s=torch.zeros((), device=device)))
         self._unknown: Tensor | None = None
         self._host: dict[int, dict[str, float | str]] = {}  # of the last steps
+        self._measured: tuple[int, Sequence[float], dict[str, float | str]] | None = None  # the newest such step
 
     def publish(
         self,
@@ -102,25 +103,30 @@ class StepMetrics:
         if latest is not None:
             self._look(*latest)
 
-    def latest(self, *, wait: bool) -> dict[str, float | str]:
-        """Everything of the newest step that has arrived; empty before the first."""
+    def latest(self, *, wait: bool, measured: bool = False) -> dict[str, float | str]:
+        """Everything of the newest step that has arrived, or of the newest `measured` one; empty before the first."""
         latest = self._mirror.latest(wait=wait)
         if latest is None:
             return {}
-        step, values = latest
+        self._look(*latest)
+        if not measured:
+            return self._named(*latest, self._host[latest[0]])
+        return {} if self._measured is None else self._named(*self._measured)
+
+    def _named(self, step: int, values: Sequence[float], host: Mapping[str, float | str]) -> dict[str, float | str]:
         numbers = dict(zip(self._names, values, strict=True))
         silent = {f"silent_{x}": float(numbers[f"n_{x}"] > 0 and numbers[f"norm_{x}2"] == 0) for x in _LETTERS}
-        self._look(step, values)
-        return numbers | silent | self._host[step] | {"step": step}
+        return numbers | silent | host | {"step": step}
 
     def _look(self, step: int, values: Sequence[float]) -> None:
-        """Looks at a step, once: whether a branch is silent, or divided too often."""
-        if step <= self._looked_at:
+        """Looks at a step, once: whether it was measured, a branch is silent, or divided too often."""
+        if step == self._looked_at:
             return
         self._looked_at = step
         for look in self._looks:
             n, norm2 = values[look.n], values[look.norm2]
             if n > 0:
+                self._measured = step, values, self._host[step]
                 self._zero.take(look.branch, silent=norm2 == 0)
                 look.accumulation.take(n, values[look.sigma2], norm2)
 

@@ -69,8 +69,11 @@ class Results:
         """Steps from one measurement to the next, at present."""
         return self._measurement.spending.cadence.interval
 
-    def metrics(self, *, wait: bool = False) -> dict[str, float | str]:
+    def metrics(self, *, wait: bool = False, measured: bool = False) -> dict[str, float | str]:
         """Numbers of the newest step that has reached the host (``wait``: of the last one); empty before the first.
+
+        Args:
+            measured: of the newest step that was measured. A budget leaves steps out, whose statistics are NaN.
 
         Returns:
             ``mu`` (of the step to come), ``mu_raw`` (the law's estimate before prior and guardrails), ``mu_se`` (its
@@ -84,4 +87,4 @@ class Results:
         if wait:
             self._settle()
         prefix = "" if self._options.name is None else f"{self._options.name}/"
-        return {prefix + name: value for name, value in self._ending.metrics(wait=wait).items()}
+        return {prefix + name: value for name, value in self._ending.metrics(wait=wait, measured=measured).items()}

@@ -314,6 +314,29 @@ def test_interval_measures_every_kth_step_and_the_law_goes_on():
         assert all(a != b for a, b in itertools.pairwise(mus)), "the prior moves mu in every step"
 
 
+@pytest.mark.parametrize("law", ["gac", "paper"], ids=["ends in the library", "ends in torch"])
+def test_metrics_of_the_newest_measured_step(law):
+    model = tiny_model()
+    with gac.patch(model, law=law, interval=3) as mixer:
+        assert mixer.metrics(measured=True) == {}
+        of_measured = {}
+        for step in range(6):
+            run(model, mixer, steps=1)
+            newest = mixer.metrics()
+            assert newest["step"] == step
+            assert math.isnan(newest["norm_s2"]) == (step % 3 > 0)
+            if step % 3 == 0:
+                of_measured = newest
+            found = mixer.metrics(measured=True)
+            assert found["step"] == step // 3 * 3
+            assert repr(found) == repr(of_measured), "of this step whatever came since"
+        state = mixer.state_dict()
+        run(model, mixer, steps=1)
+        mixer.load_state_dict(state)
+        run(model, mixer, steps=1)
+        assert mixer.metrics(measured=True)["step"] == 6, "also where a run goes back"
+
+
 def test_optimizer_hook_steps_the_mixer():
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
