@@ -12,8 +12,10 @@ from benchmarks.study.tasks import TASKS
 from benchmarks.study.tuning import LEARNING_RATES, Tuning
 
 PHASES = ("tuning", "comparison", "ablation", "exposure", "confirmation", "rates", "size")
-ON_DEMAND = ("regimes", "regimes-confirmation")
+ON_DEMAND = ("regimes-tuning", "regimes", "regimes-confirmation")
 """Phases that run where they are named: :mod:`benchmarks.study.regret` reads them, the report does not yet."""
+TRIED = ("gac-reward", "aim-reward")
+"""Candidates with trials of learning rates of their own: those without a column of sources."""
 SEEDS = (1, 2, 3, 4, 5)
 FEWER_SEEDS = SEEDS[:3]
 """Of ablations and sizes, which are questions of a second order."""
@@ -160,15 +162,36 @@ def _confirmation(records: Sequence[dict[str, Any]]) -> list[Row]:
     return _product("confirmation", "confirmation", "small", arms)
 
 
+def _candidates(records: Sequence[dict[str, Any]]) -> dict[str, tuple[float | None, list[float]]]:
+    """Where the learning rate of each candidate climbs to from that of ``gac``, and the rates that it asks for."""
+    start = _arms("regimes-tuning", records)["gac", ""]
+    tuning = Tuning(records, tasks("development"))
+    return {name: tuning.climb_from(start, name, "") for name in TRIED}
+
+
+def _regimes_tuning(records: Sequence[dict[str, Any]]) -> list[Row]:
+    cells = Tuning(records, tasks("development")).cells
+    return [
+        Row("regimes-tuning", task, "small", name, "", lr, seed)
+        for name, (_, asked) in _candidates(records).items()
+        for lr in asked
+        for task, seed in cells
+    ]
+
+
 def _regimes(phase: str, role: str, records: Sequence[dict[str, Any]]) -> list[Row]:
-    """Constants, RL and SFT alone, laws that set mu, and candidates, in every regime; these at the rate of ``gac``.
+    """Constants, RL and SFT alone, laws that set mu, and candidates, in every regime.
+
+    Candidates of :data:`TRIED` run at the rate that their trials found, the others at that of ``gac``.
 
     Rules that act per prompt are left out: their demonstrations belong to prompts, which no regime turns half way.
     """
     known = _arms(phase, records)
     left_out = {("gac", WITHOUT_MOMENTUM), *(("sequential", split) for split in SPLITS[1:-1])}
     chosen = {arm: lr for arm, lr in known.items() if arm[0] not in PER_PROMPT and arm not in left_out}
-    chosen |= {("gac", "alpha=0"): known["gac", ""]} | {(name, ""): known["gac", ""] for name in CANDIDATES}
+    own = {name: lr for name, (lr, _) in _candidates(records).items() if lr is not None}
+    chosen |= {("gac", "alpha=0"): known["gac", ""]}
+    chosen |= {(name, ""): own.get(name, known["gac", ""]) for name in CANDIDATES}
     names = REGIMES if role == "development" else (CLEAN, *CONFIRMATION)
     return [
         dataclasses.replace(row, regime=name)
@@ -185,6 +208,7 @@ _PHASES = {
     "confirmation": _confirmation,
     "rates": _rates,
     "size": _size,
+    "regimes-tuning": _regimes_tuning,
     "regimes": functools.partial(_regimes, "regimes", "development"),
     "regimes-confirmation": functools.partial(_regimes, "regimes-confirmation", "confirmation"),
 }

@@ -22,11 +22,11 @@ class Tuning:
     """
 
     def __init__(self, records: Iterable[dict[str, Any]], tasks: Sequence[str], size: str = "small") -> None:
-        phase = "tuning" if size == "small" else "rates"
+        phases = ("tuning", "regimes-tuning") if size == "small" else ("rates",)
         self.cells = [(task, seed) for seed in TUNING_SEEDS for task in tasks]
         self._late: dict[tuple[str, str, float], dict[tuple[str, int], float]] = {}
         for record in records:
-            if record["phase"] == phase and record["size"] == size:
+            if record["phase"] in phases and record["size"] == size:
                 trial = (record["method"], record["setting"], record["lr"])
                 late = late_accuracy(record)
                 self._late.setdefault(trial, {})[record["task"], record["seed"]] = late if math.isfinite(late) else 0.0
@@ -62,6 +62,10 @@ class Tuning:
         at = self.lr(method)
         if at is None or setting in ("", METHODS[method].default):
             return at, []
+        return self.climb_from(at, method, setting)
+
+    def climb_from(self, at: float, method: str, setting: str) -> tuple[float | None, list[float]]:
+        """:meth:`climb` from any rate, for methods whose default has not run at every rate."""
         asked: list[float] = []
         while True:
             here = LEARNING_RATES.index(at)

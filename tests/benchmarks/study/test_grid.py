@@ -164,6 +164,26 @@ def test_larger_models_get_lower_rates_as_long_as_these_are_better():
     assert {lr for arm, lr in found.items() if arm[0] == "medium" or arm[1] == "paper"} == {1e-4}
 
 
+def test_candidates_of_the_regimes_climb_to_rates_of_their_own():
+    """From that of ``gac``; `gac-reward` is best a rate below, `aim-reward` where it starts."""
+    top = {"gac-reward": 3e-5, "aim-reward": 1e-4}
+
+    def late(row):
+        return 0.5 - 0.05 * abs(grid.LEARNING_RATES.index(row.lr) - grid.LEARNING_RATES.index(top[row.method]))
+
+    records = tuned(1e-4, "")
+    rates = lambda: {row.method: row.lr for row in grid.rows("regimes", records)}
+    assert rates()["gac-reward"] == 1e-4, "as gac, while nothing was tried"
+    asked: dict = {}
+    while rows := [row for row in grid.rows("regimes-tuning", records) if row.key not in {r["key"] for r in records}]:
+        for row in rows:
+            asked.setdefault(row.method, set()).add(row.lr)
+            assert row.seed in TUNING_SEEDS
+        records = records + [record(row, late(row)) for row in rows]
+    assert asked == {"gac-reward": {1e-4, 3e-5, 3e-4, 1e-5}, "aim-reward": {1e-4, 3e-5, 3e-4}}
+    assert [rates()[name] for name in ("gac-reward", "aim-reward", "aim", "gac")] == [3e-5, 1e-4, 1e-4, 1e-4]
+
+
 def test_the_lowest_rate_of_the_grid_is_not_tried_again():
     assert choices(tuned(1e-5, "")).descend("gac", "", 1e-5) == (1e-5, [])
 
