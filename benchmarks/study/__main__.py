@@ -261,9 +261,7 @@ def _regret(args: argparse.Namespace) -> int:
     regret, arm = _part("regret"), _part("arms").arm
     if args.phase not in regret.SAME:
         raise UsageError(f"--phase {args.phase}: choose from {', '.join(regret.SAME)}")
-    records = regret.of_phase(read_records(args.results), args.phase)
-    rates = {arm(row.fields): row.lr for row in _part("grid").rows(args.phase, read_records(args.results))}
-    records = [record for record in records if record["lr"] == rates.get(arm(record), record["lr"])]
+    records = _part("robustness").runs(read_records(args.results), args.phase)
     for option, names, of in (
         ("--arms", args.arms, arm),
         ("--regimes", args.regimes, lambda record: record.get("regime", "clean")),

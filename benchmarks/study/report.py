@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import answers, conduct, history, losses, pictures, questions, tables, tasks, text
+from benchmarks.study import answers, conduct, history, losses, pictures, questions, robustness, tables, tasks, text
 from benchmarks.study.analysis import SIZES, Study, study, unequal_starts
 from benchmarks.study.arms import FOUND, arm, label
 from benchmarks.study.measures import PROBLEMS, Run
@@ -58,7 +58,7 @@ def main(results: Path, out: Path, readme: Path | None = None) -> None:
     found = study(records, read_records(results / "superseded"))
     drawn = pictures.draw(found, out.parent / "images")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(found, drawn, planned(records)))
+    out.write_text(page(found, drawn, planned(records), robustness.chapter(records)))
     if readme is not None:
         before, rest = text.split(MARKS[0])
         after = rest.split(MARKS[1])[1]
@@ -84,13 +84,14 @@ def planned(records: Sequence[Mapping[str, Any]]) -> dict[str, int | None]:
     return found
 
 
-def page(found: Study, drawn: Mapping[str, str], wanted: Mapping[str, int | None]) -> str:
+def page(found: Study, drawn: Mapping[str, str], wanted: Mapping[str, int | None], regimes: str = "") -> str:
     """The whole page.
 
     Args:
         found: the study.
         drawn: pictures with their alternative texts.
         wanted: number of runs of each phase, None where it is not known yet.
+        regimes: the chapter of :mod:`benchmarks.study.robustness`.
     """
     image = lambda name: f"![{drawn[name]}](images/{name}.png)" if name in drawn else ""
     steps = max((int(run.steps) for runs in found.runs.values() for run in runs), default=0)
@@ -114,6 +115,8 @@ def page(found: Study, drawn: Mapping[str, str], wanted: Mapping[str, int | None
     ]
     for title, chapter, images in _QUESTIONS:
         blocks += [f"### {title}", chapter(found), *(image(name) for name in images)]
+    if regimes:
+        blocks += ["### What does a wrong teacher cost?", regimes]
     blocks += ["## Limits", text.LIMITS.format(steps=steps), "## To repeat it", text.REPRODUCE, _versions(found)]
     return "\n\n".join(block for block in blocks if block) + "\n"
 

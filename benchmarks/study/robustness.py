@@ -1,0 +1,141 @@
+"""The report's chapter on regimes: what a wrong, scarce or plentiful teacher costs each arm."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.study import grid
+from benchmarks.study.arms import REFERENCE, arm, label
+from benchmarks.study.inference import Comparison, compare
+from benchmarks.study.measures import late_accuracy
+from benchmarks.study.methods import CANDIDATES
+from benchmarks.study.regimes import CLEAN
+from benchmarks.study.regret import CONSTANT, LABELLED, Regret, of_phase, regrets, text
+from benchmarks.study.wording import count, difference, equals, listing
+
+Records = list[Mapping[str, Any]]
+
+HALVES = {"regimes": "development", "regimes-confirmation": "confirmation"}
+
+
+def runs(records: Iterable[Mapping[str, Any]], phase: str) -> Records:
+    """What counts in a phase of regimes: as :func:`regret.of_phase`, each arm at the rate that the grid has for it.
+
+    Raises NotReady where tuning is not complete.
+    """
+    records = list(records)
+    rates = {arm(row.fields): row.lr for row in grid.rows(phase, records)}
+    return [record for record in of_phase(records, phase) if record["lr"] == rates.get(arm(record), record["lr"])]
+
+
+def everywhere(records: Records) -> Records:
+    """The runs of arms that have run wherever the default law has; regimes that only add labels are left out."""
+    records = [record for record in records if record.get("regime") not in LABELLED]
+    places: dict[str, set[tuple[str, str]]] = {}
+    for record in records:
+        places.setdefault(arm(record), set()).add((record.get("regime", CLEAN), record["task"]))
+    wanted = places.get(REFERENCE, set())
+    return [record for record in records if wanted <= places[arm(record)]]
+
+
+def chapter(records: Sequence[Mapping[str, Any]]) -> str:
+    """Tables and sentences of both halves; empty where no regime has run for two constants and the default law."""
+    try:
+        halves = {phase: everywhere(runs(records, phase)) for phase in HALVES}
+    except grid.NotReady:
+        return ""
+    halves = {phase: found for phase, found in halves.items() if _enough(found)}
+    if "regimes" not in halves:
+        return ""
+    judged = _judged(regrets(halves["regimes"]))
+    parts = [
+        "Points of late accuracy that an arm loses to the best constant of the grid in hindsight, by regime, means "
+        "over data sets; negative where it beats every constant. Arms are those that have run wherever the default law has. "
+        "[What the regimes are](laws.md#regimes-in-training)."
+    ]
+    for phase, found in halves.items():
+        parts += [_half(HALVES[phase], found, judged), text(found)]
+    return "\n\n".join(parts)
+
+
+def _enough(records: Records) -> bool:
+    names = {arm(record) for record in records}
+    return REFERENCE in names and sum(name.startswith(CONSTANT) for name in names) >= 2
+
+
+def _judged(found: Mapping[str, Regret]) -> str | None:
+    """The candidate with the smallest worst case on development data: the one that confirmation is about."""
+    return min((name for name in found if name in CANDIDATES), key=lambda name: found[name].worst[0], default=None)
+
+
+def _half(half: str, records: Records, judged: str | None) -> str:
+    found = regrets(records)
+    seeds = sorted({record["seed"] for record in _shared(records)})
+    number = count(len(seeds), "seed")
+    lines = [f"On {half} data, {number}" + ("" if len(seeds) > 1 else ", and so without intervals") + ":"]
+    constant = min((name for name in found if name.startswith(CONSTANT)), key=lambda name: found[name].worst[0])
+    if judged in found:
+        one, law = found[judged], found[REFERENCE]
+        lines.append(
+            f"{label(judged)} loses {one.mean[0]:.1f} points on average and {one.worst[0]:.1f} at worst ({one.where}), "
+            f"the default law {law.mean[0]:.1f} and {law.worst[0]:.1f} ({law.where}), {label(constant)}, at worst the "
+            f"best of the constants, {found[constant].mean[0]:.1f} and {found[constant].worst[0]:.1f} "
+            f"({found[constant].where})."
+        )
+        over = against(records, judged, REFERENCE)
+        p = "" if over.low != over.low else f", p {equals(over.p)}"
+        lines.append(f"{label(judged)} minus the default law: {difference(over)} points{p}.")
+    beaten = [
+        f"{label(name)} {won} of {tasks}"
+        for name in found
+        if name in CANDIDATES
+        for won, tasks in [beats(records, name, "wrong-50")]
+        if tasks
+    ]
+    if beaten:
+        lines.append(
+            f"Data sets with half of the demonstrations wrong in which it beats every constant: {listing(beaten)}."
+        )
+    return " ".join(lines)
+
+
+def _shared(records: Records) -> Records:
+    """Runs in the cells that all arms have run in."""
+    cells: dict[str, set[tuple[str, str, int]]] = {}
+    for record in records:
+        cells.setdefault(arm(record), set()).add(_cell(record))
+    shared = set.intersection(*cells.values())
+    return [record for record in records if _cell(record) in shared]
+
+
+def _cell(record: Mapping[str, Any]) -> tuple[str, str, int]:
+    return record.get("regime", CLEAN), record["task"], record["seed"]
+
+
+def _late(records: Records, name: str) -> dict[tuple[str, str, int], float]:
+    return {_cell(record): late_accuracy(record) for record in _shared(records) if arm(record) == name}
+
+
+def against(records: Records, one: str, other: str) -> Comparison:
+    """One arm minus another; a pair is the mean over regimes of one data set and seed, which share data."""
+    a, b = _late(records, one), _late(records, other)
+    pairs: dict[tuple[str, int], list[float]] = {}
+    for cell in sorted(a):
+        pairs.setdefault(cell[1:], []).append(a[cell] - b[cell])
+    by_task: dict[str, list[float]] = {}
+    for (task, _), values in pairs.items():
+        by_task.setdefault(task, []).append(sum(values) / len(values))
+    return compare(by_task)
+
+
+def beats(records: Records, name: str, regime: str) -> tuple[int, int]:
+    """In how many data sets of a regime an arm is ahead of every constant (means over seeds), and of how many."""
+    shared = [record for record in _shared(records) if record.get("regime", CLEAN) == regime]
+    means: dict[tuple[str, str], list[float]] = {}
+    for record in shared:
+        means.setdefault((record["task"], arm(record)), []).append(late_accuracy(record))
+    mean = {place: sum(values) / len(values) for place, values in means.items()}
+    tasks = {task for task, _ in mean}
+    best = {
+        task: max(v for (t, other), v in mean.items() if t == task and other.startswith(CONSTANT)) for task in tasks
+    }
+    return sum(mean[task, name] > best[task] for task in tasks), len(tasks)
