@@ -49,8 +49,8 @@ def chapter(records: Sequence[Mapping[str, Any]]) -> str:
     judged = _judged(regrets(halves["regimes"]))
     parts = [
         "Points of late accuracy that an arm loses to the best constant of the grid in hindsight, by regime, means "
-        "over data sets; negative where it beats every constant. Arms are those that have run wherever the default law has. "
-        "[What the regimes are](laws.md#regimes-in-training)."
+        "over data sets; negative where it beats every constant. Arms are those that have run wherever the default law "
+        "has. [What the regimes are](laws.md#regimes-in-training)."
     ]
     for phase, found in halves.items():
         parts += [_half(HALVES[phase], found, judged), text(found)]
