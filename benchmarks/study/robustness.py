@@ -83,7 +83,10 @@ def _half(half: str, records: Records, judged: str | None) -> str:
         )
         over = against(records, judged, REFERENCE)
         p = "" if over.low != over.low else f", p {equals(over.p)}"
-        lines.append(f"{label(judged)} minus the default law: {difference(over)} points{p}.")
+        lines.append(
+            f"{label(judged)} minus the default law, over {count(over.pairs, 'pair')} of a data set and a seed: "
+            f"{difference(over)} points{p}."
+        )
     beaten = [
         f"{label(name)} {won} of {tasks}"
         for name in found
@@ -111,19 +114,20 @@ def _cell(record: Mapping[str, Any]) -> tuple[str, str, int]:
     return record.get("regime", CLEAN), record["task"], record["seed"]
 
 
-def _late(records: Records, name: str) -> dict[tuple[str, str, int], float]:
-    return {_cell(record): late_accuracy(record) for record in _shared(records) if arm(record) == name}
-
-
 def against(records: Records, one: str, other: str) -> Comparison:
-    """One arm minus another; a pair is the mean over regimes of one data set and seed, which share data."""
-    a, b = _late(records, one), _late(records, other)
+    """One arm minus another, over the data sets and seeds in which both have run in all regimes that they share.
+
+    A pair is the mean over regimes of one data set and seed, which share data.
+    """
+    late = {name: {_cell(r): late_accuracy(r) for r in records if arm(r) == name} for name in (one, other)}
     pairs: dict[tuple[str, int], list[float]] = {}
-    for cell in sorted(a):
-        pairs.setdefault(cell[1:], []).append(a[cell] - b[cell])
+    for cell in sorted(late[one].keys() & late[other].keys()):
+        pairs.setdefault(cell[1:], []).append(late[one][cell] - late[other][cell])
+    whole = max(map(len, pairs.values()), default=0)
     by_task: dict[str, list[float]] = {}
     for (task, _), values in pairs.items():
-        by_task.setdefault(task, []).append(sum(values) / len(values))
+        if len(values) == whole:
+            by_task.setdefault(task, []).append(sum(values) / len(values))
     return compare(by_task)
 
 

@@ -38,7 +38,7 @@ def test_sentences_follow_the_numbers():
     assert "gac, weights by reward loses 1.2 points on average and 2.5 at worst (wrong-50)" in text
     assert "the default law 8.0 and 12.5 (wrong-50)" in text
     # a: (3+1)/2+(7+7)/2 over 2 = 4.5 (3 and 7 of seed 1: 5; 1 and 7 of seed 2: 4); b: (5+14)/2, (5+12)/2
-    assert "gac, weights by reward minus the default law: +6.8 [" in text
+    assert "gac, weights by reward minus the default law, over 4 pairs of a data set and a seed: +6.8 [" in text
     assert "in which it beats every constant: gac, weights by reward 1 of 2." in text
     assert "| gac (default) | 12.5" in text
 
@@ -46,7 +46,7 @@ def test_sentences_follow_the_numbers():
 def test_one_seed_has_no_interval_and_says_so():
     text = robustness.chapter(regimes(LATE, seeds=1))
     assert "On development data, 1 seed, and so without intervals:" in text
-    assert "minus the default law: +7.2 points. " in text
+    assert "minus the default law, over 2 pairs of a data set and a seed: +7.2 points. " in text
     assert "[" not in text.split("(laws.md#regimes-in-training)")[1]
 
 
@@ -54,6 +54,16 @@ def test_confirmation_is_about_the_candidate_that_development_chose():
     both = regimes(LATE) + regimes(LATE, "regimes-confirmation", seeds=1)
     text = robustness.chapter(both)
     assert text.index("On development data") < text.index("On confirmation data, 1 seed")
+
+
+def test_pairs_of_two_arms_need_no_other_arm():
+    """The default law and the candidate have a second seed, the constants do not."""
+    few = [r for r in regimes(LATE) if r["seed"] == 1 or r["method"] != "fixed"]
+    text = robustness.chapter(few)
+    assert "On development data, 1 seed, and so without intervals:" in text
+    assert "over 4 pairs of a data set and a seed: +6.8 [" in text
+    half = [r for r in few if r["seed"] == 1 or r.get("regime")]
+    assert "over 2 pairs of a data set and a seed: +7.2 points" in robustness.chapter(half), "a seed without clean"
 
 
 def test_arms_that_have_not_run_everywhere_are_left_out_until_they_have():
