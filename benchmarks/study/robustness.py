@@ -1,6 +1,7 @@
 """The report's chapter on regimes: what a wrong, scarce or plentiful teacher costs each arm."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.study import grid
@@ -9,10 +10,13 @@ from benchmarks.study.inference import Comparison, compare
 from benchmarks.study.measures import late_accuracy
 from benchmarks.study.methods import CANDIDATES
 from benchmarks.study.regimes import CLEAN
-from benchmarks.study.regret import CONSTANT, LABELLED, Regret, of_phase, regrets, text
+from benchmarks.study.regret import CONSTANT, LABELLED, Regret, of_phase, picture, regrets, text
 from benchmarks.study.wording import count, difference, equals, listing
 
 Records = list[Mapping[str, Any]]
+
+PICTURE = "regret.png"
+"""Among the images of the page; docs/laws.md shows it, too."""
 
 HALVES = {"regimes": "development", "regimes-confirmation": "confirmation"}
 
@@ -54,7 +58,15 @@ def chapter(records: Sequence[Mapping[str, Any]]) -> str:
     ]
     for phase, found in halves.items():
         parts += [_half(HALVES[phase], found, judged), text(found)]
+        if phase == "regimes":
+            parts.append(f"![Points lost to the best constant, by regime and data set](images/{PICTURE})")
     return "\n\n".join(parts)
+
+
+def draw(records: Sequence[Mapping[str, Any]], images: Path) -> None:
+    """The picture of the development half, where :func:`chapter` has something to say."""
+    if chapter(records):
+        picture(everywhere(runs(records, "regimes")), images / PICTURE)
 
 
 def _enough(records: Records) -> bool:

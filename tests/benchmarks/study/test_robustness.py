@@ -83,6 +83,14 @@ def test_nothing_to_say():
     assert robustness.chapter([r for r in regimes(LATE) if r["method"] != "fixed"]) == ""
 
 
+def test_the_picture_is_of_the_development_half(tmp_path):
+    robustness.draw([], tmp_path)
+    assert not list(tmp_path.iterdir())
+    robustness.draw(regimes(LATE), tmp_path)
+    assert (tmp_path / robustness.PICTURE).stat().st_size > 10_000
+    assert f"](images/{robustness.PICTURE})" in robustness.chapter(regimes(LATE))
+
+
 def test_the_page_has_the_chapter():
     page = report.page(study(fakes.everything()), {}, dict.fromkeys(PHASES, 1), "the chapter")
     assert "### What does a wrong teacher cost?\n\nthe chapter\n\n## Limits" in page
