@@ -93,10 +93,11 @@ def _half(half: str, records: Records, judged: str | None) -> str:
             f"best of the constants, {found[constant].mean[0]:.1f} and {found[constant].worst[0]:.1f} "
             f"({found[constant].where})."
         )
-        over = against(records, judged, REFERENCE)
+    for name in (name for name in found if name in CANDIDATES):
+        over = against(records, name, REFERENCE)
         p = "" if over.low != over.low else f", p {equals(over.p)}"
         lines.append(
-            f"{label(judged)} minus the default law, over {count(over.pairs, 'pair')} of a data set and a seed: "
+            f"{label(name)} minus the default law, over {count(over.pairs, 'pair')} of a data set and a seed: "
             f"{difference(over)} points{p}."
         )
     beaten = [
