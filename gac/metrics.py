@@ -113,8 +113,8 @@ class StepMetrics:
             return self._named(*latest, self._host[latest[0]])
         return {} if self._measured is None else self._named(*self._measured)
 
-    def _named(self, step: int, values: Sequence[float], host: Mapping[str, float | str]) -> dict[str, float | str]:
-        numbers = dict(zip(self._names, values, strict=True))
+    def _named(self, step: int, values: Sequence[float], host: dict[str, float | str]) -> dict[str, float | str]:
+        numbers: dict[str, Any] = dict(zip(self._names, values, strict=True))
         silent = {f"silent_{x}": float(numbers[f"n_{x}"] > 0 and numbers[f"norm_{x}2"] == 0) for x in _LETTERS}
         return numbers | silent | host | {"step": step}
 
