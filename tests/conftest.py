@@ -58,6 +58,22 @@ SLOW = (
 """Folders and modules that take long for what they say about a small change; `make test` runs them too."""
 
 
+LONGEST = (
+    "gac/bench/test_command.py",
+    "gac/distributed/test_engines.py",
+    "gac/trainers/test_ranks.py",
+    "gac/trainers/test_trl_options.py",
+    "gac_kernels/test_aot.py",
+    "gac_kernels/test_interpreter.py",
+)
+"""Those of a minute and more: first of all, so that no worker ends with one."""
+
+
+def is_longest(module: Path) -> bool:
+    """Whether a test module is one of :data:`LONGEST`."""
+    return module.relative_to(TESTS).as_posix() in LONGEST
+
+
 def is_slow(module: Path) -> bool:
     """Whether a test module (or a folder) is one of :data:`SLOW`, or lies in one of its folders."""
     place = module.relative_to(TESTS)
@@ -76,6 +92,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if config.getoption("markexpr") == "not slow" and is_slow(collection_path) else None
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if is_slow(item.path):
@@ -83,5 +100,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # What a module's fixtures make is made once; on a GPU most of a test's time is the compiler's, so they spread.
         if not any(item.get_closest_marker(name) for name in ("xdist_group", "gpu")):
             item.add_marker(pytest.mark.xdist_group(item.path.relative_to(TESTS).as_posix()))
-    if hasattr(config, "workerinput"):  # of pytest-xdist: long modules first, so that no worker ends with one
-        items.sort(key=lambda item: not is_slow(item.path))
+    if hasattr(config, "workerinput"):  # of pytest-xdist
+        items.sort(key=lambda item: (not is_longest(item.path), not is_slow(item.path)))
