@@ -37,10 +37,10 @@ real: $(BIN)/.real  ## post-train a pretrained model of 135 M parameters; result
 # One thread a worker: two workers with two threads each would wait for one another on two cores. Bytecode is kept, whatever
 # the environment says: the tests start some hundred processes, which would all compile the package anew.
 test: install  ## run the tests
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 quick: install  ## run the tests that answer within a minute
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder -m "not slow"
 
 fuzz: install  ## draw runs and kernel calls against plain autograd for SECONDS; docs/fuzzing.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(SECONDS) --workers 2
