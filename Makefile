@@ -35,7 +35,8 @@ real: $(BIN)/.real  ## post-train a pretrained model of 135 M parameters; result
 	$(BIN)/python -m benchmarks.real train --out $(REAL)
 
 # One thread a worker: two workers with two threads each would wait for one another on two cores. Bytecode is kept, whatever
-# the environment says: the tests start some hundred processes, which would all compile the package anew.
+# the environment says: the tests start some hundred processes, which would all compile the package anew. A module goes to
+# one worker, so that what its fixtures make is made once (by scope: of groups pytest 9.2 and pytest-xdist 3.8 know nothing).
 test: install  ## run the tests
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 

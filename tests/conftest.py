@@ -1,4 +1,4 @@
-"""Which tests `make quick` leaves out, and which tests have to share a process of pytest-xdist."""
+"""Which tests `make quick` leaves out, and which modules pytest-xdist takes first."""
 
 from pathlib import Path
 
@@ -92,13 +92,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if config.getoption("markexpr") == "not slow" and is_slow(collection_path) else None
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if is_slow(item.path):
             item.add_marker("slow")
-        # What a module's fixtures make is made once; on a GPU most of a test's time is the compiler's, so they spread.
-        if not any(item.get_closest_marker(name) for name in ("xdist_group", "gpu")):
-            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(TESTS).as_posix()))
     if hasattr(config, "workerinput"):  # of pytest-xdist
         items.sort(key=lambda item: (not is_longest(item.path), not is_slow(item.path)))
