@@ -46,11 +46,10 @@ class StepMetrics:
         self._mirror = HostMirror(device)
         self._zero = Silence(ZERO)
         self._looks = [_Look(x, branch) for x, branch in _LETTERS.items()]
-        self._looked_at = -1
+        self._looked_at: float | str = -1
         self._not_measured = _row(Statistics(n_s=torch.zeros((), device=device)))
         self._unknown: Tensor | None = None
-        self._host: dict[int, dict[str, float | str]] = {}  # of the last steps
-        self._measured: tuple[int, Sequence[float], dict[str, float | str]] | None = None  # the newest such step
+        self._measured: tuple[dict[str, float | str], Sequence[float]] | None = None  # the newest such step
 
     def publish(
         self,
@@ -94,9 +93,8 @@ class StepMetrics:
     def _keep(
         self, step: int, numbers: Tensor | Sequence[float], seconds: float, estimator: str, overhead: float
     ) -> None:
-        self._mirror.publish(step, numbers)
-        self._host = {k: v for k, v in self._host.items() if k >= step - 1}
-        self._host[step] = {"seconds": seconds, "estimator": estimator, "overhead": overhead}
+        of_host = {"seconds": seconds, "estimator": estimator, "overhead": overhead, "step": step}
+        self._mirror.publish(of_host, numbers)
 
     def _look_back(self) -> None:
         latest = self._mirror.latest()
@@ -110,23 +108,23 @@ class StepMetrics:
             return {}
         self._look(*latest)
         if not measured:
-            return self._named(*latest, self._host[latest[0]])
+            return self._named(*latest)
         return {} if self._measured is None else self._named(*self._measured)
 
-    def _named(self, step: int, values: Sequence[float], host: dict[str, float | str]) -> dict[str, float | str]:
+    def _named(self, of_host: dict[str, float | str], values: Sequence[float]) -> dict[str, float | str]:
         numbers: dict[str, Any] = dict(zip(self._names, values, strict=True))
         silent = {f"silent_{x}": float(numbers[f"n_{x}"] > 0 and numbers[f"norm_{x}2"] == 0) for x in _LETTERS}
-        return numbers | silent | host | {"step": step}
+        return numbers | silent | of_host
 
-    def _look(self, step: int, values: Sequence[float]) -> None:
+    def _look(self, of_host: dict[str, float | str], values: Sequence[float]) -> None:
         """Looks at a step, once: whether it was measured, a branch is silent, or divided too often."""
-        if step == self._looked_at:
+        if of_host["step"] == self._looked_at:
             return
-        self._looked_at = step
+        self._looked_at = of_host["step"]
         for look in self._looks:
             n, norm2 = values[look.n], values[look.norm2]
             if n > 0:
-                self._measured = step, values, self._host[step]
+                self._measured = of_host, values
                 self._zero.take(look.branch, silent=norm2 == 0)
                 look.accumulation.take(n, values[look.sigma2], norm2)
 
@@ -173,7 +171,7 @@ class HostMirror:
             event.synchronize()
         return tag, host.tolist() if isinstance(host, Tensor) else list(host)
 
-    def latest(self, *, wait: bool = False) -> tuple[int, list[float]] | None:
+    def latest(self, *, wait: bool = False) -> tuple[Any, list[float]] | None:
         """Tag and numbers of the newest finished copy; None before the first. ``wait`` waits for the newest."""
         for back in (1, 2):
             slot = self._slots[(self._published - back) % 2]

@@ -13,6 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import gac
+from gac.metrics import NAMES, StepMetrics
 from gac.observe import pending
 from tests.gac.models import ARCHITECTURES, rl_loss, sft_loss, tiny_model, tokens
 
@@ -335,6 +336,27 @@ def test_metrics_of_the_newest_measured_step(law):
         mixer.load_state_dict(state)
         run(model, mixer, steps=1)
         assert mixer.metrics(measured=True)["step"] == 6, "also where a run goes back"
+
+
+def test_numbers_of_an_earlier_step_are_whole_while_those_of_the_newest_are_on_their_way():
+    """As on a GPU, with a budget that has left out the steps between."""
+
+    class NotYet:
+        def query(self):
+            return False
+
+    found = StepMetrics(torch.device("cpu"))
+    numbers = [2.0 if name in ("n_s", "n_r") else 1.0 for name in NAMES]
+    found.publish_numbers(0, numbers, seconds=0.5, estimator="sketch", overhead=0.1)
+    found.publish_numbers(7, numbers, seconds=0.7, estimator="sketch", overhead=0.1)
+    mirror = found._mirror
+    tag, host, _ = mirror._slots[1]
+    mirror._slots[1] = tag, host, NotYet()
+    for measured in (False, True):
+        known = found.latest(wait=False, measured=measured)
+        assert (known["step"], known["seconds"], known["norm_s2"]) == (0, 0.5, 1.0)
+    found.publish_numbers(9, numbers, seconds=0.9, estimator="sketch", overhead=0.1)
+    assert found.latest(wait=False)["step"] == 9
 
 
 def test_optimizer_hook_steps_the_mixer():
