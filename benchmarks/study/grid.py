@@ -13,9 +13,9 @@ from benchmarks.study.tuning import LEARNING_RATES, Tuning
 
 PHASES = ("tuning", "comparison", "ablation", "exposure", "confirmation", "rates", "size")
 ON_DEMAND = ("regimes-tuning", "regimes", "regimes-confirmation")
-"""Phases that run where they are named: :mod:`benchmarks.study.regret` reads them, the report does not yet."""
+"""Phases that run where they are named; their chapter of the report is :mod:`benchmarks.study.robustness`."""
 TRIED = ("gac-reward", "aim-reward")
-"""Candidates with trials of learning rates of their own: those without a column of sources."""
+"""Candidates with trials of learning rates of their own: those that go to the confirmation tasks."""
 SEEDS = (1, 2, 3, 4, 5)
 FEWER_SEEDS = SEEDS[:3]
 """Of ablations and sizes, which are questions of a second order."""

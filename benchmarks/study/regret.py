@@ -59,18 +59,24 @@ def regrets(records: Iterable[Mapping[str, Any]]) -> dict[str, Regret]:
     Raises:
         ValueError: no constants or no shared cells, one arm twice in a cell, or several sizes.
     """
-    arms = _by_arm(records)
+    arms = cells_by_arm(records)
     constants = [name for name in arms if name.startswith(CONSTANT)]
     if len(constants) < 2:
         raise ValueError(f"regret needs runs of two constants or more, got {', '.join(constants) or 'none'}")
-    shared = set.intersection(*(set(cells) for cells in arms.values()))
+    shared = shared_cells(arms)
     if not shared:
         raise ValueError("regret needs a regime, task and seed that every arm has run on; there is none yet")
     best = _best({name: arms[name] for name in constants}, shared)
     return {name: _regret(cells, best, shared) for name, cells in arms.items()}
 
 
-def _by_arm(records: Iterable[Mapping[str, Any]]) -> dict[str, Cells]:
+def shared_cells(arms: Mapping[str, Cells]) -> set[tuple[str, str, int]]:
+    """Those that every arm has run in."""
+    return set.intersection(*(set(cells) for cells in arms.values()))
+
+
+def cells_by_arm(records: Iterable[Mapping[str, Any]]) -> dict[str, Cells]:
+    """Late accuracy of each arm; 0 of a run that broke. Raises ValueError as :func:`regrets` does."""
     found: dict[str, Cells] = {}
     sizes = set()
     for record in records:
@@ -172,8 +178,8 @@ def by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[tu
     Raises ValueError as :func:`regrets` does.
     """
     records = list(records)
-    found, arms = regrets(records), _by_arm(records)
-    shared = set.intersection(*(set(cells) for cells in arms.values()))
+    found, arms = regrets(records), cells_by_arm(records)
+    shared = shared_cells(arms)
     best = _best({name: cells for name, cells in arms.items() if name.startswith(CONSTANT)}, shared)
     result: dict[str, dict[str, list[tuple[str, float]]]] = {}
     for name in sorted(found, key=lambda name: (found[name].worst[0], name)):

@@ -57,9 +57,11 @@ def main(results: Path, out: Path, readme: Path | None = None) -> None:
         raise ValueError(f"results: no records in {results}; make some with python -m benchmarks.study run")
     found = study(records, read_records(results / "superseded"))
     drawn = pictures.draw(found, out.parent / "images")
-    robustness.draw(records, out.parent / "images")
+    regimes = robustness.chapter(records)
+    if regimes:
+        robustness.draw(records, out.parent / "images")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(found, drawn, planned(records), robustness.chapter(records)))
+    out.write_text(page(found, drawn, planned(records), regimes))
     if readme is not None:
         before, rest = text.split(MARKS[0])
         after = rest.split(MARKS[1])[1]

@@ -1,5 +1,6 @@
 """The report's chapter on regimes: what a wrong, scarce or plentiful teacher costs each arm."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,20 @@ from typing import Any
 from benchmarks.study import grid
 from benchmarks.study.arms import REFERENCE, arm, label
 from benchmarks.study.inference import Comparison, compare
-from benchmarks.study.measures import late_accuracy
 from benchmarks.study.methods import CANDIDATES
 from benchmarks.study.regimes import CLEAN
-from benchmarks.study.regret import CONSTANT, LABELLED, Regret, of_phase, picture, regrets, text
+from benchmarks.study.regret import (
+    CONSTANT,
+    LABELLED,
+    Regret,
+    by_task,
+    cells_by_arm,
+    of_phase,
+    picture,
+    regrets,
+    shared_cells,
+    text,
+)
 from benchmarks.study.wording import count, difference, equals, listing
 
 Records = list[Mapping[str, Any]]
@@ -64,9 +75,8 @@ def chapter(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(records: Sequence[Mapping[str, Any]], images: Path) -> None:
-    """The picture of the development half, where :func:`chapter` has something to say."""
-    if chapter(records):
-        picture(everywhere(runs(records, "regimes")), images / PICTURE)
+    """The picture of the development half. Raises as :func:`runs` and :func:`regret.picture` do."""
+    picture(everywhere(runs(records, "regimes")), images / PICTURE)
 
 
 def _enough(records: Records) -> bool:
@@ -81,7 +91,7 @@ def _judged(found: Mapping[str, Regret]) -> str | None:
 
 def _half(half: str, records: Records, judged: str | None) -> str:
     found = regrets(records)
-    seeds = sorted({record["seed"] for record in _shared(records)})
+    seeds = {seed for _, _, seed in shared_cells(cells_by_arm(records))}
     number = count(len(seeds), "seed")
     lines = [f"On {half} data, {number}" + ("" if len(seeds) > 1 else ", and so without intervals") + ":"]
     constant = min((name for name in found if name.startswith(CONSTANT)), key=lambda name: found[name].worst[0])
@@ -95,17 +105,14 @@ def _half(half: str, records: Records, judged: str | None) -> str:
         )
     for name in (name for name in found if name in CANDIDATES):
         over = against(records, name, REFERENCE)
-        p = "" if over.low != over.low else f", p {equals(over.p)}"
+        p = "" if math.isnan(over.low) else f", p {equals(over.p)}"
         lines.append(
             f"{label(name)} minus the default law, over {count(over.pairs, 'pair')} of a data set and a seed: "
             f"{difference(over)} points{p}."
         )
+    half_wrong = {name: rows.get("wrong-50", []) for name, rows in by_task(records).items() if name in CANDIDATES}
     beaten = [
-        f"{label(name)} {won} of {tasks}"
-        for name in found
-        if name in CANDIDATES
-        for won, tasks in [beats(records, name, "wrong-50")]
-        if tasks
+        f"{label(name)} {sum(lost < 0 for _, lost in rows)} of {len(rows)}" for name, rows in half_wrong.items() if rows
     ]
     if beaten:
         lines.append(
@@ -114,45 +121,18 @@ def _half(half: str, records: Records, judged: str | None) -> str:
     return " ".join(lines)
 
 
-def _shared(records: Records) -> Records:
-    """Runs in the cells that all arms have run in."""
-    cells: dict[str, set[tuple[str, str, int]]] = {}
-    for record in records:
-        cells.setdefault(arm(record), set()).add(_cell(record))
-    shared = set.intersection(*cells.values())
-    return [record for record in records if _cell(record) in shared]
-
-
-def _cell(record: Mapping[str, Any]) -> tuple[str, str, int]:
-    return record.get("regime", CLEAN), record["task"], record["seed"]
-
-
 def against(records: Records, one: str, other: str) -> Comparison:
     """One arm minus another, over the data sets and seeds in which both have run in all regimes that they share.
 
     A pair is the mean over regimes of one data set and seed, which share data.
     """
-    late = {name: {_cell(r): late_accuracy(r) for r in records if arm(r) == name} for name in (one, other)}
+    arms = cells_by_arm(records)
     pairs: dict[tuple[str, int], list[float]] = {}
-    for cell in sorted(late[one].keys() & late[other].keys()):
-        pairs.setdefault(cell[1:], []).append(late[one][cell] - late[other][cell])
+    for cell in sorted(arms[one].keys() & arms[other].keys()):
+        pairs.setdefault(cell[1:], []).append(arms[one][cell] - arms[other][cell])
     whole = max(map(len, pairs.values()), default=0)
-    by_task: dict[str, list[float]] = {}
+    by_data_set: dict[str, list[float]] = {}
     for (task, _), values in pairs.items():
         if len(values) == whole:
-            by_task.setdefault(task, []).append(sum(values) / len(values))
-    return compare(by_task)
-
-
-def beats(records: Records, name: str, regime: str) -> tuple[int, int]:
-    """In how many data sets of a regime an arm is ahead of every constant (means over seeds), and of how many."""
-    shared = [record for record in _shared(records) if record.get("regime", CLEAN) == regime]
-    means: dict[tuple[str, str], list[float]] = {}
-    for record in shared:
-        means.setdefault((record["task"], arm(record)), []).append(late_accuracy(record))
-    mean = {place: sum(values) / len(values) for place, values in means.items()}
-    tasks = {task for task, _ in mean}
-    best = {
-        task: max(v for (t, other), v in mean.items() if t == task and other.startswith(CONSTANT)) for task in tasks
-    }
-    return sum(mean[task, name] > best[task] for task in tasks), len(tasks)
+            by_data_set.setdefault(task, []).append(sum(values) / len(values))
+    return compare(by_data_set)
