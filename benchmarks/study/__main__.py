@@ -102,6 +102,7 @@ def _run(args: argparse.Namespace) -> int:
     deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     progress, failures, waits = Progress(), [], []
     tried: set[str] = set()
+    _check_choices(args)
     try:
         for phase in _chosen_phases(grid, args.phase):
             try:
@@ -150,6 +151,25 @@ def _run_phase(phase: str, args: argparse.Namespace, progress: Any, deadline: fl
             preload=training.PRELOAD,
             deadline=deadline,
         )
+
+
+def _check_choices(args: argparse.Namespace) -> None:
+    """Raises UsageError for an arm or regime that no chosen phase has, as far as they are known."""
+    grid, arm = _part("grid"), _part("arms").arm
+    if args.arms is None and args.regimes is None:
+        return
+    records, rows = read_records(args.results), []
+    for phase in _chosen_phases(grid, args.phase):
+        try:
+            rows += grid.rows(phase, records)
+        except grid.NotReady:
+            return
+    for option, wanted, known in (
+        ("--arms", args.arms, {arm(row.fields) for row in rows}),
+        ("--regimes", args.regimes, {row.regime for row in rows}),
+    ):
+        if unknown := sorted(set(wanted or ()) - known):
+            raise UsageError(f"{option} {' '.join(unknown)}: no such rows; choose from {', '.join(sorted(known))}")
 
 
 def _wanted(row: Any, args: argparse.Namespace) -> bool:

@@ -198,6 +198,22 @@ def test_sparse_runs_have_a_warm_start_of_their_own(short_runs, tmp_path):
     assert folder.name.endswith("-sparse")
 
 
+def test_rows_are_chosen_by_arm_regime_and_seed(monkeypatch, capsys):
+    """Of the committed data, with nothing trained."""
+    ran = []
+    monkeypatch.setattr("benchmarks.study.pool.run_rows", lambda rows, **_: ran.extend(rows) or [])
+    chosen = ["--arms", "chord-mu:valley=0.3", "paper", "--regimes", "wrong-50", "few", "--seeds", "2"]
+    assert main(["run", "--phase", "regimes", *chosen]) == 0
+    assert len(ran) == 2 * 2 * 4
+    assert {row.method for row in ran} == {"chord-mu", "paper"}
+    assert {row.regime for row in ran} == {"wrong-50", "few"}
+    assert {row.seed for row in ran} == {2}
+    assert main(["run", "--phase", "regimes", "--arms", "gca"]) == 2
+    assert "--arms gca: no such rows; choose from aim, aim-reward" in capsys.readouterr().err
+    assert main(["run", "--phase", "regimes", "--regimes", "wrong-5"]) == 2
+    assert "--regimes wrong-5: no such rows" in capsys.readouterr().err
+
+
 def test_unknown_phases_are_refused(capsys):
     assert main(["regret", "--phase", "tuning"]) == 2
     assert "regimes-confirmation" in capsys.readouterr().err
