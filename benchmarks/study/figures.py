@@ -67,6 +67,10 @@ def _whisker(axis, height: float, found: Comparison, clear: bool) -> None:
     axis.plot([100 * found.mean], [height], "o", color=colour, markerfacecolor=face, markersize=5.5)
 
 
+_PANELS_A_ROW = 5
+"""So many titles fit beside each other."""
+
+
 def regrets(arms: Mapping[str, Mapping[str, Sequence[tuple[str, float]]]], path: Path) -> None:
     """What arms lose to the best constant in hindsight, an arm a row: a mark a task, a tick for a regime's mean.
 
@@ -78,8 +82,13 @@ def regrets(arms: Mapping[str, Mapping[str, Sequence[tuple[str, float]]]], path:
     """
     regimes = list(dict.fromkeys(regime for found in arms.values() for regime in found))
     tasks = list(dict.fromkeys(task for found in arms.values() for lost in found.values() for task, _ in lost))
-    with _Figure(1, len(regimes), (_WIDTH, 1.9 + 0.3 * len(arms)), path, sharey=True) as axes:
-        for axis, regime in zip(axes[0], regimes, strict=True):
+    rows = math.ceil(len(regimes) / _PANELS_A_ROW)
+    columns = math.ceil(len(regimes) / rows)
+    with _Figure(rows, columns, (_WIDTH, 0.9 + rows * (1.0 + 0.3 * len(arms))), path, sharey=True) as axes:
+        panels = list(axes.flat)
+        for unused in panels[len(regimes) :]:
+            unused.set_axis_off()
+        for axis, regime in zip(panels, regimes, strict=False):
             axis.axvline(0, color="black", linewidth=1.0)
             for row, found in enumerate(arms.values()):
                 lost = found.get(regime, ())
@@ -91,9 +100,11 @@ def regrets(arms: Mapping[str, Mapping[str, Sequence[tuple[str, float]]]], path:
                     mean = sum(points for _, points in lost) / len(lost)
                     axis.plot([mean, mean], [row - 0.35, row + 0.35], color="black", linewidth=2.2)
             axis.set_title(regime)
-            axis.set_xlabel("points lost")
+            axis.locator_params(axis="x", nbins=4, integer=True)
             axis.grid(axis="y", visible=False)
             axis.tick_params(axis="y", length=0)
+        for axis in panels[len(regimes) - columns : len(regimes)]:
+            axis.set_xlabel("points lost")
         axes[0][0].set_yticks(range(len(arms)), list(arms))
         axes[0][0].set_ylim(len(arms) - 0.4, -0.6)
         handles, labels = axes[0][0].get_legend_handles_labels()
