@@ -116,8 +116,6 @@ def test_ranks_weigh_sources_alike(on_two):
         logged = [[step[name] for step in run["history"] if name in step] for run in (first, second)]
         assert len(logged[0]) == FEWEST + 2, name
         assert logged[0] == logged[1], name
-    for a, b in zip(first["gradients"], second["gradients"], strict=True):
-        assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")
