@@ -1,5 +1,6 @@
 """Which tests `make quick` leaves out, and which modules pytest-xdist takes first."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,19 @@ def a_budget_for_every_step(request: pytest.FixtureRequest, monkeypatch: pytest.
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Without slow tests their modules are not read either: importing trainers takes longer than many a test."""
     return True if config.getoption("markexpr") == "not slow" and is_slow(collection_path) else None
+
+
+def pytest_collection_finish() -> None:
+    """What importing made lives as long as the process: the garbage collector need not look at it again.
+
+    accelerate collects at both ends of every training, which took half of the time of a test that trains.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # extensions look for leaks when the process ends
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

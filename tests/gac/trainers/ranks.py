@@ -1,5 +1,6 @@
 """Runs of the hybrid trainer on several gloo processes, forked from one that has imported everything."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -192,5 +193,7 @@ def launch(folder: str, runs: dict[int, dict], *, seconds: float = 100) -> dict[
 
 
 if __name__ == "__main__":
+    gc.collect()
+    gc.freeze()  # as in tests/conftest.py: for the processes that are forked
     for ranks, todo in torch.load(os.path.join(sys.argv[1], "runs.pt")).items():
         fork(ranks, sys.argv[1], todo, seconds=float(sys.argv[2]))
