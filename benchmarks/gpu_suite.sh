@@ -64,10 +64,10 @@ trap stopped TERM INT
 
 if [ "$mode" = --dry-run ]; then
   run=(--collect-only -q)
-  ending=(--device cpu --rounds 2)
+  ending=(--device cpu --rounds 1)
   on_device=(--device cpu --seconds 0)
   step=(--device cpu --model 10M --tokens 16 --step-seconds 0.1 --quick)
-  kernels=(--device cpu --sizes 4K --models none --peers eager --seconds 0.02 --dtype fp32)
+  kernels=(--device cpu --ops moments,mix_ --sizes 64K --models none --peers eager --seconds 0.02 --dtype fp32)
   sequence=("${step[@]}")
 else
   # Workers share the GPU; most of a test's time is the compiler's.

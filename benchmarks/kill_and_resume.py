@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import os
 import random
 import signal
@@ -234,6 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     import gac.trainers.hybrid_grpo  # noqa: F401
     from gac.runs.folder import versions, write_json
 
+    gc.freeze()  # of what every run shares; accelerate collects at both ends of a training
     with tempfile.TemporaryDirectory() as folder:
         found = kill_and_resume(Path(folder), options.kills, options.seed)
     result = {

@@ -2,6 +2,7 @@
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,6 +71,10 @@ LONGEST = (
 """Those of a minute and more: first of all, so that no worker ends with one."""
 
 
+TOGETHER = ("gac/distributed/test_gpu.py",)
+"""Whose fixtures take long: with ``--dist loadgroup``, as in the GPU suite, one worker has all tests of each."""
+
+
 def is_longest(module: Path) -> bool:
     """Whether a test module is one of :data:`LONGEST`."""
     return module.relative_to(TESTS).as_posix() in LONGEST
@@ -104,6 +109,21 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # extensions look for leaks when the process ends
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Groups for ``--dist loadgroup``: pytest-xdist 3.8 hands its own on in what pytest 9.2 no longer reads."""
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling  # an extra of the tests
+
+    class ByModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            return module if module.endswith(TOGETHER) else nodeid
+
+    return ByModule(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

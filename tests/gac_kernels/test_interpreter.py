@@ -13,18 +13,18 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize(
-    ("suite", "chosen", "fewest"),
+    ("chosen", "fewest"),
     [
-        ("test_triton.py", "sketch", 40),
-        ("test_triton.py", "not sketch", 100),
-        ("test_triton_kronecker.py", "", 5),
+        ("sketch", 40),
+        ("not sketch", 105),
     ],
 )
-def test_triton_suite_in_the_interpreter(suite, chosen, fewest):
+def test_triton_suites_in_the_interpreter(chosen, fewest):
     """In parts, since the interpreter takes minutes for all of them."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "GAC_"))}
     environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / suite), "-k", chosen]
+    suites = [str(HERE / name) for name in ("test_triton.py", "test_triton_kronecker.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *suites, "-k", chosen]
     done = subprocess.run(command, env=environment, cwd=HERE.parent.parent, capture_output=True, text=True, timeout=280)
     print(done.stdout[-6000:], done.stderr[-2000:])
     assert done.returncode == 0

@@ -7,10 +7,12 @@ import subprocess
 import time
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import on_device
+from tests.conftest import TESTS, TOGETHER, pytest_xdist_make_scheduler
 
 SUITE = Path(__file__).parents[3] / "benchmarks" / "gpu_suite.sh"
 MOST = 480
@@ -134,3 +136,17 @@ def _alive(group):
     except ProcessLookupError:
         return False
     return True
+
+
+def test_a_worker_has_all_tests_of_the_engines():
+    """Each of twelve would start ranks of its own on the one GPU."""
+    pytest.importorskip("xdist")
+    assert "--dist loadgroup" in SUITE.read_text()
+    options = {"dist": "loadgroup", "tx": ["2*popen"]}
+    config = SimpleNamespace(getoption=options.__getitem__, getvalue=options.__getitem__)
+    scope_of = pytest_xdist_make_scheduler(config, None)._split_scope
+    for module in TOGETHER:
+        assert (TESTS / module).is_file()
+        assert scope_of(f"tests/{module}::test_one[1]") == scope_of(f"tests/{module}::test_two")
+    assert scope_of("tests/gac/test_gpu.py::test_one") != scope_of("tests/gac/test_gpu.py::test_two")
+    assert pytest_xdist_make_scheduler(SimpleNamespace(getoption=lambda name: "loadscope"), None) is None

@@ -17,7 +17,6 @@ from tests.gac.distributed.test_engines import agreed, assert_agree
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(300),
-    pytest.mark.xdist_group("engines"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 

@@ -1,4 +1,4 @@
-"""One rank of the data-parallel test. Argument: the folder to write to."""
+"""The two ranks of the data-parallel test, forked. Argument: the folder to write to."""
 
 import os
 import sys
@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from gac.tasks.characters import build_character_tokenizer
 from gac.trainers import HybridGRPOConfig, HybridGRPOTrainer
 from tests.gac.trainers.conftest import DEMONSTRATIONS, PROMPTS, last_digit_reward, tiny_model, with_demonstrations
+from tests.gac.trainers.ranks import on_forks
 
 
 class Gradients(TrainerCallback):
@@ -72,10 +73,8 @@ def unsolved_with_an_even_number(prompts, **_):
     return [float(int(prompt[0]) % 2 and i % 2) for i, prompt in enumerate(prompts)]
 
 
-def main() -> None:
+def work(rank: int, world: int, folder: str) -> None:
     """Trains with the supervised branch alone, with the default law, and with rules that differ by prompt."""
-    folder, rank = sys.argv[1], os.environ["RANK"]
-    torch.set_num_threads(1)
     result = {"sft": train(folder, mu=1.0), "gac": train(folder, law="gac", observe_tokens=True)}
     for law, law_options in (("hpt", {}), ("luffy", {}), ("relift", {"queue": 3})):
         result[law] = train(folder, law=law, law_options=law_options, prompts_demonstrate=True)
@@ -83,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    on_forks(2, work, sys.argv[1], seconds=200)

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -141,11 +142,8 @@ def train(
     return kept.found()
 
 
-def work(rank: int, world: int, port: int, folder: str, runs: dict) -> None:
+def work(rank: int, world: int, folder: str, runs: dict) -> None:
     """A rank's life: every run in turn."""
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "RANK": str(rank)}
-    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
     results = {}
     for name, options in runs.items():
         try:
@@ -155,15 +153,19 @@ def work(rank: int, world: int, port: int, folder: str, runs: dict) -> None:
     torch.save(results, os.path.join(folder, f"{world}-{rank}.pt"))
 
 
-def fork(world: int, folder: str, runs: dict, *, seconds: float) -> None:
-    """Does ``runs`` (name -> options of `train`) on ``world`` processes; a deadlock ends after ``seconds``."""
+def on_forks(world: int, function: Callable, *arguments, seconds: float, method: str = "fork") -> None:
+    """``function(rank, world, *arguments)`` on ``world`` processes, which find one another by the usual variables.
+
+    They share what this process has imported; the garbage collector leaves it alone, as in ``tests/conftest.py``.
+    A deadlock ends after ``seconds``; this process ends with an error where a rank does.
+    """
+    gc.collect()
+    gc.freeze()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # DeepSpeed hangs in processes that are forked
-    method = "spawn" if any("deepspeed" in options for options in runs.values()) else "fork"
     context = multiprocessing.get_context(method)
-    ranks = [context.Process(target=work, args=(rank, world, port, folder, runs)) for rank in range(world)]
+    ranks = [context.Process(target=_as_rank, args=(rank, world, port, function, arguments)) for rank in range(world)]
     for process in ranks:
         process.start()
     until = time.monotonic() + seconds
@@ -176,6 +178,22 @@ def fork(world: int, folder: str, runs: dict, *, seconds: float) -> None:
         sys.exit(f"ranks of {world} ended with {codes}; None: not within {seconds} s, a deadlock?")
 
 
+def _as_rank(rank: int, world: int, port: int, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "RANK": str(rank)}
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+    function(rank, world, *arguments)
+
+
+def run_here(command: list[str]) -> None:
+    """Runs a command of the tests that forks ranks; raises AssertionError with its output where it fails."""
+    # FSDP2 shards onto a device where there is one, whatever the trainer's is, and forked processes cannot use it
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    root = Path(__file__).parents[3]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
 def launch(folder: str, runs: dict[int, dict], *, seconds: float = 100) -> dict[int, list[dict]]:
     """Results by number of ranks, then by rank, of the runs for each number, one number after the other.
 
@@ -183,17 +201,13 @@ def launch(folder: str, runs: dict[int, dict], *, seconds: float = 100) -> dict[
     """
     torch.save(runs, os.path.join(folder, "runs.pt"))
     command = [sys.executable, "-m", "tests.gac.trainers.ranks", folder, str(seconds)]
-    # FSDP2 shards onto a device where there is one, whatever the trainer's is, and forked processes cannot use it
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    root = Path(__file__).parents[3]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    run_here(command)
     load = lambda world, rank: torch.load(os.path.join(folder, f"{world}-{rank}.pt"), weights_only=False)
     return {world: [load(world, rank) for rank in range(world)] for world in runs}
 
 
 if __name__ == "__main__":
-    gc.collect()
-    gc.freeze()  # as in tests/conftest.py: for the processes that are forked
     for ranks, todo in torch.load(os.path.join(sys.argv[1], "runs.pt")).items():
-        fork(ranks, sys.argv[1], todo, seconds=float(sys.argv[2]))
+        # DeepSpeed hangs in processes that are forked
+        start = "spawn" if any("deepspeed" in options for options in todo.values()) else "fork"
+        on_forks(ranks, work, sys.argv[1], todo, seconds=float(sys.argv[2]), method=start)

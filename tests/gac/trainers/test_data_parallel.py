@@ -1,8 +1,4 @@
-import os
-import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
@@ -10,33 +6,12 @@ from gac.losses import sft_token_loss
 from gac.tasks.characters import build_character_tokenizer
 from gac.trainers.demonstrations import DemonstrationCollator, EpochSampler
 from tests.gac.trainers.conftest import DEMONSTRATIONS, tiny_model
-
-ROOT = Path(__file__).parents[3]
+from tests.gac.trainers.ranks import run_here
 
 
 def run_ranks(folder):
     """Two gloo ranks on this machine; returns what each wrote."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    shared |= {"CUDA_VISIBLE_DEVICES": ""}  # ranks of a CPU, also where there is a GPU
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.gac.trainers.ddp_worker", str(folder)],
-            cwd=ROOT,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=200)[0].decode() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(outputs)[-4000:]
+    run_here([sys.executable, "-m", "tests.gac.trainers.ddp_worker", str(folder)])
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
