@@ -66,6 +66,8 @@ def test_optimizers_that_are_installed(optimizer, expected):
 def test_the_optimizer_that_accelerate_wraps(named):
     """Whether it is found at its first step or told: the wrapper's own hooks would not do."""
     accelerator = accelerate.Accelerator(cpu=True)
+    # shared by all of a process: a trainer that broke off within an accumulation leaves steps forbidden
+    accelerator.gradient_state._set_sync_gradients(True)
     try:
         model, optimizer = accelerator.prepare(*model_and_adam())
         assert momentum_of(optimizer) == 0.7
