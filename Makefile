@@ -4,6 +4,8 @@ VENV   ?= .venv
 OUT    ?= runs/default
 REAL   ?= runs/real
 SECONDS ?= 60
+CORES  := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+WORKERS ?= $(if $(filter 1 2 3,$(CORES)),2,4)
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
@@ -34,14 +36,15 @@ $(BIN)/.real: $(BIN)/.installed
 real: $(BIN)/.real  ## post-train a pretrained model of 135 M parameters; results in runs/real
 	$(BIN)/python -m benchmarks.real train --out $(REAL)
 
-# One thread a worker: two workers with two threads each would wait for one another on two cores. Bytecode is kept, whatever
-# the environment says: the tests start some hundred processes, which would all compile the package anew. A module goes to
-# one worker, so that what its fixtures make is made once (by scope: of groups pytest 9.2 and pytest-xdist 3.8 know nothing).
+# One thread a worker: two workers with two threads each would wait for one another on two cores. Four workers take 12 GB;
+# WORKERS=N for another number. Bytecode is kept, whatever the environment says: the tests start some hundred processes,
+# which would all compile the package anew. A module goes to one worker, so that what its fixtures make is made once (by
+# scope: of groups pytest 9.2 and pytest-xdist 3.8 know nothing).
 test: install  ## run the tests
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 quick: install  ## run the tests that answer within a minute
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m "not slow"
 
 fuzz: install  ## draw runs and kernel calls against plain autograd for SECONDS; docs/fuzzing.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(SECONDS) --workers 2
