@@ -36,8 +36,8 @@ $(BIN)/.real: $(BIN)/.installed
 real: $(BIN)/.real  ## post-train a pretrained model of 135 M parameters; results in runs/real
 	$(BIN)/python -m benchmarks.real train --out $(REAL)
 
-# One thread a worker: two workers with two threads each would wait for one another on two cores. Four workers take 12 GB;
-# WORKERS=N for another number. Bytecode is kept, whatever the environment says: the tests start some hundred processes,
+# One thread a worker: two workers with two threads each would wait for one another on two cores. No more than four without
+# WORKERS=N: each takes a GB and more, and the ranks that it starts. Bytecode is kept, whatever the environment says: the tests start some hundred processes,
 # which would all compile the package anew. A module goes to one worker, so that what its fixtures make is made once (by
 # scope: of groups pytest 9.2 and pytest-xdist 3.8 know nothing).
 test: install  ## run the tests
