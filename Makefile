@@ -37,9 +37,9 @@ real: $(BIN)/.real  ## post-train a pretrained model of 135 M parameters; result
 	$(BIN)/python -m benchmarks.real train --out $(REAL)
 
 # One thread a worker: two workers with two threads each would wait for one another on two cores. No more than four without
-# WORKERS=N: each takes a GB and more, and the ranks that it starts. Bytecode is kept, whatever the environment says: the tests start some hundred processes,
-# which would all compile the package anew. A module goes to one worker, so that what its fixtures make is made once (by
-# scope: of groups pytest 9.2 and pytest-xdist 3.8 know nothing).
+# WORKERS=N: each takes a GB and more, and so do the ranks that it starts. Bytecode is kept, whatever the environment says:
+# the tests start some hundred processes, which would all compile the package anew. A module goes to one worker, so that
+# what its fixtures make is made once (by scope: of groups pytest 9.2 and pytest-xdist 3.8 know nothing).
 test: install  ## run the tests
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
