@@ -59,4 +59,5 @@ trainer = HybridGRPOTrainer(
     callbacks=[PrintMu()],
 )
 trainer.train()
+trainer.accelerator.wait_for_everyone()  # gloo's threads let go of tensors late, which aborts a process that ends
 torch.distributed.destroy_process_group()
