@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gac.observe.accumulated import Accumulated
+from gac.observe.arriving import Arriving
+from gac.statistics.branch import Branch
 
 _graph_task_id = torch._C._current_graph_task_id
 
@@ -58,13 +60,15 @@ class Hooks:
     Backward passes that :meth:`gac.Mixer.backward` runs need none where running sums are read: their begin and end are
     known, and what they wrote is told by tensors' identities and versions. Once a whole step consisted of such passes,
     a single hook is enough: the *sentinel*, on the parameter that the passes reach first. A pass that somebody else
-    runs meets it there, before anything else of it has happened, and gets its hooks back.
+    runs meets it there, before anything else of it has happened, and gets its hooks back. Where gradients are taken as
+    they arrive, every parameter keeps a hook beside it that does no more than put its gradient on a list.
 
     Args:
         parameters: of the model.
         accumulated: makes the hook of a parameter's index that runs after accumulation.
         gradient: told a parameter's index and its incoming gradient; None where running sums are read.
         sentinel: told the parameter's index when the lone hook runs.
+        arriving: keeps incoming gradients beside the sentinel; of no use where running sums are read.
     """
 
     def __init__(
@@ -73,12 +77,14 @@ class Hooks:
         accumulated: Callable[[int], OnAccumulated],
         gradient: OnGradient | None,
         sentinel: Callable[[int], None],
+        arriving: Arriving,
     ) -> None:
         self._parameters, self._accumulated = parameters, accumulated
-        self._gradient, self._told = gradient, sentinel
+        self._gradient, self._told, self._arriving = gradient, sentinel, arriving
         self._lone: RemovableHandle | None = None
         self._on: tuple[Places, Places] | None = None  # of all hooks, kept once they were put on
         self._are_on = False
+        self._light: Places | None = None  # beside the sentinel, kept once they were put on
         self.sentinel: int | None = None
         """The parameter that alone has a hook; None where all have."""
 
@@ -86,7 +92,7 @@ class Hooks:
     def count(self) -> int:
         """How many hooks are on."""
         if self._lone is not None:
-            return 1
+            return 1 + (0 if self._light is None else len(self._light))
         return sum(map(len, self._on)) if self._are_on and self._on is not None else 0
 
     def put_on(self, sentinel: int | None = None) -> None:
@@ -98,6 +104,8 @@ class Hooks:
         if sentinel is not None:
             hook = functools.partial(self._on_sentinel, sentinel)
             self._lone = self._parameters[sentinel].register_post_accumulate_grad_hook(hook)
+            if self._gradient is not None:
+                self._put_on_light()
             return
         self._are_on = True
         if self._on is not None:
@@ -115,6 +123,20 @@ class Hooks:
             self._on = None
             raise
 
+    def _put_on_light(self) -> None:
+        self._arriving.clear()
+        if self._light is not None:
+            self._light.put_on()
+            return
+        self._light = light = Places(_Gradient)
+        try:
+            for index, parameter in enumerate(self._parameters):
+                light.first(parameter, self._arriving.hook(index))
+        except BaseException:
+            self.remove()
+            self._light = None
+            raise
+
     def _on_sentinel(self, index: int, _: nn.Parameter) -> None:
         self._told(index)
 
@@ -123,6 +145,8 @@ class Hooks:
         if self._lone is not None:
             self._lone.remove()
             self._lone = None
+            if self._light is not None:
+                self._light.take_off()
         if self._are_on and self._on is not None:
             for places in self._on:
                 places.take_off()
@@ -187,13 +211,14 @@ class Guided:
 
     Args:
         hooks: of the model. accumulated: what its gradients were when they were noted last.
+        arriving: where incoming gradients are kept; None where running sums are read.
 
     Attributes:
         first: the parameter that all passes of a measured step reached first; None where hooks are needed.
     """
 
-    def __init__(self, hooks: Hooks, accumulated: Accumulated) -> None:
-        self._hooks, self._accumulated = hooks, accumulated
+    def __init__(self, hooks: Hooks, accumulated: Accumulated, arriving: Arriving | None) -> None:
+        self._hooks, self._accumulated, self._arriving = hooks, accumulated, arriving
         self.first: int | None = None
         self._met: int | None = None  # in the step under way
         self._alike = True
@@ -215,13 +240,27 @@ class Guided:
         """Hooks are needed from now on."""
         self.first, self._for_good = None, True
 
-    def written(self) -> list[int]:
-        """What a guided pass wrote, where no hook could tell."""
-        return self._accumulated.written() if self.alone else []
+    def written(self, branch: Branch) -> Mapping[int, Tensor | None]:
+        """What a guided pass wrote, where no hook could tell: incoming gradients, or None for running sums."""
+        if not self.alone:
+            return {}
+        return dict.fromkeys(self._accumulated.written()) if self._arriving is None else self._arriving.take(branch)
+
+    def _changed(self) -> bool:
+        if not self.alone:
+            return False
+        return self._accumulated.changed() if self._arriving is None else self._arriving.waiting()
+
+    def met_by_another(self, index: int) -> tuple[Tensor | None, bool]:
+        """A pass that is not guided met the sentinel: its gradient there, and whether others were written before."""
+        self.lost()
+        if self._arriving is None:
+            return None, bool(self._accumulated.changed_besides(index))
+        return self._arriving.take_one(index), self._arriving.waiting()
 
     def was_overtaken(self) -> bool:
         """Whether something has written gradients that ran, or may have run, before the loss of a pass was met."""
-        if not self.alone or not self._accumulated.changed():
+        if not self._changed():
             return False
         self.lost()
         return True
@@ -230,12 +269,12 @@ class Guided:
         """Whether gradients were written that no guided pass wrote, perhaps by a pass that missed the sentinel.
 
         Passes are numbered through the process: where the next number is one above that of the last guided pass, no
-        other has run, and somebody clipped, scaled or cleared.
+        other has run, and somebody clipped, scaled or cleared; incoming gradients do not come without a pass.
         """
-        if not self.alone or not self._accumulated.changed():
+        if not self._changed():
             return False
         before, self._task = self._task, _next_task()
-        if before >= 0 and self._task == before + 1:
+        if before >= 0 and self._task == before + 1 and self._arriving is None:
             return False
         self.lost()
         return True

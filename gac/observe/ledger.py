@@ -32,7 +32,7 @@ from torch import Tensor
 
 from gac.observe.contribution_sums import ContributionSums
 from gac.observe.outdated import Outdated
-from gac.observe.summing import Summing
+from gac.observe.summing import Adding, Summing
 from gac.statistics import Branch
 from gac_kernels import SketchLayout, absorb_, absorb_sketch_, accumulate_, cpu, pair_moments, sketch
 from gac_kernels.arguments import accumulator_dtype
@@ -108,6 +108,8 @@ class Ledger(ContributionSums):
         self._scales: list[Tensor] = []  # of each contribution
         self._filled: set[int] = set()  # regions of current that hold the open contribution ...
         self._stale: set[int] = set()  # ... and those that hold an earlier one
+        on_host = self.lossless and Summing.serves(device.type)
+        self._adding = Adding(self._totals, self._previous, self.layout) if on_host else None
         self._sums: dict[int, tuple[Tensor, Tensor | None]] = {}  # running sums that are read at the end, by region
         self._eps = 0.0
         may_stay = (self.direct or running) and Summing.serves(device.type)
@@ -246,14 +248,14 @@ class Ledger(ContributionSums):
         """Adds the sketch of what running sums have gained to a branch's total, by module where that is asked."""
         vectors, common = (self._previous, self._totals[branch], scale), {"layout": self.layout, "eps": eps}
         if not self.by_module:
-            absorb, fresh = self._writing("absorb_sketch_", absorb_sketch_, branch, indices)
+            absorb, fresh = _writing("absorb_sketch_", absorb_sketch_, self._fresh(branch, indices))
             into = self._views[len(self._scales)][2]
             absorb(gradients, *vectors, regions=indices, second_moments=second_moments, into=into, **common, **fresh)
             return
         for module, at in self._by_module(indices):
             weights = None if second_moments is None else [second_moments[j] for j in at]
             regions, some = [indices[j] for j in at], [gradients[j] for j in at]
-            absorb, fresh = self._writing("absorb_sketch_", absorb_sketch_, branch, regions)
+            absorb, fresh = _writing("absorb_sketch_", absorb_sketch_, self._fresh(branch, regions))
             sums = absorb(some, *vectors, regions=regions, second_moments=weights, **common, **fresh)
             self._module_rows[-1][module] += torch.stack([sums[2:].sum(), sums[1]])
 
@@ -268,28 +270,48 @@ class Ledger(ContributionSums):
         self, branch: Branch, indices: Any, gradients: Any, scale: Tensor, second_moments: Any, eps: float
     ) -> None:
         """Adds gradients, or what running sums have gained, to a branch's total, by module where that is asked."""
-        common = {"layout": self.layout, "previous": self._previous, "scale": scale, "eps": eps}
-        total = self._totals[branch]
         if not self.by_module:
-            accumulate, fresh = self._writing("accumulate_", accumulate_, branch, indices)
-            common["into"] = self._views[len(self._scales)][0]
-            accumulate(gradients, total, regions=indices, second_moments=second_moments, **common, **fresh)
+            self._add(branch, indices, gradients, scale, self._views[len(self._scales)][0], second_moments, eps)
             return
         for module, at in self._by_module(indices):
-            common["into"] = self._module_rows[-1][module]
-            common["second_moments"] = None if second_moments is None else [second_moments[j] for j in at]
-            regions = [indices[j] for j in at]
-            accumulate, fresh = self._writing("accumulate_", accumulate_, branch, regions)
-            accumulate([gradients[j] for j in at], total, regions=regions, **common, **fresh)
+            weights = None if second_moments is None else [second_moments[j] for j in at]
+            regions, some = [indices[j] for j in at], [gradients[j] for j in at]
+            self._add(branch, regions, some, scale, self._module_rows[-1][module], weights, eps)
 
-    def _writing(
-        self, name: str, ordinary: Callable[..., Tensor], branch: Branch, regions: Sequence[int]
-    ) -> tuple[Callable[..., Tensor], dict[str, int]]:
-        """What adds to regions, and the option that it needs where it writes over an earlier step's numbers."""
+    def _add(
+        self,
+        branch: Branch,
+        regions: Sequence[int],
+        gradients: list[Tensor],
+        scale: Tensor,
+        into: Tensor,
+        second_moments: list[Tensor] | None,
+        eps: float,
+    ) -> None:
+        fresh = self._fresh(branch, regions)
+        plain = self._adding is not None and second_moments is None
+        if plain and self._adding(branch, gradients, regions, scale, into, fresh):  # type: ignore[misc]
+            return
+        accumulate, options = _writing("accumulate_", accumulate_, fresh)
+        accumulate(
+            gradients,
+            self._totals[branch],
+            layout=self.layout,
+            regions=regions,
+            previous=self._previous,
+            scale=scale,
+            into=into,
+            second_moments=second_moments,
+            eps=eps,
+            **options,
+        )
+
+    def _fresh(self, branch: Branch, regions: Sequence[int]) -> int:
+        """Bits: whether an earlier step's numbers are to be written over in the total (1), in running sums (2)."""
         fresh = int(self._outdated[0 if branch is Branch.SFT else 1].take(regions))
         if self._previous is not None:
             fresh |= self._outdated[2].take(regions) << 1
-        return (getattr(cpu, name), {"fresh": fresh}) if fresh else (ordinary, {})
+        return fresh
 
     def _read(self, indices: Any, gradients: Any, second_moments: Any, eps: float, into: Any) -> None:
         again = self._filled.intersection(indices)
@@ -359,5 +381,12 @@ class Ledger(ContributionSums):
             self._rows_are_clear = True
         self._module_rows.clear()
         self._scales.clear()
+        if self._adding is not None:
+            self._adding.forget()
         self._filled, self._stale = set(), set()
         self._sums.clear()
+
+
+def _writing(name: str, ordinary: Callable[..., Tensor], fresh: int) -> tuple[Callable[..., Tensor], dict[str, int]]:
+    """What adds to regions, and the option that it needs where it writes over an earlier step's numbers."""
+    return (getattr(cpu, name), {"fresh": fresh}) if fresh else (ordinary, {})

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gac.observe.accumulated import CHANGED, Accumulated
+from gac.observe.arriving import Arriving
 from gac.observe.contribution import Contribution, Seen, Tokens, UnweightedLoss
 from gac.observe.hooks import Guided, Hooks
 from gac.observe.module_names import group_parameters, some
@@ -19,7 +20,7 @@ from gac.observe.optimizer_space import SecondMoments
 from gac.observe.passes import Passes
 from gac.observe.pending import Pending
 from gac.observe.places import place
-from gac.observe.topology import is_dtensor, local_numel
+from gac.observe.topology import is_dtensor
 from gac.statistics.branch import Branch
 
 _graph_task_id = torch._C._current_graph_task_id
@@ -67,15 +68,8 @@ class Observer:
         self.ledgers, self._places = place(
             self.parameters, modules, len(self.module_labels), copies, lossless=lossless, running=running, seed=seed
         )
-        self._pending = Pending(
-            self.names,
-            self.parameters,
-            nbytes=[local_numel(p) * p.element_size() for p in self.parameters],
-            places=self._places,
-            ledgers=len(self.ledgers),
-            sharded=self.sharded,
-            running=running,
-        )
+        where = {"places": self._places, "ledgers": len(self.ledgers)}
+        self._pending = Pending(self.names, self.parameters, **where, sharded=self.sharded, running=running)
         self.now = self._pending.now
         self._accumulated = Accumulated(self.parameters if running and hooks else [])
         self._passes = Passes(self.parameters, broken=lambda: setattr(self.seen, "broken", True))
@@ -87,11 +81,12 @@ class Observer:
         self._scales: list[Tensor] = []
         self._open, self._met = False, set[int]()  # parameters that had an incoming gradient in this contribution
         self._incoming: dict[tuple[int, int], Tensor] = {}  # of a parameter and a graph task
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         accumulated = self._running_hook if running else lambda k: functools.partial(self._on_accumulated, k)
         gradient = None if running else self._on_gradient
-        self._hooks = Hooks(self.parameters, accumulated, gradient, self._on_sentinel)
-        self._guided = Guided(self._hooks, self._accumulated)
+        self._arriving = Arriving(0 if running else len(self.parameters))
+        self._hooks = Hooks(self.parameters, accumulated, gradient, self._on_sentinel, self._arriving)
+        self._guided = Guided(self._hooks, self._accumulated, None if running else self._arriving)
+        self._may_guide = not self.sharded and (running or self._pending.fits)
         self.measure(True)
 
     def remove(self) -> None:
@@ -105,7 +100,7 @@ class Observer:
         """
         self.measuring, self.by_module = measuring, by_module
         if measuring and self.hooks:
-            self._hooks.put_on(self._guided.first if self.running and not self.sharded else None)
+            self._hooks.put_on(self._guided.first if self._may_guide else None)
         elif not measuring:
             self.remove()
         for ledger in self.ledgers:
@@ -122,6 +117,7 @@ class Observer:
             return
         self._scales = [scale.to(ledger.device, non_blocking=True) for ledger in self.ledgers]
         self._passes.entered()
+        self._arriving.clear()  # what came between branches is nobody's
         self._look_again()
 
     def leave(self, *, failed: bool) -> None:
@@ -177,12 +173,13 @@ class Observer:
         self.tokens = tokens
         if not looked:
             self._look_again()
+            self.seen.broken |= not self.running and self._guided.was_overtaken()
         self._passes.guided = True
 
     def _end_guided(self) -> None:
-        if written := self._guided.written():
+        if written := self._guided.written(self.branch):
             self._begin()
-            self._pending.gradients.update(dict.fromkeys(written))
+            self._pending.gradients.update(written)
         self.finish(note=not written)
         self._passes.guided, self.tokens = False, self.told
 
@@ -192,15 +189,17 @@ class Observer:
             if self._passes.guided:
                 self._guided.met(index, guided=True)
             elif self.branch is not None or not self.seen.outside:
-                self.seen.broken |= self.branch is not None and bool(self._accumulated.changed_besides(index))
-                self._guided.lost()
+                gradient, overtaken = self._guided.met_by_another(index)
+                self.seen.broken |= self.branch is not None and overtaken
                 self._hooks.put_on()
-                self._notice(index, None)
+                self._notice(index, gradient)
+            else:
+                self._arriving.clear()
 
     def fail(self) -> None:
         """A backward pass raised: what it left of its contribution is dropped, and the step counts as broken."""
         if self._passes.guided:
-            self.seen.broken |= bool(self._guided.written())
+            self.seen.broken |= bool(self._guided.written(self.branch))
             self._passes.guided, self.tokens = False, self.told
         if self._open:
             self.seen.broken = True
@@ -280,9 +279,8 @@ class Observer:
                 self._passes.began(task)
                 self._begin()
             _queue_callback(functools.partial(self._end_of_backward, task))
-        if self.sharded and self.parameters[index].grad.is_cuda:
-            device = self.parameters[index].grad.device
-            self._streams[device] = torch.cuda.current_stream(device)
+        if self.sharded:
+            self._pending.streams.note(self.parameters[index].grad)
         if not self.running:
             if gradient is None:  # another thread's pass has just ended, and cleared what had come in
                 self._passes.refuse()
@@ -332,7 +330,7 @@ class Observer:
             self._passes.ended(task)
             if torch._C._current_autograd_node() is None:
                 self.finish(note=False)
-                self._incoming.clear()
+                self._forget_incoming()
                 _queue_callback(self._accumulated.note)  # after the engine's own: DDP still copies what it has reduced
             elif not self._passes.guided:  # a nested pass: the contribution goes on, and may end without another hook
                 self.now.task = -1
@@ -347,10 +345,12 @@ class Observer:
         """Closes the open contribution, if there is one; ``note``: the gradients are as its pass has left them."""
         self.now.task = -1
         if note:
-            self._incoming.clear()
+            self._forget_incoming()
         if not self._open:
             return
         start = perf_counter()
+        if not self.running and not self._guided.alone:
+            self._arriving.learn(self.branch, list(self._pending.gradients))
         self._flush()
         for ledger, scale in zip(self.ledgers, self._scales, strict=True):
             ledger.end(self.branch, scale)
@@ -362,10 +362,14 @@ class Observer:
             self._accumulated.note()
         self.now.seconds += perf_counter() - start
 
+    def _forget_incoming(self) -> None:
+        if self._incoming:  # of torch.autograd.grad, which accumulates nothing: only hooks on both sides can tell
+            self._guided.lost()
+            self._incoming.clear()
+
     @torch.no_grad()
     def _flush(self) -> None:
-        for device, stream in self._streams.items():
-            torch.cuda.current_stream(device).wait_stream(stream)
+        self._pending.streams.wait()
         for ledger, scale, batch in zip(
             self.ledgers, self._scales, self._pending.take(self.second_moments), strict=True
         ):
@@ -375,6 +379,7 @@ class Observer:
     def _drop(self) -> None:
         self._pending.clear()
         self._incoming.clear()
+        self._arriving.clear()
         self._met.clear()
         self._open = False
         self._passes.close()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gac.observe.optimizer_space import SecondMoments
-from gac.observe.topology import local_gradient, local_part
+from gac.observe.topology import local_gradient, local_numel, local_part
 
 if TYPE_CHECKING:
     from gac.observe.ledger import Ledger
@@ -21,6 +21,9 @@ BUCKET_BYTES = 128 * 2**20
 RUNNING_BUCKET_BYTES = 2**30
 """The same for running sums, which nobody has to keep: a call costs its host time, a large one 0.8% of its bytes for as
 long as it runs. (On an H100 a bucket of 128 MiB gained nothing from the L2; 1 B parameters took 52 calls a step.)"""
+
+_Some = tuple[list[int], list[int], list[nn.Parameter]]
+"""Of one ledger: regions, and whose they are."""
 
 _is_sparse = operator.attrgetter("is_sparse")
 
@@ -60,12 +63,28 @@ class Pass:
         self.seconds = 0.0  # host time spent in hooks since the step began
 
 
+class Streams:
+    """The streams on which gradients of shards appear: of an engine's own."""
+
+    def __init__(self) -> None:
+        self._last: dict[torch.device, torch.cuda.Stream] = {}
+
+    def note(self, gradient: Tensor | None) -> None:
+        """A gradient has just appeared on the present stream."""
+        if gradient is not None and gradient.is_cuda:
+            self._last[gradient.device] = torch.cuda.current_stream(gradient.device)
+
+    def wait(self) -> None:
+        """What runs on the present streams from now on comes after them."""
+        for device, stream in self._last.items():
+            torch.cuda.current_stream(device).wait_stream(stream)
+
+
 class Pending:
     """The gradients that a backward pass has produced and no kernel has read.
 
     Args:
         names, parameters: of the model, in one order.
-        nbytes: of each parameter's gradient.
         places: ledger and region of each parameter.
         ledgers: how many there are.
         sharded: whether parameters are DTensors.
@@ -74,7 +93,8 @@ class Pending:
     Attributes:
         gradients: by the parameter's index; None stands for ``p.grad`` at the time of reading.
         now: the pass under way. Hooks reach for ``gradients`` and ``now`` directly.
-        limit: bytes at which a bucket is handed over.
+        limit: bytes at which a bucket is handed over. fits: whether all gradients make one bucket.
+        streams: that gradients of shards appear on.
     """
 
     def __init__(
@@ -82,7 +102,6 @@ class Pending:
         names: Sequence[str],
         parameters: Sequence[nn.Parameter],
         *,
-        nbytes: Sequence[int],
         places: Sequence[tuple[int, int]],
         ledgers: int,
         sharded: bool,
@@ -93,10 +112,13 @@ class Pending:
         self.opener: int | None = None  # the parameter that the pass under way reached first
         self.kept: tuple[int, Tensor] | None = None
         self.limit = bucket_bytes(sharded=sharded, running=running)
+        self._nbytes = [local_numel(parameter) * parameter.element_size() for parameter in parameters]
+        self.fits = sum(self._nbytes) < self.limit
+        self.streams = Streams()
         self._names, self._parameters = names, parameters
-        self._nbytes, self._places, self._ledgers = nbytes, places, ledgers
+        self._places, self._ledgers = places, ledgers
         self._sharded, self._running = sharded, running
-        self._orders: dict[int, tuple[list[int], list[tuple[list[int], list[nn.Parameter]]]]] = {}  # by the first one
+        self._orders: dict[int, tuple[list[int], list[_Some]]] = {}  # by the first one
 
     def size_of(self, index: int) -> int:
         """Bytes of a parameter's gradient."""
@@ -153,35 +175,42 @@ class Pending:
 
         Raises RuntimeError where a gradient was cleared during the backward pass.
         """
-        batches = self._running_sums() if moments is None else None
+        batches = self._in_one_order() if moments is None and not self._sharded else None
         if batches is None:
             batches = self._batches(moments)
         self.clear()
         return batches
 
-    def _running_sums(self) -> list[Batch] | None:
+    def _in_one_order(self) -> list[Batch] | None:
         """The batches in the plain case, without a line of Python per parameter; else None.
 
         Parameters get their gradients in the same order pass after pass: whose is which is looked up once.
         """
-        if not self._running or self._sharded:
-            return None
-        if set(self.gradients.values()) != {None}:  # buffers that were handed over
+        if self._running and set(self.gradients.values()) != {None}:  # buffers that were handed over
             return None
         order = list(self.gradients)
+        if not order:
+            return None
         known, found = self._orders.get(order[0], (None, []))
         if known != order:
             if sum(len(one) for one, _ in self._orders.values()) > 4 * len(self._parameters):
                 self._orders.clear()  # passes that all differ must not fill the memory
-            found = [([], []) for _ in range(self._ledgers)]
+            found = [([], [], []) for _ in range(self._ledgers)]
             for index in order:
                 which, region = self._places[index]
-                found[which][0].append(region)
-                found[which][1].append(self._parameters[index])
+                regions, indices, parameters = found[which]
+                regions.append(region)
+                indices.append(index)
+                parameters.append(self._parameters[index])
             self._orders[order[0]] = order, found
         result = []
-        for regions, parameters in found:
-            gradients = [parameter.grad for parameter in parameters]
+        for regions, indices, parameters in found:
+            if self._running:
+                gradients = [parameter.grad for parameter in parameters]
+            elif len(indices) == len(order):
+                gradients = list(self.gradients.values())
+            else:
+                gradients = [self.gradients[index] for index in indices]
             try:
                 if any(map(_is_sparse, gradients)):
                     return None

@@ -1,15 +1,20 @@
-"""The sums of a step in one call of the CPU library, from what a ledger keeps of its contributions."""
+"""A ledger's memory read and written by the CPU library in one call: a contribution's gradients, and a step's sums."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from gac.observe.contribution import Contribution
 from gac.statistics.branch import Branch
+from gac_kernels import SketchLayout
+from gac_kernels.cpu.accumulating import Accumulating
 from gac_kernels.cpu.ending import StepSums, serves
+
+_active_modes = torch._C._len_torch_dispatch_stack
 
 
 class Summing:
@@ -40,3 +45,35 @@ class Summing:
             tokens = contribution.tokens
             told += (contribution.branch is Branch.RL, 1.0 if tokens is None else float(tokens), square)
         return self._sums(told, clear=True)
+
+
+class Adding:
+    """Adds whole contributions to a lossless ledger's totals, whose addresses stay.
+
+    Args:
+        totals: of both branches. previous: running sums, or None. layout: of the ledger.
+    """
+
+    def __init__(self, totals: Mapping[Branch, Tensor], previous: Tensor | None, layout: SketchLayout) -> None:
+        self._of = {branch: Accumulating(total, previous, layout) for branch, total in totals.items()}
+        self._scales: dict[int, tuple[Tensor, float]] = {}  # as numbers: reading one costs as much as a small sum
+
+    def __call__(
+        self, branch: Branch, gradients: list[Tensor], regions: Sequence[int], scale: Tensor, into: Tensor, fresh: int
+    ) -> bool:
+        """Adds gradients; False, with nothing done, where they are not plain.
+
+        Args:
+            scale: of the branch; it must not change before :meth:`forget`. into: ``[2]``, what moments are added to.
+            regions, fresh: as :class:`gac_kernels.cpu.accumulating.Accumulating` says.
+        """
+        if _active_modes():  # which should see operations
+            return False
+        known = self._scales.get(id(scale))
+        if known is None:
+            known = self._scales[id(scale)] = scale, float(scale)
+        return self._of[branch](gradients, regions, scale=known[1], into=into.data_ptr(), fresh=fresh)
+
+    def forget(self) -> None:
+        """A step is over: scales of the next one are others."""
+        self._scales.clear()
