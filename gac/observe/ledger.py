@@ -109,7 +109,7 @@ class Ledger(ContributionSums):
         self._filled: set[int] = set()  # regions of current that hold the open contribution ...
         self._stale: set[int] = set()  # ... and those that hold an earlier one
         on_host = self.lossless and Summing.serves(device.type)
-        self._adding = Adding(self._totals, self._previous, self.layout) if on_host else None
+        self._adding = Adding(self._totals, self._previous, self.layout, self.modules) if on_host else None
         self._sums: dict[int, tuple[Tensor, Tensor | None]] = {}  # running sums that are read at the end, by region
         self._eps = 0.0
         may_stay = (self.direct or running) and Summing.serves(device.type)
@@ -270,41 +270,20 @@ class Ledger(ContributionSums):
         self, branch: Branch, indices: Any, gradients: Any, scale: Tensor, second_moments: Any, eps: float
     ) -> None:
         """Adds gradients, or what running sums have gained, to a branch's total, by module where that is asked."""
-        if not self.by_module:
-            self._add(branch, indices, gradients, scale, self._views[len(self._scales)][0], second_moments, eps)
-            return
-        for module, at in self._by_module(indices):
-            weights = None if second_moments is None else [second_moments[j] for j in at]
-            regions, some = [indices[j] for j in at], [gradients[j] for j in at]
-            self._add(branch, regions, some, scale, self._module_rows[-1][module], weights, eps)
-
-    def _add(
-        self,
-        branch: Branch,
-        regions: Sequence[int],
-        gradients: list[Tensor],
-        scale: Tensor,
-        into: Tensor,
-        second_moments: list[Tensor] | None,
-        eps: float,
-    ) -> None:
-        fresh = self._fresh(branch, regions)
-        plain = self._adding is not None and second_moments is None
-        if plain and self._adding(branch, gradients, regions, scale, into, fresh):  # type: ignore[misc]
+        fresh, plain = self._fresh(branch, indices), self._adding is not None and second_moments is None
+        into = self._module_rows[-1] if self.by_module else self._views[len(self._scales)][0]
+        if plain and self._adding(branch, gradients, indices, scale, into, fresh, by_module=self.by_module):  # type: ignore[misc]
             return
         accumulate, options = _writing("accumulate_", accumulate_, fresh)
-        accumulate(
-            gradients,
-            self._totals[branch],
-            layout=self.layout,
-            regions=regions,
-            previous=self._previous,
-            scale=scale,
-            into=into,
-            second_moments=second_moments,
-            eps=eps,
-            **options,
-        )
+        options |= {"layout": self.layout, "previous": self._previous, "scale": scale, "eps": eps}
+        total = self._totals[branch]
+        if not self.by_module:
+            accumulate(gradients, total, regions=indices, second_moments=second_moments, into=into, **options)
+            return
+        for module, at in self._by_module(indices):
+            options["second_moments"] = None if second_moments is None else [second_moments[j] for j in at]
+            regions, some = [indices[j] for j in at], [gradients[j] for j in at]
+            accumulate(some, total, regions=regions, into=into[module], **options)
 
     def _fresh(self, branch: Branch, regions: Sequence[int]) -> int:
         """Bits: whether an earlier step's numbers are to be written over in the total (1), in running sums (2)."""
@@ -387,6 +366,6 @@ class Ledger(ContributionSums):
         self._sums.clear()
 
 
-def _writing(name: str, ordinary: Callable[..., Tensor], fresh: int) -> tuple[Callable[..., Tensor], dict[str, int]]:
+def _writing(name: str, ordinary: Callable[..., Tensor], fresh: int) -> tuple[Callable[..., Tensor], dict[str, Any]]:
     """What adds to regions, and the option that it needs where it writes over an earlier step's numbers."""
     return (getattr(cpu, name), {"fresh": fresh}) if fresh else (ordinary, {})

@@ -51,20 +51,36 @@ class Adding:
     """Adds whole contributions to a lossless ledger's totals, whose addresses stay.
 
     Args:
-        totals: of both branches. previous: running sums, or None. layout: of the ledger.
+        totals: of both branches. previous: running sums, or None. layout: of the ledger. modules: of each region.
     """
 
-    def __init__(self, totals: Mapping[Branch, Tensor], previous: Tensor | None, layout: SketchLayout) -> None:
+    def __init__(
+        self,
+        totals: Mapping[Branch, Tensor],
+        previous: Tensor | None,
+        layout: SketchLayout,
+        modules: Sequence[int],
+    ) -> None:
         self._of = {branch: Accumulating(total, previous, layout) for branch, total in totals.items()}
+        self._modules = torch.tensor(modules, dtype=torch.int64)
         self._scales: dict[int, tuple[Tensor, float]] = {}  # as numbers: reading one costs as much as a small sum
 
     def __call__(
-        self, branch: Branch, gradients: list[Tensor], regions: Sequence[int], scale: Tensor, into: Tensor, fresh: int
+        self,
+        branch: Branch,
+        gradients: list[Tensor],
+        regions: Sequence[int],
+        scale: Tensor,
+        into: Tensor,
+        fresh: int,
+        *,
+        by_module: bool = False,
     ) -> bool:
         """Adds gradients; False, with nothing done, where they are not plain.
 
         Args:
-            scale: of the branch; it must not change before :meth:`forget`. into: ``[2]``, what moments are added to.
+            scale: of the branch; it must not change before :meth:`forget`.
+            into: ``[2]``, what moments are added to, or ``[modules, 2]``.
             regions, fresh: as :class:`gac_kernels.cpu.accumulating.Accumulating` says.
         """
         if _active_modes():  # which should see operations
@@ -72,7 +88,14 @@ class Adding:
         known = self._scales.get(id(scale))
         if known is None:
             known = self._scales[id(scale)] = scale, float(scale)
-        return self._of[branch](gradients, regions, scale=known[1], into=into.data_ptr(), fresh=fresh)
+        add = self._of[branch]
+        if not by_module:
+            return add(gradients, regions, scale=known[1], into=into.data_ptr(), fresh=fresh)
+        each = torch.zeros(len(regions), 2, dtype=into.dtype)
+        done = add(gradients, regions, scale=known[1], into=each.data_ptr(), fresh=fresh, per_tensor=True)
+        if done:
+            into.index_add_(0, self._modules[list(regions)], each)
+        return done
 
     def forget(self) -> None:
         """A step is over: scales of the next one are others."""

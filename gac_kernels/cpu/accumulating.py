@@ -41,7 +41,14 @@ class Accumulating:
         self._orders: dict[int, tuple[Sequence[int], int, bytes, array, int]] = {}
 
     def __call__(
-        self, tensors: list[Tensor], regions: Sequence[int], *, scale: float, into: int, fresh: int = 0
+        self,
+        tensors: list[Tensor],
+        regions: Sequence[int],
+        *,
+        scale: float,
+        into: int,
+        fresh: int = 0,
+        per_tensor: bool = False,
     ) -> bool:
         """Adds the tensors, and their moments to what is there; False, with nothing done, for what is not plain.
 
@@ -49,7 +56,7 @@ class Accumulating:
             tensors: contiguous, on the CPU, each of as many elements as its region.
             regions: of each tensor, no two alike. The same sequence is looked at once: it must not change.
             scale: multiplies what is added.
-            into: address of two float64 numbers, squares and non-finite elements.
+            into: address of two float64 numbers, squares and non-finite elements; ``per_tensor``: of two for each.
             fresh: bits: 1, the regions of ``total`` count as 0; 2, those of ``previous`` do.
         """
         numbers = arguments.describe(tensors)
@@ -59,7 +66,7 @@ class Accumulating:
         if numbers[8 + 8 * count : 8 + 16 * count] != numels or len(numbers) != 8 + 24 * count:
             return False
         code = int.from_bytes(numbers[:8], "little", signed=True)
-        head = _SUM.pack(offsets.buffer_info()[0], *self._addresses, scale, 0.0, False, True, fresh)
+        head = _SUM.pack(offsets.buffer_info()[0], *self._addresses, scale, 0.0, per_tensor, True, fresh)
         form = 0 if code < 0 else _FORM_OF_ONE_DTYPE + code
         quick = elements <= QUICK
         call = (self._library.quick if quick else self._library.call).gac_accumulate

@@ -22,8 +22,8 @@ def drawn(numels, dtypes, seed):
     return [torch.randn(n, generator=generator).to(d) for n, d in zip(numels, dtypes, strict=True)]
 
 
-@given(st.data(), numels_of, st.booleans(), st.integers(0, 3), st.integers(0, 2**20))
-def test_bit_for_bit(data, numels, running, fresh, seed):
+@given(st.data(), numels_of, st.booleans(), st.integers(0, 3), st.booleans(), st.integers(0, 2**20))
+def test_bit_for_bit(data, numels, running, fresh, each, seed):
     """Whole lists, some regions in any order, dtypes alike or not, numbers of an earlier step or none, twice."""
     layout = SketchLayout.per_tensor(numels)
     regions = data.draw(st.permutations(range(len(numels))))[: data.draw(st.integers(1, len(numels)))]
@@ -36,14 +36,17 @@ def test_bit_for_bit(data, numels, running, fresh, seed):
     found = []
     for bound in (True, False):
         total, previous = start.clone(), start.flip(0).contiguous() if running else None
-        sums = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        sums = (
+            torch.tensor([[1.0, 2.0]] * len(own), dtype=torch.float64) if each else torch.ones(2, dtype=torch.float64)
+        )
         add = Accumulating(total, previous, layout)
         for k, bits in enumerate((fresh, 0)):
             tensors = drawn(own, dtypes, seed + k)
             if bound:
-                assert add(tensors, regions, scale=0.7, into=sums.data_ptr(), fresh=bits)
+                assert add(tensors, regions, scale=0.7, into=sums.data_ptr(), fresh=bits, per_tensor=each)
             else:
                 options = {"layout": layout, "regions": regions, "previous": previous, "scale": 0.7, "into": sums}
+                options["per_tensor"] = each
                 (cpu.accumulate_ if bits else accumulate_)(
                     tensors, total, **options, **({"fresh": bits} if bits else {})
                 )
