@@ -9,7 +9,7 @@ WORKERS ?= $(if $(filter 1 2 3,$(CORES)),2,4)
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install train real test quick fuzz lint types sanitize sanitize-quick format docs wheel wheels bench compare study audit clean
+.PHONY: help install train real test quick fuzz lint types sanitize sanitize-quick format docs deepspeed wheel wheels bench compare study audit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -81,6 +81,17 @@ sanitize-quick: install  ## the same within a minute: the interface, and drawn c
 	$(call BUILD_SANITIZED,-O0 -g1)
 	$(WATCHED_TESTS)
 	$(WATCHED) $(BIN)/python -m tests.fuzz --target kernels --backend cpu --seconds 12
+
+# In a folder of its own: installed, every process that imports TRL would import it. Its extensions are not needed.
+$(BIN)/.deepspeed: $(BIN)/.installed
+	DS_BUILD_OPS=0 $(PIP) --no-deps --no-build-isolation --upgrade --target build/deepspeed \
+	  deepspeed hjson msgpack ninja py-cpuinfo
+	touch $@
+
+deepspeed: $(BIN)/.deepspeed  ## run the tests that need DeepSpeed
+	PYTHONDONTWRITEBYTECODE= PYTHONPATH=build/deepspeed:. OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider \
+	  -k "deepspeed or zero" tests/gac/distributed/test_deepspeed.py tests/gac/distributed/test_docs.py \
+	  tests/gac/sequences/test_ranks.py tests/gac/trainers/test_single_pass_ranks.py
 
 format: install  ## apply the style
 	$(BIN)/ruff check --fix .

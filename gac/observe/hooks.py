@@ -14,7 +14,6 @@ from torch.utils.hooks import RemovableHandle
 
 from gac.observe.accumulated import Accumulated
 from gac.observe.arriving import Arriving
-from gac.statistics.branch import Branch
 
 _graph_task_id = torch._C._current_graph_task_id
 
@@ -54,6 +53,10 @@ class _Accumulated(_Kind):
         parameter._post_accumulate_grad_hooks = hooks
 
 
+_Both = tuple["Places", "Places"]
+"""Hooks on incoming and on accumulated gradients."""
+
+
 class Hooks:
     """Puts hooks on and takes them off.
 
@@ -61,7 +64,7 @@ class Hooks:
     known, and what they wrote is told by tensors' identities and versions. Once a whole step consisted of such passes,
     a single hook is enough: the *sentinel*, on the parameter that the passes reach first. A pass that somebody else
     runs meets it there, before anything else of it has happened, and gets its hooks back. Where gradients are taken as
-    they arrive, every parameter keeps a hook beside it that does no more than put its gradient on a list.
+    they arrive, every parameter keeps hooks beside it that do no more than put what they are told on a list.
 
     Args:
         parameters: of the model.
@@ -82,60 +85,55 @@ class Hooks:
         self._parameters, self._accumulated = parameters, accumulated
         self._gradient, self._told, self._arriving = gradient, sentinel, arriving
         self._lone: RemovableHandle | None = None
-        self._on: tuple[Places, Places] | None = None  # of all hooks, kept once they were put on
-        self._are_on = False
-        self._light: Places | None = None  # beside the sentinel, kept once they were put on
+        self._full: _Both | None = None  # what was put on once is kept
+        self._light: _Both | None = None
+        self._on: _Both | None = None  # those of them that are on
         self.sentinel: int | None = None
         """The parameter that alone has a hook; None where all have."""
 
     @property
     def count(self) -> int:
         """How many hooks are on."""
-        if self._lone is not None:
-            return 1 + (0 if self._light is None else len(self._light))
-        return sum(map(len, self._on)) if self._are_on and self._on is not None else 0
+        return (self._lone is not None) + (0 if self._on is None else sum(map(len, self._on)))
 
     def put_on(self, sentinel: int | None = None) -> None:
         """Puts a hook on every parameter, or on the sentinel alone, unless that is how it is."""
-        if sentinel == self.sentinel and (self._lone is not None or self._are_on):
+        if sentinel == self.sentinel and (self._lone is not None or self._on is not None):
             return
         self.remove()
         self.sentinel = sentinel
-        if sentinel is not None:
-            hook = functools.partial(self._on_sentinel, sentinel)
-            self._lone = self._parameters[sentinel].register_post_accumulate_grad_hook(hook)
-            if self._gradient is not None:
-                self._put_on_light()
+        if sentinel is None:
+            told = self._gradient
+            of = None if told is None else lambda index: functools.partial(told, index)
+            self._full = self._put(self._full, of, self._accumulated)
             return
-        self._are_on = True
-        if self._on is not None:
-            for places in self._on:
-                places.put_on()
-            return
-        self._on = gradients, accumulated = Places(_Gradient), Places(_Accumulated)
-        try:
-            for index, parameter in enumerate(self._parameters):
-                if self._gradient is not None:
-                    gradients.first(parameter, functools.partial(self._gradient, index))
-                accumulated.first(parameter, self._accumulated(index))
-        except BaseException:
-            self.remove()
-            self._on = None
-            raise
+        hook = functools.partial(self._on_sentinel, sentinel)
+        self._lone = self._parameters[sentinel].register_post_accumulate_grad_hook(hook)  # runs before those on lists
+        if self._gradient is not None:
+            self._arriving.clear()
+            self._light = self._put(self._light, self._arriving.on_gradient, lambda _: self._arriving.on_accumulated)
 
-    def _put_on_light(self) -> None:
-        self._arriving.clear()
-        if self._light is not None:
-            self._light.put_on()
-            return
-        self._light = light = Places(_Gradient)
+    def _put(
+        self,
+        known: _Both | None,
+        gradient: Callable[[int], Callable[[Tensor], None]] | None,
+        accumulated: Callable[[int], OnAccumulated],
+    ) -> _Both:
+        """Puts hooks on, which are made where they are not known."""
+        self._on = found = known or (Places(_Gradient), Places(_Accumulated))
+        if known is not None:
+            for places in known:
+                places.put_on()
+            return known
         try:
             for index, parameter in enumerate(self._parameters):
-                light.first(parameter, self._arriving.hook(index))
+                if gradient is not None:
+                    found[0].first(parameter, gradient(index))
+                found[1].first(parameter, accumulated(index))
         except BaseException:
             self.remove()
-            self._light = None
             raise
+        return found
 
     def _on_sentinel(self, index: int, _: nn.Parameter) -> None:
         self._told(index)
@@ -145,12 +143,10 @@ class Hooks:
         if self._lone is not None:
             self._lone.remove()
             self._lone = None
-            if self._light is not None:
-                self._light.take_off()
-        if self._are_on and self._on is not None:
+        if self._on is not None:
             for places in self._on:
                 places.take_off()
-        self._are_on = False
+            self._on = None
 
 
 class Places:
@@ -240,23 +236,41 @@ class Guided:
         """Hooks are needed from now on."""
         self.first, self._for_good = None, True
 
-    def written(self, branch: Branch) -> Mapping[int, Tensor | None]:
-        """What a guided pass wrote, where no hook could tell: incoming gradients, or None for running sums."""
+    def written(self) -> Mapping[int, Tensor | None] | None:
+        """What a guided pass wrote, where no hook could tell: incoming gradients, or None for running sums.
+
+        None for all where it cannot be told apart; hooks are needed then.
+        """
         if not self.alone:
             return {}
-        return dict.fromkeys(self._accumulated.written()) if self._arriving is None else self._arriving.take(branch)
+        if self._arriving is None:
+            return dict.fromkeys(self._accumulated.written())
+        found = self._arriving.take()
+        if found is None:
+            self.lost()
+        return found
 
     def _changed(self) -> bool:
         if not self.alone:
             return False
-        return self._accumulated.changed() if self._arriving is None else self._arriving.waiting()
+        if self._arriving is None:
+            return self._accumulated.changed()
+        if self._arriving.waiting():
+            return True
+        self._arriving.clear()  # of torch.autograd.grad
+        return False
 
-    def met_by_another(self, index: int) -> tuple[Tensor | None, bool]:
-        """A pass that is not guided met the sentinel: its gradient there, and whether others were written before."""
+    def met_by_another(self, index: int) -> tuple[Mapping[int, Tensor | None], bool]:
+        """A pass that is not guided met the sentinel, which has this index: its gradients so far, whether there may be
+        others than its own."""
         self.lost()
         if self._arriving is None:
-            return None, bool(self._accumulated.changed_besides(index))
-        return self._arriving.take_one(index), self._arriving.waiting()
+            return {index: None}, bool(self._accumulated.changed_besides(index))
+        own: dict[int, Tensor | None] = {index: self._arriving.take_one(index)}
+        if not self._arriving.waiting():
+            return own, False
+        earlier = self._arriving.take() if _graph_task_id() == self._task + 1 else None  # no other pass has run
+        return own if earlier is None else earlier | own, earlier is None
 
     def was_overtaken(self) -> bool:
         """Whether something has written gradients that ran, or may have run, before the loss of a pass was met."""
@@ -269,7 +283,7 @@ class Guided:
         """Whether gradients were written that no guided pass wrote, perhaps by a pass that missed the sentinel.
 
         Passes are numbered through the process: where the next number is one above that of the last guided pass, no
-        other has run, and somebody clipped, scaled or cleared; incoming gradients do not come without a pass.
+        other has run, and somebody clipped, scaled or cleared. What was accumulated was so by a pass.
         """
         if not self._changed():
             return False

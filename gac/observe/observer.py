@@ -83,7 +83,7 @@ class Observer:
         self._incoming: dict[tuple[int, int], Tensor] = {}  # of a parameter and a graph task
         accumulated = self._running_hook if running else lambda k: functools.partial(self._on_accumulated, k)
         gradient = None if running else self._on_gradient
-        self._arriving = Arriving(0 if running else len(self.parameters))
+        self._arriving = Arriving([] if running else self.parameters)
         self._hooks = Hooks(self.parameters, accumulated, gradient, self._on_sentinel, self._arriving)
         self._guided = Guided(self._hooks, self._accumulated, None if running else self._arriving)
         self._may_guide = not self.sharded and (running or self._pending.fits)
@@ -177,7 +177,9 @@ class Observer:
         self._passes.guided = True
 
     def _end_guided(self) -> None:
-        if written := self._guided.written(self.branch):
+        written = self._guided.written()
+        self.seen.broken |= written is None
+        if written:
             self._begin()
             self._pending.gradients.update(written)
         self.finish(note=not written)
@@ -189,17 +191,18 @@ class Observer:
             if self._passes.guided:
                 self._guided.met(index, guided=True)
             elif self.branch is not None or not self.seen.outside:
-                gradient, overtaken = self._guided.met_by_another(index)
+                found, overtaken = self._guided.met_by_another(index)
                 self.seen.broken |= self.branch is not None and overtaken
                 self._hooks.put_on()
-                self._notice(index, gradient)
+                for k, gradient in found.items():
+                    self._notice(k, gradient)
             else:
                 self._arriving.clear()
 
     def fail(self) -> None:
         """A backward pass raised: what it left of its contribution is dropped, and the step counts as broken."""
         if self._passes.guided:
-            self.seen.broken |= bool(self._guided.written(self.branch))
+            self.seen.broken |= self._guided.written() != {}
             self._passes.guided, self.tokens = False, self.told
         if self._open:
             self.seen.broken = True
@@ -330,7 +333,7 @@ class Observer:
             self._passes.ended(task)
             if torch._C._current_autograd_node() is None:
                 self.finish(note=False)
-                self._forget_incoming()
+                self._incoming.clear()
                 _queue_callback(self._accumulated.note)  # after the engine's own: DDP still copies what it has reduced
             elif not self._passes.guided:  # a nested pass: the contribution goes on, and may end without another hook
                 self.now.task = -1
@@ -345,12 +348,10 @@ class Observer:
         """Closes the open contribution, if there is one; ``note``: the gradients are as its pass has left them."""
         self.now.task = -1
         if note:
-            self._forget_incoming()
+            self._incoming.clear()
         if not self._open:
             return
         start = perf_counter()
-        if not self.running and not self._guided.alone:
-            self._arriving.learn(self.branch, list(self._pending.gradients))
         self._flush()
         for ledger, scale in zip(self.ledgers, self._scales, strict=True):
             ledger.end(self.branch, scale)
@@ -361,11 +362,6 @@ class Observer:
         if note:
             self._accumulated.note()
         self.now.seconds += perf_counter() - start
-
-    def _forget_incoming(self) -> None:
-        if self._incoming:  # of torch.autograd.grad, which accumulates nothing: only hooks on both sides can tell
-            self._guided.lost()
-            self._incoming.clear()
 
     @torch.no_grad()
     def _flush(self) -> None:

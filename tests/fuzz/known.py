@@ -72,11 +72,11 @@ KNOWN: tuple[Known, ...] = (
     ),
     Known(
         "a plain pass after a step of guided ones",
-        "where one hook is left, a plain pass that writes elsewhere before it reaches that hook costs its step, once: "
-        "it cannot be told from somebody who changed gradients; the step is dropped and counted",
+        "where one hook is left, a plain pass that writes elsewhere before it reaches that hook (with the exact "
+        "estimator: that never reaches it) costs its step, once: it cannot be told from somebody who changed gradients, "
+        "or from several; the step is dropped and counted",
         lambda draw: (
-            draw.estimator != "exact"
-            and draw.hooks
+            draw.hooks
             and any(p.how == "mixer" for p in passes_of(draw))
             and any(p.how == "weight" for p in passes_of(draw))
         ),

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO. What needs DeepSpeed runs where it is installed; docs/engines/deepspeed.md says how."""
+"""DeepSpeed's ZeRO. What needs DeepSpeed runs where it is installed; `make deepspeed` does."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def train_one(rank, world, stage, estimator, options):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[int, list[dict]]:
     if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed: docs/engines/deepspeed.md says how to run this")
+        pytest.skip("deepspeed is not installed: `make deepspeed` runs this")
     options = {"preload": "tests.gac.distributed.test_deepspeed", "seconds": 240}
     single = [name for name in CASES if "bfloat16" not in name]
     return {

@@ -224,7 +224,7 @@ def test_a_pass_that_misses_the_sentinel_costs_its_step_and_brings_hooks_back(es
 @pytest.mark.parametrize("since", [0, 3])
 @pytest.mark.parametrize("after", [False, True])
 def test_gradients_that_are_only_asked_for_are_no_contribution(monkeypatch, since, after):
-    """``torch.autograd.grad`` runs the hooks of incoming gradients, too; where it is new, it costs its step."""
+    """``torch.autograd.grad`` runs the hooks of incoming gradients, too."""
 
     def run(mixer, model, step, k):
         if after:
@@ -234,34 +234,68 @@ def test_gradients_that_are_only_asked_for_are_no_contribution(monkeypatch, sinc
         if not after:
             mixer.backward(model(100 * step + k))
 
-    if since == 0:
-        assert both(monkeypatch, run=run, light=False, estimator="exact") == [0.0, 0.0]
-        return
+    assert both(monkeypatch, run=run, estimator="exact") == [0.0, 0.0]
+
+
+def test_gradients_that_are_asked_for_inside_a_pass_cost_its_step():
+    """Which of two gradients was accumulated, hooks that ask nothing cannot tell."""
     model = Model()
+
+    def ask():
+        with torch.enable_grad():
+            torch.autograd.grad(model(5), list(model.blocks.parameters()))
+
+    def run(mixer, model, step, k):
+        loss = model(100 * step + k)
+        if step == 3 and k == 1:
+            x = torch.ones(2, 6, requires_grad=True)
+            x.register_hook(lambda _: ask())
+            loss = loss + x.sum()
+        mixer.backward(loss)
+
     with gac.patch(model, estimator="exact", interval=1) as mixer:
-        train(mixer, model, 6, run=run)
+        train(mixer, model, 5, run=run)
         assert mixer.metrics()["skipped"] == 1
         assert not is_light(mixer)
 
 
-def test_a_parameter_that_comes_twice_in_a_pass_costs_its_step():
-    """As in re-entrant checkpoints that share a weight: where there are none at first, no hook is there to tell."""
-    model = Model()
-    step_of = lambda x: torch.tanh(model.blocks[0](x)) + x
+def test_a_parameter_that_comes_twice_in_a_pass(monkeypatch):
+    """As in re-entrant checkpoints that share a weight."""
 
     def run(mixer, model, step, k):
         loss = model(100 * step + k)
         if step == 3 and k == 11:
             x = torch.ones(2, 6, requires_grad=True)
             for _ in range(2):
-                x = checkpoint(step_of, x, use_reentrant=True)
+                x = checkpoint(lambda x: torch.tanh(model.blocks[0](x)) + x, x, use_reentrant=True)
             loss = loss + x.square().mean()
         mixer.backward(loss)
 
-    with gac.patch(model, estimator="exact", interval=1) as mixer:
-        train(mixer, model, 3, run=run)
-        assert is_light(mixer)
-        train(mixer, model, 6, run=run)
+    assert both(monkeypatch, run=run, estimator="exact") == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("between", [False, True])
+@ESTIMATORS
+def test_a_pass_of_somebody_else_that_writes_elsewhere_first(monkeypatch, estimator, between):
+    """Where gradients are taken as they arrive, it is measured; not where a pass before it may have left them there."""
+    critic = torch.nn.Linear(3, 1)
+
+    def run(mixer, model, step, k):
+        if step == 2 and k == 11:
+            loss = model(100 * step + k)  # before what is met last, and so goes back first
+            loss = loss + model(100 * step + k, through="aside")
+            if between:
+                critic(torch.ones(1, 3)).sum().backward()
+            (mixer.weight * loss).backward()
+        else:
+            mixer.backward(model(100 * step + k))
+
+    if estimator == "exact" and not between:
+        assert both(monkeypatch, run=run, light=False, estimator=estimator) == [0.0, 0.0]
+        return
+    model = Model()
+    with gac.patch(model, estimator=estimator, interval=1) as mixer:
+        train(mixer, model, 5, run=run)
         assert mixer.metrics()["skipped"] == 1
         assert not is_light(mixer)
 

@@ -70,7 +70,7 @@ STAGES = (1, 2, 3)
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory):
     if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed: docs/engines/deepspeed.md says how to run this")
+        pytest.skip("deepspeed is not installed: `make deepspeed` runs this")
     return on_ranks(WORLD, tmp_path_factory.mktemp("zero"), ranks.zero, STAGES, preload=ranks.__name__, seconds=200)
 
 

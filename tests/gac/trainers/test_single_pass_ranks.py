@@ -44,7 +44,7 @@ def found(tmp_path_factory):
 @pytest.fixture(scope="module")
 def partitioned(tmp_path_factory):
     if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed: docs/engines/deepspeed.md says how to run this")
+        pytest.skip("deepspeed is not installed: `make deepspeed` runs this")
     return on_two(tmp_path_factory.mktemp("zero"), STAGES, 250)
 
 
