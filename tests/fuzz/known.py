@@ -73,8 +73,8 @@ KNOWN: tuple[Known, ...] = (
     Known(
         "a plain pass after a step of guided ones",
         "where one hook is left, a plain pass that writes elsewhere before it reaches that hook (with the exact "
-        "estimator: that never reaches it) costs its step, once: it cannot be told from somebody who changed gradients, "
-        "or from several; the step is dropped and counted",
+        "estimator: that never reaches it) costs its step, once: it cannot be told from somebody who changed gradients "
+        "or from several passes; the step is dropped and counted",
         lambda draw: (
             draw.hooks
             and any(p.how == "mixer" for p in passes_of(draw))
