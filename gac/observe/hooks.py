@@ -16,6 +16,7 @@ from gac.observe.accumulated import Accumulated
 from gac.observe.arriving import Arriving
 
 _graph_task_id = torch._C._current_graph_task_id
+_trains = operator.attrgetter("requires_grad")
 
 OnGradient = Callable[[int, Tensor], None]
 OnAccumulated = Callable[[nn.Parameter], None]
@@ -98,6 +99,10 @@ class Hooks:
 
     def put_on(self, sentinel: int | None = None) -> None:
         """Puts a hook on every parameter, or on the sentinel alone, unless that is how it is."""
+        if sentinel is not None and self._gradient is not None and not all(map(_trains, self._parameters)):
+            if self._on is not None:
+                return  # one that was frozen, and may thaw, cannot get a new hook and has an old one
+            sentinel = None
         if sentinel == self.sentinel and (self._lone is not None or self._on is not None):
             return
         self.remove()

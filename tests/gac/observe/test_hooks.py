@@ -194,6 +194,17 @@ def test_a_parameter_that_was_frozen_is_named_when_hooks_come_again():
             mixer.step()
 
 
+@pytest.mark.parametrize("frozen_at", [0, 2])
+def test_a_parameter_that_is_frozen_and_thaws(monkeypatch, frozen_at):
+    """Hooks that it had stay on it; none can be put on while it is frozen."""
+
+    def run(mixer, model, step, k):
+        model.blocks[0].requires_grad_(not frozen_at <= step < 4)
+        mixer.backward(model(100 * step + k))
+
+    assert both(monkeypatch, run=run, steps=8, estimator="exact") == [0.0, 0.0]
+
+
 @ESTIMATORS
 @pytest.mark.parametrize("step_of", [1, 3])
 def test_a_pass_of_somebody_else_meets_the_sentinel_and_is_measured(monkeypatch, estimator, step_of):
