@@ -45,7 +45,7 @@ _is_compiling = torch.compiler.is_compiling
 _active_modes = torch._C._len_torch_dispatch_stack
 
 
-def _traced() -> bool:
+def traced() -> bool:
     """True when a call must be visible to the dispatcher: while compiling, or under a dispatch mode."""
     return _is_compiling() or _active_modes() > 0
 
@@ -79,12 +79,12 @@ def moments(tensors: Any, *, per_tensor: bool = False, block_scales: Any = None)
         ValueError: tensors are on several devices, scales do not fit.
     """
     if block_scales is not None:
-        if not _traced():
+        if not traced():
             tensors = library.readable(tensors)
             backend = implementation("moments", _device_type(tensors))
             return backend(tensors, per_tensor=per_tensor, block_scales=block_scales)
         tensors = unscaled(tensors, block_scales)
-    if _traced():
+    if traced():
         return torch.ops.gac_kernels.moments(library.listed(tensors), per_tensor)
     if type(tensors) is Tensor and tensors.is_cpu:
         return implementation("moments", "cpu")(tensors, per_tensor=per_tensor)
@@ -141,7 +141,7 @@ def sketch(
     Raises:
         TypeError, ValueError: with the argument's name, what it was and what is needed.
     """
-    if _traced():
+    if traced():
         tensors = tensors if block_scales is None else unscaled(tensors, block_scales)
         place = library.place_arguments(layout, regions, starts, seed)
         second_moments = None if second_moments is None else library.listed(second_moments)
@@ -211,7 +211,7 @@ def accumulate_(
     Raises:
         TypeError, ValueError: with the argument's name, what it was and what is needed.
     """
-    if _traced():
+    if traced():
         tensors = tensors if block_scales is None else unscaled(tensors, block_scales)
         place = library.place_arguments(layout, regions, starts, 0)
         second_moments = None if second_moments is None else library.listed(second_moments)
@@ -250,7 +250,7 @@ def pair_moments(a: Any, b: Any, *, per_tensor: bool = False) -> Tensor:
     Raises:
         TypeError, ValueError: lists of different lengths, shapes or devices, or not floating point.
     """
-    if _traced():
+    if traced():
         return torch.ops.gac_kernels.pair_moments(library.listed(a), library.listed(b), per_tensor)
     if type(a) is Tensor and a.is_cpu and type(b) is Tensor:
         return implementation("pair_moments", "cpu")(a, b, per_tensor=per_tensor)
@@ -269,7 +269,7 @@ def mix_(a: Any, b: Any, mu: Tensor | float, *, moments: bool = False) -> Tensor
     Returns:
         None, or the ``[3]`` tensor of :func:`pair_moments`.
     """
-    if _is_compiling() or _active_modes():  # `_traced`, less a call
+    if _is_compiling() or _active_modes():  # `traced`, less a call
         operator = torch.ops.gac_kernels.mix_moments_ if moments else torch.ops.gac_kernels.mix_
         return operator(library.listed(a), library.listed(b), *library.scalar_parts(mu))
     if type(a) is Tensor and a.is_cpu and type(b) is Tensor:
@@ -298,7 +298,7 @@ def token_moments(logprobs: Tensor, advantages: Tensor, mask: Tensor, is_expert:
     Raises:
         TypeError, ValueError: with the argument's name, its shape and the shape needed.
     """
-    if _traced():
+    if traced():
         return torch.ops.gac_kernels.token_moments(logprobs, advantages, mask, is_expert)
     call = token_call(logprobs, advantages, mask, is_expert)
     return runner("token_moments", logprobs.device.type)(call)
@@ -331,7 +331,7 @@ def absorb_(
     Raises:
         TypeError, ValueError: with the argument's name, what it was and what is needed.
     """
-    if _traced():
+    if traced():
         rest = library.scalar_parts(scale)
         if into is None:
             return torch.ops.gac_kernels.absorb_(current, previous, total, *rest)
@@ -377,7 +377,7 @@ def absorb_sketch_(
     Raises:
         TypeError, ValueError: with the argument's name, what it was and what is needed.
     """
-    if _traced():
+    if traced():
         tensors = tensors if block_scales is None else unscaled(tensors, block_scales)
         numels, listed = list(layout.numels), None if regions is None else list(regions)
         seconds = None if second_moments is None else library.listed(second_moments)

@@ -13,8 +13,7 @@ from gac.statistics.branch import Branch
 from gac_kernels import SketchLayout
 from gac_kernels.cpu.accumulating import Accumulating
 from gac_kernels.cpu.ending import StepSums, serves
-
-_active_modes = torch._C._len_torch_dispatch_stack
+from gac_kernels.ops import traced
 
 
 class Summing:
@@ -83,7 +82,7 @@ class Adding:
             into: ``[2]``, what moments are added to, or ``[modules, 2]``.
             regions, fresh: as :class:`gac_kernels.cpu.accumulating.Accumulating` says.
         """
-        if _active_modes():  # which should see operations
+        if traced():  # something should see operations
             return False
         known = self._scales.get(id(scale))
         if known is None:

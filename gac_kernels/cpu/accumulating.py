@@ -6,20 +6,17 @@ in a cache any more.
 
 from __future__ import annotations
 
-import struct
 from array import array
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from gac_kernels import arguments
 from gac_kernels.cpu.library import check, require
+from gac_kernels.cpu.operations import SUM, threads_for
 from gac_kernels.cpu.quick import QUICK
 from gac_kernels.layout import SketchLayout
 
-_SUM = struct.Struct("@PPPddiii")
-_FORM_OF_ONE_DTYPE = 2  # what a table's form counts from
 _MOST_ORDERS = 16
 
 
@@ -38,7 +35,7 @@ class Accumulating:
         self._addresses = total.data_ptr(), 0 if previous is None else previous.data_ptr()
         self._layout = layout
         self._library = require()
-        self._orders: dict[int, tuple[Sequence[int], int, bytes, array, int]] = {}
+        self._orders: dict[tuple[int, ...], tuple[bytes, array, int]] = {}
 
     def __call__(
         self,
@@ -54,7 +51,7 @@ class Accumulating:
 
         Args:
             tensors: contiguous, on the CPU, each of as many elements as its region.
-            regions: of each tensor, no two alike. The same sequence is looked at once: it must not change.
+            regions: of each tensor, no two alike.
             scale: multiplies what is added.
             into: address of two float64 numbers, squares and non-finite elements; ``per_tensor``: of two for each.
             fresh: bits: 1, the regions of ``total`` count as 0; 2, those of ``previous`` do.
@@ -62,24 +59,24 @@ class Accumulating:
         numbers = arguments.describe(tensors)
         if numbers is None or not (tensors and tensors[0].is_cpu):
             return False
-        _, count, numels, offsets, elements = self._order(regions)
+        count = len(regions)
+        numels, offsets, elements = self._order(tuple(regions))
         if numbers[8 + 8 * count : 8 + 16 * count] != numels or len(numbers) != 8 + 24 * count:
             return False
         code = int.from_bytes(numbers[:8], "little", signed=True)
-        head = _SUM.pack(offsets.buffer_info()[0], *self._addresses, scale, 0.0, per_tensor, True, fresh)
-        form = 0 if code < 0 else _FORM_OF_ONE_DTYPE + code
-        quick = elements <= QUICK
-        call = (self._library.quick if quick else self._library.call).gac_accumulate
-        check(call(numbers[8:], None, count, form, head, into, 1 if quick else torch.get_num_threads()))
+        head = SUM.pack(offsets.buffer_info()[0], *self._addresses, scale, 0.0, per_tensor, True, fresh)
+        form = 0 if code < 0 else 2 + code  # as gac_kernels.cpu.tables.Table
+        call = (self._library.quick if elements <= QUICK else self._library.call).gac_accumulate
+        check(call(numbers[8:], None, count, form, head, into, threads_for(elements)))
         return True
 
-    def _order(self, regions: Sequence[int]) -> tuple[Sequence[int], int, bytes, array, int]:
-        """What follows from the regions: their number, elements as bytes, offsets, and elements in all."""
-        found = self._orders.get(id(regions))
-        if found is None or found[0] is not regions:
+    def _order(self, regions: tuple[int, ...]) -> tuple[bytes, array, int]:
+        """What follows from the regions: the elements of each, as bytes, their offsets, and elements in all."""
+        found = self._orders.get(regions)
+        if found is None:
             numels = array("q", [self._layout.numels[region] for region in regions])
             offsets = array("q", [self._layout.bucket_offsets[region] for region in regions])
             if len(self._orders) >= _MOST_ORDERS:
                 self._orders.clear()
-            found = self._orders[id(regions)] = regions, len(numels), numels.tobytes(), offsets, sum(numels)
+            found = self._orders[regions] = numels.tobytes(), offsets, sum(numels)
         return found

@@ -53,7 +53,8 @@ _empty_like = torch.empty_like
 _shape = getter("shape")
 
 
-def _threads(elements: int) -> int:
+def threads_for(elements: int) -> int:
+    """Threads that so many elements are worth."""
     return torch.get_num_threads() if elements > QUICK else 1
 
 
@@ -87,7 +88,7 @@ def moments(tensors: Any, *, per_tensor: bool = False, block_scales: Any = None)
         table = strided_table(tensors, any_order=True)
     count = len(table.numels)
     out = _sums(count, 2, per_tensor)
-    threads = _threads(sum(table.numels))
+    threads = threads_for(sum(table.numels))
     check(library.call.gac_moments(table.rows, count, table.form, per_tensor, out.data_ptr(), threads))
     return out
 
@@ -96,8 +97,8 @@ def _scaled_moments(read: Elements, per_tensor: bool) -> Tensor:
     """What ``accumulate_`` makes of them where nothing is added to."""
     require_cpu(list(read.tensors), "tensors")
     table, scales, count = list_table(read.listed, read.numels), second_table(read), len(read.numels)
-    out, head = _sums(count, 2, per_tensor), _SUM.pack(0, 0, 0, 1.0, read.eps, per_tensor, 0, 0)
-    forms, threads = table.form | scales.form << 4, _threads(sum(read.numels))
+    out, head = _sums(count, 2, per_tensor), SUM.pack(0, 0, 0, 1.0, read.eps, per_tensor, 0, 0)
+    forms, threads = table.form | scales.form << 4, threads_for(sum(read.numels))
     check(require().call.gac_accumulate(table.rows, scales.rows, count, forms, head, out.data_ptr(), threads))
     return out
 
@@ -151,7 +152,7 @@ def pair_moments(a: Any, b: Any, *, per_tensor: bool = False) -> Tensor:
     left, right = tables
     count = len(left.numels)
     out = _sums(count, 3, per_tensor)
-    threads = _threads(sum(left.numels))
+    threads = threads_for(sum(left.numels))
     call = library.call.gac_pair_moments
     check(call(left.rows, right.rows, count, left.form | right.form << 4, per_tensor, out.data_ptr(), threads))
     return out
@@ -206,7 +207,7 @@ def mix_(a: Any, b: Any, mu: Tensor | float, *, moments: bool = False) -> Tensor
     weight = _number(mu, "mu")
     left, right = tables
     out = torch.empty(3, dtype=_FLOAT64) if moments else None
-    threads = _threads(sum(left.numels))
+    threads = threads_for(sum(left.numels))
     sums = None if out is None else out.data_ptr()
     form = left.form | right.form << 4
     check(library.call.gac_mix(left.rows, right.rows, len(left.numels), form, weight, sums, threads))
@@ -296,7 +297,7 @@ def absorb_(call: AbsorbCall) -> Tensor:
     out = torch.empty(cells, dtype=_FLOAT64) if into is None else into
     last = None if previous is None else previous.data_ptr()
     absorb = library.quick.gac_absorb if numel <= QUICK else library.call.gac_absorb
-    add, threads = into is not None, _threads(numel)
+    add, threads = into is not None, threads_for(numel)
     check(absorb(current.data_ptr(), last, total.data_ptr(), numel, float(scale), out.data_ptr(), add, threads))
     increment_version([t for t in (total, previous, into) if t is not None])
     return out
@@ -307,7 +308,7 @@ def _offsets(stretches: Stretches) -> array:
     return array("q", stretches.offsets)
 
 
-_SUM = struct.Struct("@PPPddiii")
+SUM = struct.Struct("@PPPddiii")
 
 
 @takes(accumulate_call)
@@ -319,7 +320,7 @@ def accumulate_(call: AccumulateCall) -> Tensor:
     table, weights = list_table(call.read.listed, numels), second_table(call.read)
     count, elements = len(numels), sum(numels)
     result = _sums(count, 2, call.per_tensor) if into is None else into
-    head = _SUM.pack(
+    head = SUM.pack(
         _offsets(call.stretches).buffer_info()[0],
         total.data_ptr(),
         0 if previous is None else previous.data_ptr(),
@@ -332,6 +333,6 @@ def accumulate_(call: AccumulateCall) -> Tensor:
     accumulate = library.quick.gac_accumulate if elements <= QUICK else library.call.gac_accumulate
     forms = table.form if weights is None else table.form | weights.form << 4
     seconds = None if weights is None else weights.rows
-    check(accumulate(table.rows, seconds, count, forms, head, result.data_ptr(), _threads(elements)))
+    check(accumulate(table.rows, seconds, count, forms, head, result.data_ptr(), threads_for(elements)))
     increment_version([t for t in (total, previous, into) if t is not None])
     return result
