@@ -7,7 +7,10 @@ SECONDS ?= 60
 CORES  := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 WORKERS ?= $(if $(filter 1 2 3,$(CORES)),2,4)
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# pip would compile 15,000 modules to bytecode, one after another: a minute, for the few hundred that are ever imported.
+# Those keep theirs, whatever the environment says: the targets start hundreds of processes.
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help install train real test quick fuzz lint types sanitize sanitize-quick format docs deepspeed wheel wheels bench compare study audit clean
 
@@ -37,11 +40,10 @@ real: $(BIN)/.real  ## post-train a pretrained model of 135 M parameters; result
 	$(BIN)/python -m benchmarks.real train --out $(REAL)
 
 # One thread a worker: two workers with two threads each would wait for one another on two cores. No more than four without
-# WORKERS=N: each takes a GB and more, and so do the ranks that it starts. Bytecode is kept, whatever the environment says:
-# the tests start some hundred processes, which would all compile the package anew. A module goes to one worker, so that
-# what its fixtures make is made once (by scope: of groups pytest 9.2 and pytest-xdist 3.8 know nothing).
+# WORKERS=N: each takes a GB and more, and so do the ranks that it starts. A module goes to one worker, so that what its
+# fixtures make is made once (by scope: of groups pytest 9.2 and pytest-xdist 3.8 know nothing).
 test: install  ## run the tests
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 quick: install  ## run the tests that answer within a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m "not slow"
@@ -89,7 +91,7 @@ $(BIN)/.deepspeed: $(BIN)/.installed
 	touch $@
 
 deepspeed: $(BIN)/.deepspeed  ## run the tests that need DeepSpeed
-	PYTHONDONTWRITEBYTECODE= PYTHONPATH=build/deepspeed:. OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider \
+	PYTHONPATH=build/deepspeed:. OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider \
 	  -k "deepspeed or zero" tests/gac/distributed/test_deepspeed.py tests/gac/distributed/test_docs.py \
 	  tests/gac/sequences/test_ranks.py tests/gac/trainers/test_single_pass_ranks.py
 

@@ -13,6 +13,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Command, Distribution, setup
@@ -41,13 +44,31 @@ def compiler() -> list[str] | None:
     return None
 
 
-def command(cxx: list[str], target: Path) -> list[str]:
-    """The command that compiles and links the library. No -march: functions carry their instruction sets themselves."""
-    options = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-pthread"]
-    link = ["-dynamiclib", "-install_name", f"@rpath/{target.name}"] if SYSTEM == "darwin" else ["-shared", "-ldl"]
-    flags = shlex.split(os.environ.get("CXXFLAGS", "")), shlex.split(os.environ.get("LDFLAGS", ""))
-    sources = [str(source.relative_to(ROOT)) for source in SOURCES]
-    return [*cxx, *options, *flags[0], *sources, "-o", str(target), *link, *flags[1]]
+def commands(cxx: list[str], objects: Path, target: Path) -> tuple[list[list[str]], list[str]]:
+    """Those that compile a source each, and the one that links. No -march: functions carry their instruction sets."""
+    flags = shlex.split(os.environ.get("CXXFLAGS", ""))
+    options = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-pthread", *flags]
+    shared = ["-dynamiclib", "-install_name", f"@rpath/{target.name}"] if SYSTEM == "darwin" else ["-shared", "-ldl"]
+    compiled = [str(objects / f"{source.stem}.o") for source in SOURCES]
+    each = [
+        [*cxx, *options, "-c", str(source.relative_to(ROOT)), "-o", file]
+        for source, file in zip(SOURCES, compiled, strict=True)
+    ]
+    return each, [*cxx, *options, *compiled, "-o", str(target), *shared, *shlex.split(os.environ.get("LDFLAGS", ""))]
+
+
+def compile_library(cxx: list[str], target: Path, announce: Callable[[str], None]) -> None:
+    """Compiles on all cores, and links."""
+
+    def run(line: list[str]) -> None:
+        announce(shlex.join(line))
+        subprocess.run(line, cwd=ROOT, check=True)
+
+    with tempfile.TemporaryDirectory() as objects:
+        each, link = commands(cxx, Path(objects), target)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(run, each))
+        run(link)
 
 
 class BuildLibrary(Command):
@@ -72,10 +93,8 @@ class BuildLibrary(Command):
         target.parent.mkdir(parents=True, exist_ok=True)
         # Compiled beside its place and moved there: a process that has the old one loaded keeps it.
         partial = target.with_suffix(".partial")
-        line = command(cxx, partial)
-        self.announce(shlex.join(line), level=2)
         try:
-            subprocess.run(line, cwd=ROOT, check=True)
+            compile_library(cxx, partial, lambda line: self.announce(line, level=2))
         except (OSError, subprocess.CalledProcessError) as error:
             partial.unlink(missing_ok=True)
             if os.environ.get("CXX"):  # asked for by name: a failure is not to be passed over
