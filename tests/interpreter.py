@@ -2,8 +2,8 @@
 
 - At every call of a device function it looks through all attributes of its language for the built-in ones, to replace
   them, and it does so again where they have been replaced already. That is half of a test's time.
-- Sums and products of integers are computed once more, wider, to find overflows, which only debug mode speaks of: a third
-  of what is left.
+- Sums and products of integers are computed once more, wider, to find overflows, which are told in debug mode alone: a
+  third of what is left.
 - The dtype in numpy of each value is looked up in a table that is built anew.
 """
 
