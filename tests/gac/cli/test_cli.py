@@ -160,7 +160,7 @@ def test_resume_after_a_kill_equals_the_uninterrupted_run(finished, tmp_path, ki
     while len(read_metrics(out / "metrics.jsonl")) < killed_at:
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline
-        time.sleep(0.002)
+        time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stderr.close()
