@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.study.methods import CANDIDATES, METHODS, PER_PROMPT, VARIANTS, WITHOUT_MOMENTUM, with_every_prompt
-from benchmarks.study.regimes import CLEAN, CONFIRMATION, REGIMES
+from benchmarks.study.regimes import CLEAN, CONFIRMATION, REGIMES, regime_of
 from benchmarks.study.rows import Row
 from benchmarks.study.tasks import TASKS
 from benchmarks.study.tuning import LEARNING_RATES, Tuning
@@ -180,15 +180,15 @@ def _regimes_tuning(records: Sequence[dict[str, Any]]) -> list[Row]:
 
 
 def _regimes(phase: str, role: str, records: Sequence[dict[str, Any]]) -> list[Row]:
-    """Constants, RL and SFT alone, laws that set mu, and candidates, in every regime.
+    """Constants, RL and SFT alone, laws and rules that set mu, and candidates, in every regime.
 
     Candidates of :data:`TRIED` run at the rate that their trials found, the others at that of ``gac``.
 
-    Rules that act per prompt are left out: their demonstrations belong to prompts, which no regime turns half way.
+    Rules that act per prompt are left out where demonstrations turn: theirs belong to prompts, and are not turned.
     """
     known = _arms(phase, records)
     left_out = {("gac", WITHOUT_MOMENTUM), *(("sequential", split) for split in SPLITS[1:-1])}
-    chosen = {arm: lr for arm, lr in known.items() if arm[0] not in PER_PROMPT and arm not in left_out}
+    chosen = {arm: lr for arm, lr in known.items() if arm not in left_out}
     own = {name: lr for name, (lr, _) in _candidates(records).items() if lr is not None}
     chosen |= {("gac", "alpha=0"): known["gac", ""]}
     chosen |= {(name, ""): own.get(name, known["gac", ""]) for name in CANDIDATES}
@@ -197,6 +197,7 @@ def _regimes(phase: str, role: str, records: Sequence[dict[str, Any]]) -> list[R
         dataclasses.replace(row, regime=name)
         for name in names
         for row in _product(phase, role, "small", chosen, FEWER_SEEDS if role == "development" else SEEDS)
+        if row.method not in PER_PROMPT or not regime_of(name).turns
     ]
 
 
