@@ -1,5 +1,6 @@
 """Which tests `make quick` leaves out, and which modules pytest-xdist takes first."""
 
+import functools
 import gc
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ def is_longest(module: Path) -> bool:
     return module.relative_to(TESTS).as_posix() in LONGEST
 
 
+@functools.cache
 def is_slow(module: Path) -> bool:
     """Whether a test module (or a folder) is one of :data:`SLOW`, or lies in one of its folders."""
     place = module.relative_to(TESTS)
