@@ -219,3 +219,26 @@ GAC_API struct gac_object* gac_python_call(const char* name, struct gac_object* 
                                            const void* objects, const void* exchange, int64_t quick);
 // "functions: ..." and, on a second line, "objects: ...": names, in order, of what gac_python_call takes.
 GAC_API const char* gac_python_names(void);
+
+// Hooks that add gradients as they arrive, see arriving.cpp and gac_kernels/cpu/arriving.py. Called with the interpreter lock
+// held, once gac_python_call has been. A new handle; `accumulated`: a list that parameters are put on whose gradients were
+// not added. None where memory has run out.
+GAC_API struct gac_object* gac_arriving_new(struct gac_object* accumulated);
+// The hooks of a parameter: a tuple of that on its incoming gradient and that after its accumulation. came: a list that
+// gradients are put on that were not added. region, offset, numel: where in the totals its elements are.
+GAC_API struct gac_object* gac_arriving_hooks(struct gac_object* handle, struct gac_object* came, int64_t region,
+                                              int64_t offset, int64_t numel);
+struct gac_adding {
+  float* total;
+  uint8_t* fresh;  // of each region, 1: its stretch of the total counts as 0 before, and then 0; or null
+  double scale;
+  int64_t quick;   // elements up to which a gradient is added on the caller's thread, with the lock held
+  int32_t threads;  // of larger ones
+};
+// total[offset + i] += scale * x[i] of each gradient x that comes before the end.
+GAC_API void gac_arriving_begin(struct gac_object* handle, const struct gac_adding* told);
+// How many parameters' gradients were added; -1 where some came more than once, or of another pass. What was added stays.
+GAC_API int64_t gac_arriving_end(struct gac_object* handle, double* seconds);
+// Squares and non-finite elements of what was added: added to into[2], and each in the order in which they came, with its
+// region. Any may be null.
+GAC_API void gac_arriving_sums(struct gac_object* handle, double* into, double* each, int64_t* regions);

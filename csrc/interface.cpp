@@ -11,7 +11,7 @@
 namespace gac {
 namespace {
 
-constexpr int kVersion = 9;
+constexpr int kVersion = 10;
 
 // A type as the tables spell it.
 template <class T>
@@ -32,6 +32,7 @@ GAC_TYPE(gac_sum, "gac_sum")
 GAC_TYPE(gac_tokens, "gac_tokens")
 GAC_TYPE(gac_step, "gac_step")
 GAC_TYPE(gac_ending, "gac_ending")
+GAC_TYPE(gac_adding, "gac_adding")
 GAC_TYPE(gac_object, "object")
 #undef GAC_TYPE
 template <class T>
@@ -87,6 +88,10 @@ std::string format_of(const gac_ending& ending) {
   const auto& [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o] = ending;
   return format(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o);
 }
+std::string format_of(const gac_adding& adding) {
+  const auto& [a, b, c, d, e] = adding;
+  return format(a, b, c, d, e);
+}
 
 // Places, as numbers with blanks between them.
 std::string places(std::initializer_list<int> numbers) {
@@ -119,11 +124,17 @@ std::string interface() {
   GAC_FUNCTION(gac_step_end)
   GAC_FUNCTION(gac_python_call)
   GAC_FUNCTION(gac_python_names)
+  GAC_FUNCTION(gac_arriving_new)
+  GAC_FUNCTION(gac_arriving_hooks)
+  GAC_FUNCTION(gac_arriving_begin)
+  GAC_FUNCTION(gac_arriving_end)
+  GAC_FUNCTION(gac_arriving_sums)
   GAC_LINE("struct gac_sketch_map", format_of(gac_sketch_map{}))
   GAC_LINE("struct gac_sum", format_of(gac_sum{}))
   GAC_LINE("struct gac_tokens", format_of(gac_tokens{}))
   GAC_LINE("struct gac_step", format_of(gac_step{}))
   GAC_LINE("struct gac_ending", format_of(gac_ending{}))
+  GAC_LINE("struct gac_adding", format_of(gac_adding{}))
   GAC_LINE("sums of a step", places({GAC_POWER, GAC_TOKENS, GAC_COUNTS, GAC_NONFINITE, GAC_SILENT, GAC_NORMS,
                                      GAC_TIME_NOISE, GAC_STEP_SUMS}))
   GAC_LINE("state after a step",

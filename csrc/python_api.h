@@ -30,6 +30,9 @@ constexpr int kFastCall = 0x80 | 0x02;  // METH_FASTCALL | METH_KEYWORDS
   X(call_with, PyObject_Call, Object*, (Object*, Object* tuple, Object* dict))              \
   X(list_size, PyList_Size, Size, (Object*))                                                \
   X(list_item, PyList_GetItem, Object*, (Object*, Size)) /* borrowed */                     \
+  X(list_append, PyList_Append, int, (Object*, Object*))                                    \
+  X(capsule_new, PyCapsule_New, Object*, (void*, const char*, void (*)(Object*)))           \
+  X(capsule_pointer, PyCapsule_GetPointer, void*, (Object*, const char*))                   \
   X(tuple_new, PyTuple_New, Object*, (Size))                                                \
   X(tuple_set, PyTuple_SetItem, int, (Object*, Size, Object*)) /* takes the reference */    \
   X(tuple_size, PyTuple_Size, Size, (Object*))                                              \

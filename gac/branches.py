@@ -181,7 +181,8 @@ class Branches:
         if self.observer.branch is None:
             raise RuntimeError("weigh outside a branch: call it inside `with mixer.sft():` or `with mixer.rl():`")
         self._check_unweighted(loss, self.observer.branch)
-        self.observer.seen.check_tokens(self.observer.branch, self.observer.told if tokens is None else tokens)
+        if tokens is not None or self.observer.told is None:  # what the branch was entered with was checked there
+            self.observer.seen.check_tokens(self.observer.branch, tokens)
         weighted = self.weight * loss
         return mark(self.observer, weighted, tokens) if self.observer.measuring and loss.requires_grad else weighted
 

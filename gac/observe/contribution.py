@@ -9,6 +9,8 @@ from torch import Tensor
 
 from gac.statistics.branch import Branch
 
+_PLAIN = frozenset((int, float))  # Real asks its registry, which no cache holds between backward passes
+
 Tokens = float | Tensor | None
 """What a contribution counts for; see :meth:`gac.Mixer.backward`."""
 
@@ -74,17 +76,22 @@ class Seen:
             TypeError: no number. ValueError: not finite, negative or several numbers; or some contributions of the
                 branch were told their tokens and some not.
         """
-        if isinstance(tokens, Tensor):
+        if tokens is None:
+            pass  # first: asking whether something is a tensor takes longer
+        elif isinstance(tokens, Tensor):
             if tokens.numel() != 1:
                 raise ValueError(f"tokens must hold one number, got shape {tuple(tokens.shape)}")
-        elif tokens is not None:
-            if isinstance(tokens, bool) or not isinstance(tokens, Real):
+        else:
+            if type(tokens) not in _PLAIN and (isinstance(tokens, bool) or not isinstance(tokens, Real)):
                 raise TypeError(f"tokens must be a number or a tensor, got {tokens!r}")
             if not 0 <= tokens < float("inf"):
                 raise ValueError(f"tokens must be finite and not negative, got {tokens}")
-        for earlier in self.contributions:
-            if earlier.branch is branch and (earlier.tokens is None) != (tokens is None):
-                raise ValueError(
-                    f"some contributions of the {branch.value} branch were told their tokens and some not: pass "
-                    "tokens= with each of them in a step, or with none"
-                )
+        for earlier in reversed(self.contributions):
+            if earlier.branch is not branch:
+                continue
+            if (earlier.tokens is None) == (tokens is None):
+                break  # those before it agree with it
+            raise ValueError(
+                f"some contributions of the {branch.value} branch were told their tokens and some not: pass "
+                "tokens= with each of them in a step, or with none"
+            )

@@ -116,7 +116,7 @@ class Hooks:
         self._lone = self._parameters[sentinel].register_post_accumulate_grad_hook(hook)  # runs before those on lists
         if self._gradient is not None:
             self._arriving.clear()
-            self._light = self._put(self._light, self._arriving.on_gradient, lambda _: self._arriving.on_accumulated)
+            self._light = self._put(self._light, self._arriving.on_gradient, self._arriving.on_accumulated)
 
     def _put(
         self,

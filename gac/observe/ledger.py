@@ -36,7 +36,10 @@ from gac.observe.summing import Adding, Summing
 from gac.statistics import Branch
 from gac_kernels import SketchLayout, absorb_, absorb_sketch_, accumulate_, cpu, pair_moments, sketch
 from gac_kernels.arguments import accumulator_dtype
+from gac_kernels.cpu import arriving
+from gac_kernels.cpu.arriving import ArrivingSums
 from gac_kernels.layout import LANES
+from gac_kernels.ops import traced
 
 SMALLEST_SKETCH = 65_536
 """Buckets of a small model's sketch: relative error of a norm about sqrt(2 / 65536) = 0.6%."""
@@ -118,7 +121,7 @@ class Ledger(ContributionSums):
         self._nothing = torch.empty(0, device=device)
 
     def _set_rows(self, rows: Tensor) -> None:
-        self._rows = rows
+        self._rows, self._most = rows, rows.shape[0]
         self._summing: Summing | None = None  # over these rows
         # made once: a view costs as much as a small sum
         self._views = [(row[:2], row[self._cells], row[: self._cells.stop]) for row in rows]
@@ -177,10 +180,11 @@ class Ledger(ContributionSums):
     def begin(self) -> None:
         """Before the first gradient of a contribution."""
         self._rows_are_clear = False
-        self._stale |= self._filled
-        self._filled = set()
-        self._sums.clear()
-        if len(self._scales) == len(self._rows):
+        if not self.direct:
+            self._stale |= self._filled
+            self._filled = set()
+            self._sums.clear()
+        if len(self._scales) == self._most:
             self._set_rows(torch.cat([self._rows, torch.zeros_like(self._rows)]))
         if self.by_module:
             del self._module_rows[len(self._scales) :]  # of a contribution that was given up
@@ -284,6 +288,26 @@ class Ledger(ContributionSums):
             options["second_moments"] = None if second_moments is None else [second_moments[j] for j in at]
             regions, some = [indices[j] for j in at], [gradients[j] for j in at]
             accumulate(some, total, regions=regions, into=into[module], **options)
+
+    def sums_of_arriving(self, accumulated: list[Any]) -> ArrivingSums | None:
+        """Hooks that add gradients as they arrive; None where there are none. See :class:`ArrivingSums`."""
+        return ArrivingSums(accumulated, self.layout) if self._adding and self.direct and arriving.serves() else None
+
+    def begin_arriving(self, sums: ArrivingSums, branch: Branch, scale: Tensor) -> bool:
+        """Has what comes from now on added to a branch's total; False where it must come to :meth:`read`."""
+        if self._adding is None or traced():
+            return False
+        fresh = self._outdated[0 if branch is Branch.SFT else 1].by_region()
+        sums.begin(self._totals[branch], scale=self._adding.number(scale), fresh=fresh)
+        return True
+
+    def end_arriving(self, sums: ArrivingSums, count: int) -> None:
+        """Takes the moments of what was added, of so many parameters, as the open contribution's."""
+        if self.by_module and self._adding is not None:
+            each, regions = sums.each(count)
+            self._module_rows[-1].index_add_(0, self._adding.modules[regions], each)
+        else:
+            sums.sums(self._views[len(self._scales)][0])
 
     def _fresh(self, branch: Branch, regions: Sequence[int]) -> int:
         """Bits: whether an earlier step's numbers are to be written over in the total (1), in running sums (2)."""

@@ -56,8 +56,7 @@ class Observer:
         copies: Sequence[int] | None = None,
         hooks: bool = True,
     ) -> None:
-        self.running = running
-        self.hooks = hooks
+        self.running, self.hooks = running, hooks
         self.second_moments: SecondMoments | None = None
         self.tells_weights = False
         named = list(parameters)
@@ -83,7 +82,7 @@ class Observer:
         self._incoming: dict[tuple[int, int], Tensor] = {}  # of a parameter and a graph task
         accumulated = self._running_hook if running else lambda k: functools.partial(self._on_accumulated, k)
         gradient = None if running else self._on_gradient
-        self._arriving = Arriving([] if running else self.parameters)
+        self._arriving = Arriving([] if running else self.parameters, self.ledgers, self._places)
         self._hooks = Hooks(self.parameters, accumulated, gradient, self._on_sentinel, self._arriving)
         self._guided = Guided(self._hooks, self._accumulated, None if running else self._arriving)
         self._may_guide = not self.sharded and (running or self._pending.fits)
@@ -168,21 +167,25 @@ class Observer:
         """A pass begins whose end will be told; ``looked``: running sums are known to be as they were read."""
         self._passes.check_alone()
         self._close()
-        tokens = self.told if tokens is None else tokens
-        self.seen.check_tokens(self.branch, tokens)
-        self.tokens = tokens
+        if tokens is not None or self.told is None:  # what the branch was entered with was checked there
+            self.seen.check_tokens(self.branch, tokens)
+        self.tokens = self.told if tokens is None else tokens
         if not looked:
             self._look_again()
             self.seen.broken |= not self.running and self._guided.was_overtaken()
         self._passes.guided = True
+        if self._guided.alone and self.second_moments is None:
+            self._arriving.begin(self.branch, self._scales)
 
     def _end_guided(self) -> None:
-        written = self._guided.written()
+        written, start = self._guided.written(), perf_counter()
         self.seen.broken |= written is None
-        if written:
+        if written or self._arriving.added > 0:
             self._begin()
-            self._pending.gradients.update(written)
-        self.finish(note=not written)
+            self.now.seconds += self._arriving.settle()
+            self._pending.gradients.update(written or {})
+        self.now.seconds += perf_counter() - start
+        self.finish(note=not self._open)
         self._passes.guided, self.tokens = False, self.told
 
     def _on_sentinel(self, index: int) -> None:
@@ -202,10 +205,9 @@ class Observer:
     def fail(self) -> None:
         """A backward pass raised: what it left of its contribution is dropped, and the step counts as broken."""
         if self._passes.guided:
-            self.seen.broken |= self._guided.written() != {}
+            self.seen.broken |= self._guided.written() != {} or self._arriving.added > 0
             self._passes.guided, self.tokens = False, self.told
-        if self._open:
-            self.seen.broken = True
+        self.seen.broken |= self._open
         self._drop()
 
     def _close(self, *, note: bool = True) -> None:
@@ -288,6 +290,7 @@ class Observer:
             if gradient is None:  # another thread's pass has just ended, and cleared what had come in
                 self._passes.refuse()
             if index in self._met:
+                self._arriving.twice = True
                 gradient = self._pending.merge(index, gradient, direct=self.ledgers[self._places[index][0]].direct)
             self._met.add(index)
         if self._pending.add(index, gradient):
@@ -352,7 +355,8 @@ class Observer:
         if not self._open:
             return
         start = perf_counter()
-        self._flush()
+        if self._pending.gradients:
+            self._flush()
         for ledger, scale in zip(self.ledgers, self._scales, strict=True):
             ledger.end(self.branch, scale)
         self.seen.contributions.append(Contribution(self.branch, self.tokens))

@@ -61,7 +61,8 @@ class Adding:
         modules: Sequence[int],
     ) -> None:
         self._of = {branch: Accumulating(total, previous, layout) for branch, total in totals.items()}
-        self._modules = torch.tensor(modules, dtype=torch.int64)
+        self.modules = torch.tensor(modules, dtype=torch.int64)
+        """Of each region."""
         self._scales: dict[int, tuple[Tensor, float]] = {}  # as numbers: reading one costs as much as a small sum
 
     def __call__(
@@ -84,17 +85,21 @@ class Adding:
         """
         if traced():  # something should see operations
             return False
+        add, factor = self._of[branch], self.number(scale)
+        if not by_module:
+            return add(gradients, regions, scale=factor, into=into.data_ptr(), fresh=fresh)
+        each = torch.zeros(len(regions), 2, dtype=into.dtype)
+        done = add(gradients, regions, scale=factor, into=each.data_ptr(), fresh=fresh, per_tensor=True)
+        if done:
+            into.index_add_(0, self.modules[list(regions)], each)
+        return done
+
+    def number(self, scale: Tensor) -> float:
+        """A branch's scale, which must not change before :meth:`forget`."""
         known = self._scales.get(id(scale))
         if known is None:
             known = self._scales[id(scale)] = scale, float(scale)
-        add = self._of[branch]
-        if not by_module:
-            return add(gradients, regions, scale=known[1], into=into.data_ptr(), fresh=fresh)
-        each = torch.zeros(len(regions), 2, dtype=into.dtype)
-        done = add(gradients, regions, scale=known[1], into=each.data_ptr(), fresh=fresh, per_tensor=True)
-        if done:
-            into.index_add_(0, self._modules[list(regions)], each)
-        return done
+        return known[1]
 
     def forget(self) -> None:
         """A step is over: scales of the next one are others."""
