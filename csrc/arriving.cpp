@@ -98,6 +98,16 @@ bool add(Slot& slot, Object* gradient) {
 
 Object* none_or_error(int code) { return code ? nullptr : counted(objects.none); }
 
+// Asks for the stretch of the total that is written as soon as the gradient has been accumulated: 5% of what GAC takes of
+// the steps of a model of 343,000 parameters.
+void ask_ahead(const Slot& slot) {
+#if defined(__GNUC__) || defined(__clang__)
+  const float* const stretch = slot.shared->told.total + slot.offset;
+  const int64_t count = std::min(slot.numel, kChunk);
+  for (int64_t k = 0; k < count; k += 16) __builtin_prefetch(stretch + k, 1);
+#endif
+}
+
 Object* on_gradient(Object* self, Object* const* args, Size, Object*) {
   Slot& slot = *static_cast<Slot*>(py.capsule_pointer(self, kSlot));
   if (!slot.shared->adding) return none_or_error(py.list_append(slot.came, args[0]));
@@ -105,6 +115,7 @@ Object* on_gradient(Object* self, Object* const* args, Size, Object*) {
   if (!slot.gradient) ++slot.shared->waiting;
   drop(slot.gradient);
   slot.gradient = counted(args[0]);
+  ask_ahead(slot);
   return counted(objects.none);
 }
 

@@ -17,9 +17,9 @@ class Arriving:
     """Each parameter has a list, and its hook is that list's ``append``; another list has those that accumulated.
 
     Such hooks do not ask whose pass it is. What a pass left is taken when it ends. Gradients that came and were not
-    accumulated are those of ``torch.autograd.grad``, and of no account. On a CPU the hooks are the C++ library's: between
-    :meth:`begin` and :meth:`take` they add what comes to the branch's total while it is in the cache, and the lists have
-    what they did not take.
+    accumulated are those of ``torch.autograd.grad``, and of no account. On a CPU the hooks are the C++ library's:
+    between :meth:`begin` and :meth:`take` they add what comes to the branch's total while it is in the cache, and the
+    lists have what they did not take.
 
     Args:
         parameters: of the model.
@@ -43,8 +43,6 @@ class Arriving:
         self._seconds = 0.0
         self.added = 0
         """Gradients that the last pass left in the total."""
-        self.twice = False
-        """Whether a parameter's gradient may come twice in a pass: only the square of their sum counts."""
 
     def _hooks_of(self, index: int) -> tuple[Callable[[Tensor], None], Callable[[nn.Parameter], None]]:
         if self._sums is None:
@@ -60,8 +58,12 @@ class Arriving:
         return self._hooks[index][1]
 
     def begin(self, branch: Branch | None, scales: Sequence[Tensor]) -> None:
-        """A pass begins: what comes may be added to the branch's total. scales: of the ledgers, that undo its weight."""
-        if self._sums is not None and branch is not None and self._ledger is not None and not self.twice:
+        """A pass begins: what comes may be added to the branch's total.
+
+        Args:
+            scales: of the ledgers, that undo the weight of the branch.
+        """
+        if self._sums is not None and branch is not None and self._ledger is not None:
             self._adds = self._ledger.begin_arriving(self._sums, branch, scales[0])
 
     def waiting(self) -> bool:
@@ -69,8 +71,9 @@ class Arriving:
         return bool(self._accumulated)
 
     def take(self) -> dict[int, Tensor] | None:
-        """What was accumulated and not added, by parameter, in the order in which it came; None where that cannot be told.
+        """What was accumulated and not added, by parameter, in the order in which it came.
 
+        None where that cannot be told, or where one came again that was added: only the square of the sum would count.
         A parameter that came twice (in re-entrant checkpoints that share it) has the sum.
         """
         if self._adds and not self._end():

@@ -291,14 +291,16 @@ class Ledger(ContributionSums):
 
     def sums_of_arriving(self, accumulated: list[Any]) -> ArrivingSums | None:
         """Hooks that add gradients as they arrive; None where there are none. See :class:`ArrivingSums`."""
-        return ArrivingSums(accumulated, self.layout) if self._adding and self.direct and arriving.serves() else None
+        if self._adding is None or not (self.direct and arriving.serves()):
+            return None
+        return ArrivingSums(accumulated, list(self._totals.values()), self.layout)
 
     def begin_arriving(self, sums: ArrivingSums, branch: Branch, scale: Tensor) -> bool:
         """Has what comes from now on added to a branch's total; False where it must come to :meth:`read`."""
         if self._adding is None or traced():
             return False
-        fresh = self._outdated[0 if branch is Branch.SFT else 1].by_region()
-        sums.begin(self._totals[branch], scale=self._adding.number(scale), fresh=fresh)
+        which = int(branch is Branch.RL)
+        sums.begin(which, scale=self._adding.number(scale), fresh=self._outdated[which].by_region())
         return True
 
     def end_arriving(self, sums: ArrivingSums, count: int) -> None:

@@ -290,7 +290,6 @@ class Observer:
             if gradient is None:  # another thread's pass has just ended, and cleared what had come in
                 self._passes.refuse()
             if index in self._met:
-                self._arriving.twice = True
                 gradient = self._pending.merge(index, gradient, direct=self.ledgers[self._places[index][0]].direct)
             self._met.add(index)
         if self._pending.add(index, gradient):

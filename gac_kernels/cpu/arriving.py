@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from gac_kernels import arguments
-from gac_kernels.cpu.library import load
+from gac_kernels import arguments, cpu
+from gac_kernels.cpu.library import require
 from gac_kernels.cpu.quick import QUICK
 from gac_kernels.layout import SketchLayout
 
@@ -24,7 +24,7 @@ _ADDING = struct.Struct("@PPdqi")
 
 def serves() -> bool:
     """Whether there are such hooks: the library is loaded, and made builtins for this Python and torch."""
-    return load() is not None and getattr(arguments.describe, "__self__", None) is not None
+    return cpu.available() and getattr(arguments.describe, "__self__", None) is not None
 
 
 class ArrivingSums:
@@ -32,18 +32,22 @@ class ArrivingSums:
 
     Args:
         accumulated: a list that parameters are put on whose gradients were accumulated and not added.
-        layout: a lossless one, of the vectors that are added to.
+        totals: ``[layout.size]`` contiguous float32 CPU tensors that are added to. Nobody is told of the writes.
+        layout: a lossless one.
 
     Raises MemoryError where there is none for them.
     """
 
-    def __init__(self, accumulated: list[nn.Parameter], layout: SketchLayout) -> None:
-        library = load()
-        assert library is not None
-        self._library, self._layout = library.quick, layout
+    def __init__(self, accumulated: list[nn.Parameter], totals: Sequence[Tensor], layout: SketchLayout) -> None:
+        self._library, self._layout = require().quick, layout
         self._handle = _made(self._library.gac_arriving_new(accumulated))
-        self._told: tuple[Tensor, array[int] | None] | None = None  # what the library writes to
+        self._totals = tuple(totals)  # their memory stays
+        self._addresses = [total.data_ptr() for total in totals]
+        self._large = max(layout.numels, default=0) > QUICK
+        self._fresh: array[int] | None = None  # what the library writes to
         self._seconds = array("d", [0.0])
+        self._at = self._seconds.buffer_info()[0]
+        self._begin, self._end = self._library.gac_arriving_begin, self._library.gac_arriving_end
 
     def hooks(self, region: int, came: list[Tensor]) -> tuple[Callable[[Tensor], None], Callable[[nn.Parameter], None]]:
         """The two hooks of a parameter: on its incoming gradient, and after that was accumulated.
@@ -54,27 +58,27 @@ class ArrivingSums:
         where = region, self._layout.bucket_offsets[region], self._layout.numels[region]
         return _made(self._library.gac_arriving_hooks(self._handle, came, *where))
 
-    def begin(self, total: Tensor, *, scale: float, fresh: array[int] | None = None) -> None:
-        """Adds what comes from now on, times ``scale``.
+    def begin(self, total: int, *, scale: float, fresh: array[int] | None = None) -> None:
+        """Adds what comes from now on, times ``scale``, to one of the totals.
 
         Gradients that are not contiguous CPU tensors of plain types and of their regions' sizes go on the lists.
 
         Args:
-            total: ``[layout.size]`` contiguous float32 CPU tensor. Nobody is told of the write.
+            total: which one.
             fresh: of each region, bytes: 1 where it counts as 0 before its first gradient, which makes them 0.
         """
-        self._told = total, fresh
+        self._fresh = fresh
         flags = 0 if fresh is None else fresh.buffer_info()[0]
-        told = _ADDING.pack(total.data_ptr(), flags, scale, QUICK, torch.get_num_threads())
-        self._library.gac_arriving_begin(self._handle, told)
+        threads = torch.get_num_threads() if self._large else 1
+        self._begin(self._handle, _ADDING.pack(self._addresses[total], flags, scale, QUICK, threads))
 
     def end(self) -> tuple[int, float]:
         """Adds no more. How many gradients were added, and the seconds that it took.
 
         -1 where some came more than once, or of a pass that began before: what is in ``total`` is then of no use.
         """
-        added = self._library.gac_arriving_end(self._handle, self._seconds.buffer_info()[0])
-        self._told = None
+        added = self._end(self._handle, self._at)
+        self._fresh = None
         return added, self._seconds[0]
 
     def sums(self, into: Tensor) -> None:

@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gac
 from gac.observe.hooks import Guided
+from gac.observe.ledger import Ledger
 
 
 class Model(torch.nn.Module):
@@ -271,7 +272,8 @@ def test_gradients_that_are_asked_for_inside_a_pass_cost_its_step():
 
 
 def test_a_parameter_that_comes_twice_in_a_pass(monkeypatch):
-    """As in re-entrant checkpoints that share a weight."""
+    """As in re-entrant checkpoints that share a weight. What was added as it came cannot be squared as a sum: it costs
+    the step, and the hooks are back; where nothing is added before the pass ends, it is a sum."""
 
     def run(mixer, model, step, k):
         loss = model(100 * step + k)
@@ -282,7 +284,77 @@ def test_a_parameter_that_comes_twice_in_a_pass(monkeypatch):
             loss = loss + x.square().mean()
         mixer.backward(loss)
 
-    assert both(monkeypatch, run=run, estimator="exact") == [0.0, 0.0]
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "begin_arriving", lambda self, *_: False)
+        assert both(patch, run=run, estimator="exact") == [0.0, 0.0]
+    if adds():
+        model = Model()
+        with gac.patch(model, estimator="exact", interval=1) as mixer:
+            train(mixer, model, 5, run=run)
+            assert mixer.metrics()["skipped"] == 1
+            assert not is_light(mixer)
+
+
+def adds():
+    """Whether gradients are added as they arrive."""
+    ledger = Ledger((3,), torch.device("cpu"), lossless=True, running=False)
+    return ledger.sums_of_arriving([]) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{"report_interval": None}, {"report_interval": 2}])
+def test_what_is_added_as_it_arrives_is_what_one_call_adds(monkeypatch, dtype, options):
+    """To the bit; in steps that are taken apart, too."""
+    found = []
+    for apart in (False, True):
+        with monkeypatch.context() as patch:
+            calls = []
+            if apart:
+                patch.setattr(Ledger, "begin_arriving", lambda self, *_: False)
+            patch.setattr(Ledger, "read", noting(calls, Ledger.read))
+            model = Model().to(dtype)
+            with gac.patch(model, estimator="exact", interval=1, **options) as mixer:
+                numbers = train(mixer, model, 6)
+                assert len(calls) == (6 if adds() and not apart else 36)  # those of the first step
+                assert is_light(mixer)
+                report = [taken.values for taken in mixer._measurement.modules]
+            found.append((numbers, report))
+    (numbers, report), (others, their_report) = found
+    assert repr(numbers) == repr(others)  # NaN among them
+    assert len(report) == len(their_report) == (3 if options["report_interval"] else 0)
+    for one, other in zip(report, their_report, strict=True):
+        assert torch.equal(one.nan_to_num(-1.0), other.nan_to_num(-1.0))
+
+
+def noting(calls, method):
+    def noted(self, *arguments, **options):
+        calls.append(arguments)
+        return method(self, *arguments, **options)
+
+    return noted
+
+
+def test_gradients_that_are_not_plain_come_to_one_call(monkeypatch):
+    """A sparse one, beside others that are added as they arrive."""
+    found = []
+    for apart in (False, True):
+        with monkeypatch.context() as patch:
+            if apart:
+                patch.setattr(Ledger, "begin_arriving", lambda self, *_: False)
+            model = Model()
+            model.embed = torch.nn.Embedding(7, 6, sparse=True)
+            with gac.patch(model, estimator="exact", interval=1, law="fixed", mu=0.5) as mixer:
+                for step in range(4):
+                    for branch, first in ((mixer.sft, 0), (mixer.rl, 10)):
+                        with branch():
+                            for k in range(3):
+                                mixer.backward(model(100 * step + first + k))
+                    model.zero_grad()
+                    mixer.step()
+                    found.append(mixer.statistics.stacked())
+                assert mixer.metrics()["skipped"] == 0
+    for one, other in zip(found[:4], found[4:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("between", [False, True])

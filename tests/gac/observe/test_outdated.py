@@ -184,3 +184,33 @@ def test_regions_are_taken_once():
     vector.fill_(1.0)
     outdated.settle()
     assert vector.all()
+
+
+def test_regions_that_are_written_by_their_flags():
+    """Whoever writes a region makes its flag 0; the others are outdated still, and asked for again they are the same."""
+    layout = SketchLayout.per_tensor([5, 0, 3, 2])
+    vector = torch.ones(layout.size)
+    outdated = Outdated(vector, layout, may_stay=True)
+    assert outdated.by_region() is None
+    outdated.forget()
+    flags = outdated.by_region()
+    assert flags.tolist() == [1, 1, 1, 1]
+    flags[2] = 0
+    assert outdated.by_region() is flags
+    assert outdated.take([0])
+    assert not outdated.take([2])
+    assert outdated.by_region().tolist() == [0, 1, 0, 1]
+    outdated.settle()
+    assert vector[:8].eq(1).all()
+    assert not vector[8:].any()
+    outdated.forget()
+    outdated.by_region()
+    outdated.renew()
+    vector.fill_(1.0)
+    outdated.settle()
+    assert vector.all()
+    outdated.forget()
+    outdated.by_region()
+    outdated.forget()
+    outdated.settle()
+    assert not vector.any()
