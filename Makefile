@@ -65,7 +65,7 @@ WATCHED := LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-na
   ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=1 UBSAN_OPTIONS=print_stacktrace=1 \
   PYTHONPATH=$(SANITIZED):. PYTHONSAFEPATH=1
 WATCHED_TESTS := $(WATCHED) $(BIN)/python -m pytest -q --capture=sys --import-mode=append -p no:cacheprovider \
-  -o pythonpath=$(SANITIZED) tests/gac_kernels/test_cpu_interface.py
+  -o pythonpath=$(SANITIZED) tests/gac_kernels/test_cpu_interface.py tests/gac_kernels/test_arriving.py
 
 define BUILD_SANITIZED
 	rm -rf $(SANITIZED)
@@ -79,7 +79,7 @@ sanitize: install  ## run the CPU library's tests under the address and undefine
 	$(call BUILD_SANITIZED,-O1 -g)
 	$(WATCHED_TESTS) tests/gac_kernels/test_cpu_library.py tests/gac_kernels/test_cpu_builtins.py
 
-sanitize-quick: install  ## the same within a minute: the interface, and drawn calls
+sanitize-quick: install  ## the same within a minute: the interface, hooks, and drawn calls
 	$(call BUILD_SANITIZED,-O0 -g1)
 	$(WATCHED_TESTS)
 	$(WATCHED) $(BIN)/python -m tests.fuzz --target kernels --backend cpu --seconds 12

@@ -187,7 +187,7 @@ def test_regions_are_taken_once():
 
 
 def test_regions_that_are_written_by_their_flags():
-    """Whoever writes a region makes its flag 0; the others are outdated still, and asked for again they are the same."""
+    """Whoever writes a region makes its flag 0; the others are outdated still, and asked for again the same."""
     layout = SketchLayout.per_tensor([5, 0, 3, 2])
     vector = torch.ones(layout.size)
     outdated = Outdated(vector, layout, may_stay=True)
