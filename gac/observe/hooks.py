@@ -97,6 +97,11 @@ class Hooks:
         """How many hooks are on."""
         return (self._lone is not None) + (0 if self._on is None else sum(map(len, self._on)))
 
+    @property
+    def light(self) -> bool:
+        """Whether hooks are on that do not ask whose pass it is."""
+        return self._on is not None and self._on is self._light
+
     def put_on(self, sentinel: int | None = None) -> None:
         """Puts a hook on every parameter, or on the sentinel alone, unless that is how it is."""
         if sentinel is not None and self._gradient is not None and not all(map(_trains, self._parameters)):
@@ -117,6 +122,8 @@ class Hooks:
         if self._gradient is not None:
             self._arriving.clear()
             self._light = self._put(self._light, self._arriving.on_gradient, self._arriving.on_accumulated)
+        elif self._arriving.hooks_running_sums and all(map(_trains, self._parameters)):
+            self._light = self._put(self._light, None, self._arriving.on_accumulated)
 
     def _put(
         self,
@@ -212,14 +219,14 @@ class Guided:
 
     Args:
         hooks: of the model. accumulated: what its gradients were when they were noted last.
-        arriving: where incoming gradients are kept; None where running sums are read.
+        arriving: what takes gradients in as they come. running: whether it is running sums that are read.
 
     Attributes:
         first: the parameter that all passes of a measured step reached first; None where hooks are needed.
     """
 
-    def __init__(self, hooks: Hooks, accumulated: Accumulated, arriving: Arriving | None) -> None:
-        self._hooks, self._accumulated, self._arriving = hooks, accumulated, arriving
+    def __init__(self, hooks: Hooks, accumulated: Accumulated, arriving: Arriving, *, running: bool) -> None:
+        self._hooks, self._accumulated, self._arriving, self._running = hooks, accumulated, arriving, running
         self.first: int | None = None
         self._met: int | None = None  # in the step under way
         self._alike = True
@@ -248,17 +255,23 @@ class Guided:
         """
         if not self.alone:
             return {}
-        if self._arriving is None:
-            return dict.fromkeys(self._accumulated.written())
-        found = self._arriving.take()
-        if found is None:
+        if not self._running:
+            found = self._arriving.take()
+            if found is None:
+                self.lost()
+            return found
+        if not self._arriving.end():
             self.lost()
-        return found
+            return None
+        if self._arriving.added and not self._arriving.waiting():
+            return {}
+        self._arriving.empty()
+        return dict.fromkeys(self._accumulated.written())
 
     def _changed(self) -> bool:
         if not self.alone:
             return False
-        if self._arriving is None:
+        if self._running:
             return self._accumulated.changed()
         if self._arriving.waiting():
             return True
@@ -269,7 +282,7 @@ class Guided:
         """A pass that is not guided met the sentinel, which has this index: its gradients so far, whether there may be
         others than its own."""
         self.lost()
-        if self._arriving is None:
+        if self._running:
             return {index: None}, bool(self._accumulated.changed_besides(index))
         own: dict[int, Tensor | None] = {index: self._arriving.take_one(index)}
         if not self._arriving.waiting():
@@ -293,7 +306,7 @@ class Guided:
         if not self._changed():
             return False
         before, self._task = self._task, _next_task()
-        if before >= 0 and self._task == before + 1 and self._arriving is None:
+        if before >= 0 and self._task == before + 1 and self._running:
             return False
         self.lost()
         return True

@@ -37,6 +37,12 @@ class Model(torch.nn.Module):
 ESTIMATORS = pytest.mark.parametrize("estimator", ["sketch", "exact"])
 
 
+@pytest.fixture
+def shared_buckets(monkeypatch):
+    """A sketch that is none of small models alone: running sums are sketched."""
+    monkeypatch.setattr("gac.observe.ledger.SMALLEST_SKETCH", 32)
+
+
 def hooks_of(mixer):
     return mixer._observer._hooks.count
 
@@ -271,9 +277,10 @@ def test_gradients_that_are_asked_for_inside_a_pass_cost_its_step():
         assert not is_light(mixer)
 
 
-def test_a_parameter_that_comes_twice_in_a_pass(monkeypatch):
-    """As in re-entrant checkpoints that share a weight. What was added as it came cannot be squared as a sum: it costs
-    the step, and the hooks are back; where nothing is added before the pass ends, it is a sum."""
+@ESTIMATORS
+def test_a_parameter_that_comes_twice_in_a_pass(monkeypatch, estimator, shared_buckets):
+    """As in re-entrant checkpoints that share a weight. What was taken in as it came cannot be squared as a sum: it costs
+    the step, and the hooks are back; where nothing is taken in before the pass ends, it is a sum."""
 
     def run(mixer, model, step, k):
         loss = model(100 * step + k)
@@ -284,27 +291,46 @@ def test_a_parameter_that_comes_twice_in_a_pass(monkeypatch):
             loss = loss + x.square().mean()
         mixer.backward(loss)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "begin_arriving", lambda self, *_: False)
-        assert both(patch, run=run, estimator="exact") == [0.0, 0.0]
+    if estimator == "exact":
+        with monkeypatch.context() as patch:
+            patch.setattr(Ledger, "begin_arriving", lambda self, *_: False)
+            assert both(patch, run=run, estimator=estimator) == [0.0, 0.0]
     if adds():
         model = Model()
-        with gac.patch(model, estimator="exact", interval=1) as mixer:
+        with gac.patch(model, estimator=estimator, interval=1) as mixer:
             train(mixer, model, 5, run=run)
             assert mixer.metrics()["skipped"] == 1
             assert not is_light(mixer)
 
 
+def test_a_parameter_that_was_frozen_keeps_running_sums_without_further_hooks(monkeypatch, shared_buckets):
+    model = Model(frozen=True)
+    assert both(monkeypatch, model={"frozen": True}) == [0.0, 0.0]
+    model = Model()
+    with gac.patch(model, estimator="sketch", interval=1) as mixer:
+        train(mixer, model, 2)
+        assert mixer._observer._hooks.light is adds()
+        model.aside.requires_grad_(False)
+        train(mixer, model, 3)
+        assert is_light(mixer)
+        model.aside.requires_grad_(True)
+        train(mixer, model, 2)
+        assert mixer.metrics()["skipped"] == 0
+
+
 def adds():
     """Whether gradients are added as they arrive."""
     ledger = Ledger((3,), torch.device("cpu"), lossless=True, running=False)
-    return ledger.sums_of_arriving([]) is not None
+    return ledger.hooks_of_arriving([], None) is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{"report_interval": None}, {"report_interval": 2}])
-def test_what_is_added_as_it_arrives_is_what_one_call_adds(monkeypatch, dtype, options):
-    """To the bit; in steps that are taken apart, too."""
+@pytest.mark.parametrize("report_interval", [None, 2])
+@ESTIMATORS
+def test_what_is_taken_in_as_it_arrives_is_what_one_call_takes_in(
+    monkeypatch, shared_buckets, estimator, report_interval, dtype
+):
+    """To the bit; in steps that are taken apart, too, of which running sums are read at the end."""
     found = []
     for apart in (False, True):
         with monkeypatch.context() as patch:
@@ -313,15 +339,16 @@ def test_what_is_added_as_it_arrives_is_what_one_call_adds(monkeypatch, dtype, o
                 patch.setattr(Ledger, "begin_arriving", lambda self, *_: False)
             patch.setattr(Ledger, "read", noting(calls, Ledger.read))
             model = Model().to(dtype)
-            with gac.patch(model, estimator="exact", interval=1, **options) as mixer:
+            with gac.patch(model, estimator=estimator, interval=1, report_interval=report_interval) as mixer:
                 numbers = train(mixer, model, 6)
-                assert len(calls) == (6 if adds() and not apart else 36)  # those of the first step
+                few = 24 if estimator == "sketch" and report_interval else 6  # those of the first step
+                assert len(calls) == (few if adds() and not apart else 36)
                 assert is_light(mixer)
                 report = [taken.values for taken in mixer._measurement.modules]
             found.append((numbers, report))
     (numbers, report), (others, their_report) = found
     assert repr(numbers) == repr(others)  # NaN among them
-    assert len(report) == len(their_report) == (3 if options["report_interval"] else 0)
+    assert len(report) == len(their_report) == (3 if report_interval else 0)
     for one, other in zip(report, their_report, strict=True):
         assert torch.equal(one.nan_to_num(-1.0), other.nan_to_num(-1.0))
 
@@ -334,8 +361,9 @@ def noting(calls, method):
     return noted
 
 
-def test_gradients_that_are_not_plain_come_to_one_call(monkeypatch):
-    """A sparse one, beside others that are added as they arrive."""
+@ESTIMATORS
+def test_gradients_that_are_not_plain_come_to_one_call(monkeypatch, estimator, shared_buckets):
+    """A sparse one, beside others that are taken in as they arrive."""
     found = []
     for apart in (False, True):
         with monkeypatch.context() as patch:
@@ -343,7 +371,7 @@ def test_gradients_that_are_not_plain_come_to_one_call(monkeypatch):
                 patch.setattr(Ledger, "begin_arriving", lambda self, *_: False)
             model = Model()
             model.embed = torch.nn.Embedding(7, 6, sparse=True)
-            with gac.patch(model, estimator="exact", interval=1, law="fixed", mu=0.5) as mixer:
+            with gac.patch(model, estimator=estimator, interval=1, law="fixed", mu=0.5) as mixer:
                 for step in range(4):
                     for branch, first in ((mixer.sft, 0), (mixer.rl, 10)):
                         with branch():
