@@ -279,8 +279,8 @@ def test_gradients_that_are_asked_for_inside_a_pass_cost_its_step():
 
 @ESTIMATORS
 def test_a_parameter_that_comes_twice_in_a_pass(monkeypatch, estimator, shared_buckets):
-    """As in re-entrant checkpoints that share a weight. What was taken in as it came cannot be squared as a sum: it costs
-    the step, and the hooks are back; where nothing is taken in before the pass ends, it is a sum."""
+    """As in re-entrant checkpoints that share a weight. What was taken in as it came cannot be squared as a sum: it
+    costs the step, and the hooks are back; where nothing is taken in before the pass ends, it is a sum."""
 
     def run(mixer, model, step, k):
         loss = model(100 * step + k)
