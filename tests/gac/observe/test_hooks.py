@@ -353,6 +353,54 @@ def test_what_is_taken_in_as_it_arrives_is_what_one_call_takes_in(
         assert torch.equal(one.nan_to_num(-1.0), other.nan_to_num(-1.0))
 
 
+class WritesItself(torch.autograd.Function):
+    """A product that adds to its weight's gradient without the engine, as fused layers do."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x)
+        ctx.weight = weight
+        return x @ weight.detach().T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        weight.grad.add_(gradient.T @ x)
+        return gradient @ weight.detach(), None
+
+
+def test_gradients_that_an_operation_writes_itself(monkeypatch, shared_buckets):
+    """They are part of the contribution, although no hook tells."""
+
+    def run(mixer, model, step, k):
+        if step == k == 0:
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        x = torch.randn(3, 6, generator=torch.Generator().manual_seed(k), requires_grad=True)
+        mixer.backward(model(100 * step + k) + WritesItself.apply(x, model.aside.weight).square().mean())
+
+    found = []
+    for apart in (False, True):
+        with monkeypatch.context() as patch:
+            if apart:
+                patch.setattr(Ledger, "begin_arriving", lambda self, *_: False)
+            model = Model()
+            with gac.patch(model, estimator="sketch", interval=1, law="fixed", mu=0.5) as mixer:
+                numbers = []
+                for step in range(5):
+                    for branch, first in ((mixer.sft, 0), (mixer.rl, 10)):
+                        with branch():
+                            for k in range(3):
+                                run(mixer, model, step, first + k)
+                    model.zero_grad(set_to_none=False)
+                    mixer.step()
+                    numbers.append(mixer.statistics.stacked())
+                assert mixer.metrics()["skipped"] == 0
+            found.append(numbers)
+    for one, other in zip(found[0][1:], found[1][1:], strict=True):  # without the first, in which hooks tell
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0, equal_nan=True)
+
+
 def noting(calls, method):
     def noted(self, *arguments, **options):
         calls.append(arguments)
