@@ -1,9 +1,8 @@
-// Hooks for Python that take in a parameter's gradient at the moment when it arrives: it is still in the cache then, and
-// nobody has to keep it. A parameter has two. On its incoming gradient, and after that was accumulated: the second adds what
-// the first has held, so that what torch.autograd.grad asks for, which comes to the first alone, is no contribution. Or the
-// second alone, which sketches the running sum.
+// Hooks for Python that add a parameter's gradient to a branch's total at the moment when it arrives: it is still in the
+// cache then, and nobody has to keep it. A parameter has two, on its incoming gradient and after that was accumulated: what
+// torch.autograd.grad asks for comes to the first alone, and is no contribution.
 //
-// Outside of a pass that is told, and for gradients that are not plain, they put on lists what comes.
+// Outside of gac_arriving_begin and gac_arriving_end, and for gradients that are not plain, they put on lists what comes.
 // gac_kernels/cpu/arriving.py says what each call is for.
 #include <algorithm>
 #include <chrono>
@@ -11,7 +10,6 @@
 
 #include "accumulate.h"
 #include "python_tensors.h"
-#include "sketch.h"
 
 namespace gac {
 namespace python {
@@ -22,12 +20,8 @@ struct Slot;
 // What the hooks of a model share. Freed with the last of them and of what Python holds.
 struct Shared {
   int64_t references = 0;
-  Object* accumulated = nullptr;  // a list: parameters, in order, whose gradients were not taken in
-  Object* gradients = nullptr;    // lists, where running sums are read: the sums as they were read last ...
-  Object* versions = nullptr;     // ... and their versions
+  Object* accumulated = nullptr;  // a list: parameters, in order, whose gradients were not added
   gac_adding told = {};           // of the pass under way ...
-  gac_sketch_map map = {};        // (of running sums)
-  gac_watching watching = {};
   bool adding = false;            // ... if there is one
   bool unclear = false;           // gradients came whose pass cannot be told
   int64_t pass = 0;               // its number
@@ -42,9 +36,7 @@ struct Slot {
   Shared* shared = nullptr;
   Object* came = nullptr;      // a list: its incoming gradients that were not added
   Object* gradient = nullptr;  // what has come and was not accumulated yet, held
-  int64_t index = 0, region = 0, piece[5] = {};
-  int64_t offset() const { return piece[0]; }
-  int64_t numel() const { return piece[2]; }
+  int64_t region = 0, offset = 0, numel = 0;
   int64_t pass = 0;  // in which it was added to last
   double sums[2] = {};
   bool added() const { return pass == shared->pass; }
@@ -62,8 +54,6 @@ void drop(Object*& object) {
 void release(Shared* shared) {
   if (--shared->references) return;
   drop(shared->accumulated);
-  drop(shared->gradients);
-  drop(shared->versions);
   delete shared;
 }
 
@@ -81,7 +71,7 @@ void free_slot(Object* capsule) {
 
 Shared* shared_of(Object* handle) { return static_cast<Shared*>(py.capsule_pointer(handle, kShared)); }
 
-// Calls work(threads), without the interpreter lock where there is much to do. Tensors are held meanwhile.
+// Calls work(threads), without the interpreter lock where there is much to do. The gradient is held meanwhile.
 template <class Work>
 void run(bool much, int threads, Work&& work) {
   if (!much) return work(1);
@@ -95,93 +85,35 @@ void run(bool much, int threads, Work&& work) {
   py.take_lock(state);
 }
 
-// A plain tensor of the slot's size as a table of one.
-bool row_of(const Slot& slot, Object* object, int64_t* row) {
-  Plain tensor;
-  if (slot.added() || !read(object, tensor) || tensor.numel != slot.numel()) return false;
-  row[0] = static_cast<int64_t>(reinterpret_cast<intptr_t>(tensor.data));
-  row[1] = tensor.numel;
-  row[2] = tensor.dtype;
-  return Table(row, 1, 0).readable();
-}
-
-// Asks for a stretch that is going to be written. Before a gradient is accumulated it takes 5% off what GAC takes of the steps
-// of a model of 343,000 parameters; before a running sum is sketched a third.
-void ask_ahead(const float* stretch, int64_t count) {
-#if defined(__GNUC__) || defined(__clang__)
-  for (int64_t k = 0; k < std::min(count, kChunk); k += 16) __builtin_prefetch(stretch + k, 1);
-#endif
-}
-
-// 1 where numbers of an earlier step count as 0, which they then do no more.
-int32_t take(uint8_t* fresh, int64_t region) {
-  if (!fresh || !fresh[region]) return 0;
-  fresh[region] = 0;
-  return 1;
-}
-
 // Adds a plain gradient of the right size; false, with nothing done, for another.
 bool add(Slot& slot, Object* gradient) {
   Shared& shared = *slot.shared;
-  int64_t row[3];
-  if (!row_of(slot, gradient, row)) return false;
-  const Table table(row, 1, 0);
+  Plain tensor;
+  if (slot.added() || !read(gradient, tensor) || tensor.numel != slot.numel) return false;
+  const int64_t rows[3] = {static_cast<int64_t>(reinterpret_cast<intptr_t>(tensor.data)), tensor.numel, tensor.dtype};
+  const Table table(rows, 1, 0);
+  if (!table.readable()) return false;
   const gac_adding& told = shared.told;
-  const gac_sum sum = {slot.piece, told.total, nullptr, told.scale, 0, 0, 0, take(told.fresh, slot.region)};
+  uint8_t* const fresh = told.fresh ? told.fresh + slot.region : nullptr;
+  const gac_sum sum = {&slot.offset, told.total, nullptr, told.scale, 0, 0, 0, fresh ? *fresh : 0};
+  if (fresh) *fresh = 0;
   shared.order.push_back(&slot);
   slot.pass = shared.pass;
-  run(slot.numel() > told.quick, told.threads, [&](int threads) { accumulate(table, nullptr, sum, slot.sums, threads); });
+  run(slot.numel > told.quick, told.threads, [&](int threads) { accumulate(table, nullptr, sum, slot.sums, threads); });
   for (int w = 0; w < 2; ++w) shared.sums[w] += slot.sums[w];
-  return true;
-}
-
-// Has the branch's total gain what a plain running sum has gained since its sketch was taken last; false, with nothing done,
-// for another. What is there now is known then.
-bool absorb_sum(Slot& slot, Object* sum) {
-  Shared& shared = *slot.shared;
-  int64_t row[3];
-  if (!row_of(slot, sum, row)) return false;
-  Held version(py.attribute(sum, objects.version));
-  if (!version.get()) {
-    py.clear_error();
-    return false;
-  }
-  const gac_watching& told = shared.watching;
-  gac_sketch_map map = shared.map;
-  map.fresh = take(told.fresh_total, slot.region) | take(told.fresh_previous, slot.region) << 1;
-  shared.order.push_back(&slot);
-  slot.pass = shared.pass;
-  run(slot.numel() > told.quick, told.threads,
-      [&](int threads) { sketch(Table(row, 1, 0), slot.piece, map, told.sums, threads); });
-  if (py.list_set(shared.gradients, slot.index, counted(sum)) ||
-      py.list_set(shared.versions, slot.index, version.release())) {
-    py.clear_error();
-    shared.unclear = true;
-  }
   return true;
 }
 
 Object* none_or_error(int code) { return code ? nullptr : counted(objects.none); }
 
-// After the accumulation of a parameter whose running sum is read. Null with Python's error set.
-Object* on_running(Slot& slot, Object* parameter) {
-  Shared& shared = *slot.shared;
-  if (!shared.adding) return counted(objects.none);  // the sentinel tells of it
-  const auto start = std::chrono::steady_clock::now();
-  const int64_t size = std::min(slot.numel(), shared.map.lanes);  // of its first slab, most often all
-  ask_ahead(shared.map.total + slot.offset(), size);
-  ask_ahead(static_cast<const float*>(shared.map.out) + slot.offset(), size);
-  if (slot.added()) shared.unclear = true;
-  const Held sum(py.attribute(parameter, objects.grad));
-  if (!sum.get()) return nullptr;
-  bool taken = false;
-  try {
-    taken = absorb_sum(slot, sum.get());
-  } catch (const std::bad_alloc&) {
-    shared.unclear = taken = true;
-  }
-  shared.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  return none_or_error(taken ? 0 : py.list_append(shared.accumulated, parameter));
+// Asks for the stretch of the total that is written as soon as the gradient has been accumulated: 5% of what GAC takes of
+// the steps of a model of 343,000 parameters.
+void ask_ahead(const Slot& slot) {
+#if defined(__GNUC__) || defined(__clang__)
+  const float* const stretch = slot.shared->told.total + slot.offset;
+  const int64_t count = std::min(slot.numel, kChunk);
+  for (int64_t k = 0; k < count; k += 16) __builtin_prefetch(stretch + k, 1);
+#endif
 }
 
 Object* on_gradient(Object* self, Object* const* args, Size, Object*) {
@@ -191,14 +123,13 @@ Object* on_gradient(Object* self, Object* const* args, Size, Object*) {
   if (!slot.gradient) ++slot.shared->waiting;
   drop(slot.gradient);
   slot.gradient = counted(args[0]);
-  ask_ahead(slot.shared->told.total + slot.offset(), slot.numel());
+  ask_ahead(slot);
   return counted(objects.none);
 }
 
 Object* on_accumulated(Object* self, Object* const* args, Size, Object*) {
   Slot& slot = *static_cast<Slot*>(py.capsule_pointer(self, kSlot));
   Shared& shared = *slot.shared;
-  if (shared.gradients) return on_running(slot, args[0]);
   if (!shared.adding) return none_or_error(py.list_append(shared.accumulated, args[0]));
   const Held gradient(slot.gradient);
   slot.gradient = nullptr;
@@ -231,7 +162,7 @@ MethodDef of_parameter = {"on_accumulated", on_accumulated, kFastCall,
 
 using namespace gac::python;
 
-gac_object* gac_arriving_new(gac_object* accumulated, gac_object* gradients, gac_object* versions) {
+gac_object* gac_arriving_new(gac_object* accumulated) {
   Shared* const shared = new (std::nothrow) Shared;
   Object* const handle = shared ? py.capsule_new(shared, kShared, free_shared) : nullptr;
   if (!handle) {
@@ -240,15 +171,10 @@ gac_object* gac_arriving_new(gac_object* accumulated, gac_object* gradients, gac
   }
   shared->references = 1;
   shared->accumulated = counted(accumulated);
-  if (gradients != objects.none) {
-    shared->gradients = counted(gradients);
-    shared->versions = counted(versions);
-  }
   return handle;
 }
 
-gac_object* gac_arriving_hooks(gac_object* handle, gac_object* came, int64_t index, int64_t region,
-                               const int64_t* piece) {
+gac_object* gac_arriving_hooks(gac_object* handle, gac_object* came, int64_t region, int64_t offset, int64_t numel) {
   Shared* const shared = shared_of(handle);
   Slot* const slot = new (std::nothrow) Slot;
   Held capsule(slot ? py.capsule_new(slot, kSlot, free_slot) : nullptr);
@@ -259,8 +185,7 @@ gac_object* gac_arriving_hooks(gac_object* handle, gac_object* came, int64_t ind
   ++shared->references;
   slot->shared = shared;
   slot->came = counted(came);
-  slot->index = index, slot->region = region;
-  std::copy(piece, piece + 5, slot->piece);
+  slot->region = region, slot->offset = offset, slot->numel = numel;
   try {
     shared->slots.push_back(slot);
     shared->order.reserve(shared->slots.size());  // hooks push to it
@@ -275,25 +200,14 @@ gac_object* gac_arriving_hooks(gac_object* handle, gac_object* came, int64_t ind
   return both.release();
 }
 
-static void begin(Shared* shared) {
+void gac_arriving_begin(gac_object* handle, const gac_adding* told) {
+  Shared* const shared = shared_of(handle);
   shared->order.clear();
+  shared->told = *told;
   shared->unclear = false;
   ++shared->pass;
   shared->seconds = shared->sums[0] = shared->sums[1] = 0;
   shared->adding = true;
-}
-
-void gac_arriving_begin(gac_object* handle, const gac_adding* told) {
-  Shared* const shared = shared_of(handle);
-  shared->told = *told;
-  begin(shared);
-}
-
-void gac_arriving_begin_running(gac_object* handle, const gac_sketch_map* map, const gac_watching* told) {
-  Shared* const shared = shared_of(handle);
-  shared->map = *map;
-  shared->watching = *told;
-  begin(shared);
 }
 
 int64_t gac_arriving_end(gac_object* handle, double* seconds) {

@@ -222,14 +222,12 @@ GAC_API const char* gac_python_names(void);
 
 // Hooks that add gradients as they arrive, see arriving.cpp and gac_kernels/cpu/arriving.py. Called with the interpreter lock
 // held, once gac_python_call has been. A new handle; `accumulated`: a list that parameters are put on whose gradients were
-// not taken in. gradients, versions: lists, by the index of a parameter, that running sums and their versions are written to
-// when they were read; or None twice, for incoming gradients. None where memory has run out.
-GAC_API struct gac_object* gac_arriving_new(struct gac_object* accumulated, struct gac_object* gradients,
-                                            struct gac_object* versions);
+// not added. None where memory has run out.
+GAC_API struct gac_object* gac_arriving_new(struct gac_object* accumulated);
 // The hooks of a parameter: a tuple of that on its incoming gradient and that after its accumulation. came: a list that
-// gradients are put on that were not added. index: of the parameter. piece: of its region, a column of the pieces of gac_sketch.
-GAC_API struct gac_object* gac_arriving_hooks(struct gac_object* handle, struct gac_object* came, int64_t index,
-                                              int64_t region, const int64_t* piece);
+// gradients are put on that were not added. region, offset, numel: where in the totals its elements are.
+GAC_API struct gac_object* gac_arriving_hooks(struct gac_object* handle, struct gac_object* came, int64_t region,
+                                              int64_t offset, int64_t numel);
 struct gac_adding {
   float* total;
   uint8_t* fresh;  // of each region, 1: its stretch of the total counts as 0 before, and then 0; or null
@@ -239,17 +237,7 @@ struct gac_adding {
 };
 // total[offset + i] += scale * x[i] of each gradient x that comes before the end.
 GAC_API void gac_arriving_begin(struct gac_object* handle, const struct gac_adding* told);
-struct gac_watching {
-  uint8_t* fresh_total;     // as `fresh` above, of map->total ...
-  uint8_t* fresh_previous;  // ... and of map->out; or null
-  double* sums;             // as moments of gac_sketch with a total
-  int64_t quick;
-  int32_t threads;
-};
-// What gac_sketch does with map->total, of each running sum when it was accumulated.
-GAC_API void gac_arriving_begin_running(struct gac_object* handle, const struct gac_sketch_map* map,
-                                        const struct gac_watching* told);
-// How many parameters' gradients were taken in; -1 where some came more than once, or of another pass. What was added stays.
+// How many parameters' gradients were added; -1 where some came more than once, or of another pass. What was added stays.
 GAC_API int64_t gac_arriving_end(struct gac_object* handle, double* seconds);
 // Squares and non-finite elements of what was added: added to into[2], and each in the order in which they came, with its
 // region. Any may be null.

@@ -33,7 +33,6 @@ GAC_TYPE(gac_tokens, "gac_tokens")
 GAC_TYPE(gac_step, "gac_step")
 GAC_TYPE(gac_ending, "gac_ending")
 GAC_TYPE(gac_adding, "gac_adding")
-GAC_TYPE(gac_watching, "gac_watching")
 GAC_TYPE(gac_object, "object")
 #undef GAC_TYPE
 template <class T>
@@ -93,10 +92,6 @@ std::string format_of(const gac_adding& adding) {
   const auto& [a, b, c, d, e] = adding;
   return format(a, b, c, d, e);
 }
-std::string format_of(const gac_watching& watching) {
-  const auto& [a, b, c, d, e] = watching;
-  return format(a, b, c, d, e);
-}
 
 // Places, as numbers with blanks between them.
 std::string places(std::initializer_list<int> numbers) {
@@ -132,7 +127,6 @@ std::string interface() {
   GAC_FUNCTION(gac_arriving_new)
   GAC_FUNCTION(gac_arriving_hooks)
   GAC_FUNCTION(gac_arriving_begin)
-  GAC_FUNCTION(gac_arriving_begin_running)
   GAC_FUNCTION(gac_arriving_end)
   GAC_FUNCTION(gac_arriving_sums)
   GAC_LINE("struct gac_sketch_map", format_of(gac_sketch_map{}))
@@ -141,7 +135,6 @@ std::string interface() {
   GAC_LINE("struct gac_step", format_of(gac_step{}))
   GAC_LINE("struct gac_ending", format_of(gac_ending{}))
   GAC_LINE("struct gac_adding", format_of(gac_adding{}))
-  GAC_LINE("struct gac_watching", format_of(gac_watching{}))
   GAC_LINE("sums of a step", places({GAC_POWER, GAC_TOKENS, GAC_COUNTS, GAC_NONFINITE, GAC_SILENT, GAC_NORMS,
                                      GAC_TIME_NOISE, GAC_STEP_SUMS}))
   GAC_LINE("state after a step",

@@ -31,8 +31,6 @@ constexpr int kFastCall = 0x80 | 0x02;  // METH_FASTCALL | METH_KEYWORDS
   X(list_size, PyList_Size, Size, (Object*))                                                \
   X(list_item, PyList_GetItem, Object*, (Object*, Size)) /* borrowed */                     \
   X(list_append, PyList_Append, int, (Object*, Object*))                                    \
-  X(list_set, PyList_SetItem, int, (Object*, Size, Object*)) /* takes the reference */      \
-  X(attribute, PyObject_GetAttr, Object*, (Object*, Object*))                               \
   X(capsule_new, PyCapsule_New, Object*, (void*, const char*, void (*)(Object*)))           \
   X(capsule_pointer, PyCapsule_GetPointer, void*, (Object*, const char*))                   \
   X(tuple_new, PyTuple_New, Object*, (Size))                                                \
@@ -53,7 +51,7 @@ constexpr int kFastCall = 0x80 | 0x02;  // METH_FASTCALL | METH_KEYWORDS
 #define GAC_PYTHON_OBJECTS(X)                                \
   X(tensor) X(parameter) X(list) X(floating) X(none)         \
   X(is_neg) X(increment_version) X(thread_count)             \
-  X(per_tensor) X(moments) X(grad) X(version)
+  X(per_tensor) X(moments)
 
 struct Python {
 #define GAC_FIELD(field, name, result, parameters) result(*field) parameters;

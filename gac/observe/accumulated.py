@@ -27,23 +27,19 @@ class Accumulated:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = parameters
-        self._gradients: list[Tensor | None] = [None] * len(parameters)
-        self._versions = [-1] * len(parameters)
-
-    @property
-    def noted(self) -> tuple[list[Tensor | None], list[int]]:
-        """The lists of what is known, by parameter, for hooks that read gradients: they stay the same lists."""
-        return self._gradients, self._versions
+        self._gradients: list[Tensor | None] = []
+        self._versions: list[int] = []
+        self.forget()
 
     def forget(self) -> None:
         """A step begins: nothing should be there."""
-        self._gradients[:] = [None] * len(self._parameters)
-        self._versions[:] = [-1] * len(self._parameters)
+        self._gradients = [None] * len(self._parameters)
+        self._versions = [-1] * len(self._parameters)
 
     def note(self) -> None:
         """What is there now is known."""
-        self._gradients[:] = [parameter.grad for parameter in self._parameters]
-        self._versions[:] = _versions(self._gradients)
+        self._gradients = [parameter.grad for parameter in self._parameters]
+        self._versions = _versions(self._gradients)
 
     def changed(self) -> bool:
         """Whether any gradient is not what was noted last."""
@@ -52,7 +48,7 @@ class Accumulated:
 
     def written(self) -> list[int]:
         """The parameters whose gradients are not what was noted last, and are there. What is there now is known."""
-        gradients, versions = self._gradients.copy(), self._versions.copy()
+        gradients, versions = self._gradients, self._versions
         self.note()
         other = map(or_, map(is_not, self._gradients, gradients), map(ne, self._versions, versions))
         found = compress(range(len(versions)), other)  # without a line of Python per parameter

@@ -1,4 +1,4 @@
-"""Gradients of passes whose begin and end are told: taken in as they come, or kept without a line of Python."""
+"""Incoming gradients of passes whose begin and end are told: added as they come, or kept without a line of Python."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from gac.observe.accumulated import Accumulated
 from gac.statistics.branch import Branch
 
 if TYPE_CHECKING:
@@ -15,19 +14,16 @@ if TYPE_CHECKING:
 
 
 class Arriving:
-    """What the hooks do that do not ask whose pass it is.
+    """Each parameter has a list, and its hook is that list's ``append``; another list has those that accumulated.
 
-    Where incoming gradients are read, each parameter has a list, and its hook is that list's ``append``; another list
-    has those that accumulated. What a pass left is taken when it ends. Gradients that came and were not accumulated are
-    those of ``torch.autograd.grad``, and of no account. Running sums need no hooks: what a pass wrote others tell.
-
-    On a CPU the hooks are the C++ library's, and between :meth:`begin` and :meth:`take` they have the ledger's vectors
-    take in what comes while it is in the cache. The lists have what they did not take.
+    Such hooks do not ask whose pass it is. What a pass left is taken when it ends. Gradients that came and were not
+    accumulated are those of ``torch.autograd.grad``, and of no account. On a CPU the hooks are the C++ library's:
+    between :meth:`begin` and :meth:`take` they add what comes to the branch's total while it is in the cache, and the
+    lists have what they did not take.
 
     Args:
         parameters: of the model.
         ledgers: of the model, and places: ledger and region of each parameter.
-        accumulated: what is known of running sums; None where incoming gradients are read.
     """
 
     def __init__(
@@ -35,32 +31,23 @@ class Arriving:
         parameters: Sequence[nn.Parameter],
         ledgers: Sequence[Ledger] = (),
         places: Sequence[tuple[int, int]] = (),
-        accumulated: Accumulated | None = None,
     ) -> None:
-        self._running = accumulated is not None
-        self._came: list[list[Tensor]] = [] if self._running else [[] for _ in parameters]
+        self._came: list[list[Tensor]] = [[] for _ in parameters]
         self._accumulated: list[nn.Parameter] = []
         self._index = {id(parameter): index for index, parameter in enumerate(parameters)}
         self._regions = [region for _, region in places]
         self._ledger = ledgers[0] if len(ledgers) == 1 and parameters else None
-        noted = None if accumulated is None else accumulated.noted
-        self._sums = None if self._ledger is None else self._ledger.hooks_of_arriving(self._accumulated, noted)
+        self._sums = None if self._ledger is None else self._ledger.sums_of_arriving(self._accumulated)
         self._hooks = [self._hooks_of(index) for index in range(len(parameters))]
         self._adds = False
         self._seconds = 0.0
         self.added = 0
-        """Gradients that the last pass left in the ledger's vectors."""
-
-    @property
-    def hooks_running_sums(self) -> bool:
-        """Whether running sums have hooks that are of use."""
-        return self._running and self._sums is not None
+        """Gradients that the last pass left in the total."""
 
     def _hooks_of(self, index: int) -> tuple[Callable[[Tensor], None], Callable[[nn.Parameter], None]]:
-        came: list[Tensor] = [] if self._running else self._came[index]
         if self._sums is None:
-            return came.append, self._accumulated.append
-        return self._sums.hooks(index, self._regions[index], came)
+            return self._came[index].append, self._accumulated.append
+        return self._sums.hooks(self._regions[index], self._came[index])
 
     def on_gradient(self, index: int) -> Callable[[Tensor], None]:
         """What is told the incoming gradient of a parameter."""
@@ -71,7 +58,7 @@ class Arriving:
         return self._hooks[index][1]
 
     def begin(self, branch: Branch | None, scales: Sequence[Tensor]) -> None:
-        """A pass begins: what comes may be taken in at once.
+        """A pass begins: what comes may be added to the branch's total.
 
         Args:
             scales: of the ledgers, that undo the weight of the branch.
@@ -90,7 +77,7 @@ class Arriving:
         None where that cannot be told, or where one came again that was added: only the square of the sum would count.
         A parameter that came twice (in re-entrant checkpoints that share it) has the sum.
         """
-        if not self.end():
+        if self._adds and not self._end():
             return None
         found: dict[int, Tensor] = {}
         for parameter in self._accumulated:
@@ -102,14 +89,14 @@ class Arriving:
             found[index] = gradient if earlier is None else earlier.detach() + gradient.detach()
         if any(self._came[index] for index in found):  # which of them?
             return None
-        self.empty()
+        self._clear()
         return found
 
-    def end(self) -> bool:
-        """Has no more taken in; whether all that came was told apart."""
-        if self._adds and self._sums is not None:
-            self._adds = False
-            self.added, self._seconds = self._sums.end()
+    def _end(self) -> bool:
+        """Adds no more; whether all that came was told apart."""
+        assert self._sums is not None
+        self._adds = False
+        self.added, self._seconds = self._sums.end()
         return self.added >= 0
 
     def settle(self) -> float:
@@ -126,12 +113,12 @@ class Arriving:
 
     def clear(self) -> None:
         """Lets go of everything."""
-        self.end()
+        if self._adds:
+            self._end()
         self.added = 0
-        self.empty()
+        self._clear()
 
-    def empty(self) -> None:
-        """Lets go of what is on the lists."""
+    def _clear(self) -> None:
         self._accumulated.clear()
         if any(self._came):
             for came in self._came:

@@ -18,9 +18,6 @@ from gac.observe.arriving import Arriving
 _graph_task_id = torch._C._current_graph_task_id
 _trains = operator.attrgetter("requires_grad")
 
-LOOKS = 8
-"""Passes that hooks told all of before they are believed: fused layers may write a gradient by themselves."""
-
 OnGradient = Callable[[int, Tensor], None]
 OnAccumulated = Callable[[nn.Parameter], None]
 
@@ -100,11 +97,6 @@ class Hooks:
         """How many hooks are on."""
         return (self._lone is not None) + (0 if self._on is None else sum(map(len, self._on)))
 
-    @property
-    def light(self) -> bool:
-        """Whether hooks are on that do not ask whose pass it is."""
-        return self._on is not None and self._on is self._light
-
     def put_on(self, sentinel: int | None = None) -> None:
         """Puts a hook on every parameter, or on the sentinel alone, unless that is how it is."""
         if sentinel is not None and self._gradient is not None and not all(map(_trains, self._parameters)):
@@ -125,8 +117,6 @@ class Hooks:
         if self._gradient is not None:
             self._arriving.clear()
             self._light = self._put(self._light, self._arriving.on_gradient, self._arriving.on_accumulated)
-        elif self._arriving.hooks_running_sums and all(map(_trains, self._parameters)):
-            self._light = self._put(self._light, None, self._arriving.on_accumulated)
 
     def _put(
         self,
@@ -222,20 +212,19 @@ class Guided:
 
     Args:
         hooks: of the model. accumulated: what its gradients were when they were noted last.
-        arriving: what takes gradients in as they come. running: whether it is running sums that are read.
+        arriving: where incoming gradients are kept; None where running sums are read.
 
     Attributes:
         first: the parameter that all passes of a measured step reached first; None where hooks are needed.
     """
 
-    def __init__(self, hooks: Hooks, accumulated: Accumulated, arriving: Arriving, *, running: bool) -> None:
-        self._hooks, self._accumulated, self._arriving, self._running = hooks, accumulated, arriving, running
+    def __init__(self, hooks: Hooks, accumulated: Accumulated, arriving: Arriving | None) -> None:
+        self._hooks, self._accumulated, self._arriving = hooks, accumulated, arriving
         self.first: int | None = None
         self._met: int | None = None  # in the step under way
         self._alike = True
         self._for_good = False  # somebody else runs passes, or did what looks like it
         self._task = -1  # of the newest pass that met the sentinel
-        self._looks = LOOKS  # passes to come after which running sums are compared with what hooks took in
 
     @property
     def alone(self) -> bool:
@@ -259,25 +248,17 @@ class Guided:
         """
         if not self.alone:
             return {}
-        if not self._running:
-            found = self._arriving.take()
-            if found is None:
-                self.lost()
-            return found
-        if not self._arriving.end():
+        if self._arriving is None:
+            return dict.fromkeys(self._accumulated.written())
+        found = self._arriving.take()
+        if found is None:
             self.lost()
-            return None
-        if self._arriving.added and not self._arriving.waiting() and self._looks == 0:
-            return {}
-        self._arriving.empty()
-        found = self._accumulated.written()  # and not by way of the engine
-        self._looks = LOOKS if found else max(self._looks - 1, 0)
-        return dict.fromkeys(found)
+        return found
 
     def _changed(self) -> bool:
         if not self.alone:
             return False
-        if self._running:
+        if self._arriving is None:
             return self._accumulated.changed()
         if self._arriving.waiting():
             return True
@@ -288,7 +269,7 @@ class Guided:
         """A pass that is not guided met the sentinel, which has this index: its gradients so far, whether there may be
         others than its own."""
         self.lost()
-        if self._running:
+        if self._arriving is None:
             return {index: None}, bool(self._accumulated.changed_besides(index))
         own: dict[int, Tensor | None] = {index: self._arriving.take_one(index)}
         if not self._arriving.waiting():
@@ -312,7 +293,7 @@ class Guided:
         if not self._changed():
             return False
         before, self._task = self._task, _next_task()
-        if before >= 0 and self._task == before + 1 and self._running:
+        if before >= 0 and self._task == before + 1 and self._arriving is None:
             return False
         self.lost()
         return True

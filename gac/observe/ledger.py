@@ -33,11 +33,13 @@ from torch import Tensor
 from gac.observe.contribution_sums import ContributionSums
 from gac.observe.outdated import Outdated
 from gac.observe.summing import Adding, Summing
-from gac.observe.taking import TakingIn
 from gac.statistics import Branch
 from gac_kernels import SketchLayout, absorb_, absorb_sketch_, accumulate_, cpu, pair_moments, sketch
 from gac_kernels.arguments import accumulator_dtype
+from gac_kernels.cpu import arriving
+from gac_kernels.cpu.arriving import ArrivingSums
 from gac_kernels.layout import LANES
+from gac_kernels.ops import traced
 
 SMALLEST_SKETCH = 65_536
 """Buckets of a small model's sketch: relative error of a norm about sqrt(2 / 65536) = 0.6%."""
@@ -51,7 +53,7 @@ def sketch_size(elements: int) -> int:
     return max(SMALLEST_SKETCH, elements // ELEMENTS_PER_BUCKET)
 
 
-class Ledger(ContributionSums, TakingIn):
+class Ledger(ContributionSums):
     """Buffers and sums of one device. Everything but the counts is a tensor, and nothing is read on the host.
 
     Args:
@@ -113,15 +115,13 @@ class Ledger(ContributionSums, TakingIn):
         self._adding = Adding(self._totals, self._previous, self.layout, self.modules) if on_host else None
         self._sums: dict[int, tuple[Tensor, Tensor | None]] = {}  # running sums that are read at the end, by region
         self._eps = 0.0
-        self._may_stay = (self.direct or running) and Summing.serves(device.type)
-        self._outdated = [Outdated(part, self.layout, may_stay=self._may_stay) for part in parts]
-        self._factors: dict[int, tuple[Tensor, float]] = {}  # scales as numbers
+        may_stay = (self.direct or running) and Summing.serves(device.type)
+        self._outdated = [Outdated(part, self.layout, may_stay=may_stay) for part in parts]
         self._rows_are_clear = True
         self._nothing = torch.empty(0, device=device)
 
     def _set_rows(self, rows: Tensor) -> None:
         self._rows, self._most = rows, rows.shape[0]
-        self._stride = rows.stride(0) * rows.element_size()
         self._summing: Summing | None = None  # over these rows
         # made once: a view costs as much as a small sum
         self._views = [(row[:2], row[self._cells], row[: self._cells.stop]) for row in rows]
@@ -179,19 +179,16 @@ class Ledger(ContributionSums, TakingIn):
 
     def begin(self) -> None:
         """Before the first gradient of a contribution."""
-        self._make_room()
+        self._rows_are_clear = False
         if not self.direct:
             self._stale |= self._filled
             self._filled = set()
             self._sums.clear()
+        if len(self._scales) == self._most:
+            self._set_rows(torch.cat([self._rows, torch.zeros_like(self._rows)]))
         if self.by_module:
             del self._module_rows[len(self._scales) :]  # of a contribution that was given up
             self._module_rows.append(torch.zeros(self.module_count, 2, dtype=self._rows.dtype, device=self.device))
-
-    def _make_room(self) -> None:
-        self._rows_are_clear = False
-        if len(self._scales) == self._most:
-            self._set_rows(torch.cat([self._rows, torch.zeros_like(self._rows)]))
 
     def know(
         self,
@@ -279,8 +276,7 @@ class Ledger(ContributionSums, TakingIn):
         """Adds gradients, or what running sums have gained, to a branch's total, by module where that is asked."""
         fresh, plain = self._fresh(branch, indices), self._adding is not None and second_moments is None
         into = self._module_rows[-1] if self.by_module else self._views[len(self._scales)][0]
-        told = (branch, gradients, indices, self._factor(scale), into, fresh) if plain else ()
-        if plain and self._adding(*told, by_module=self.by_module):  # type: ignore[misc]
+        if plain and self._adding(branch, gradients, indices, scale, into, fresh, by_module=self.by_module):  # type: ignore[misc]
             return
         accumulate, options = _writing("accumulate_", accumulate_, fresh)
         options |= {"layout": self.layout, "previous": self._previous, "scale": scale, "eps": eps}
@@ -292,6 +288,28 @@ class Ledger(ContributionSums, TakingIn):
             options["second_moments"] = None if second_moments is None else [second_moments[j] for j in at]
             regions, some = [indices[j] for j in at], [gradients[j] for j in at]
             accumulate(some, total, regions=regions, into=into[module], **options)
+
+    def sums_of_arriving(self, accumulated: list[Any]) -> ArrivingSums | None:
+        """Hooks that add gradients as they arrive; None where there are none. See :class:`ArrivingSums`."""
+        if self._adding is None or not (self.direct and arriving.serves()):
+            return None
+        return ArrivingSums(accumulated, list(self._totals.values()), self.layout)
+
+    def begin_arriving(self, sums: ArrivingSums, branch: Branch, scale: Tensor) -> bool:
+        """Has what comes from now on added to a branch's total; False where it must come to :meth:`read`."""
+        if self._adding is None or traced():
+            return False
+        which = int(branch is Branch.RL)
+        sums.begin(which, scale=self._adding.number(scale), fresh=self._outdated[which].by_region())
+        return True
+
+    def end_arriving(self, sums: ArrivingSums, count: int) -> None:
+        """Takes the moments of what was added, of so many parameters, as the open contribution's."""
+        if self.by_module and self._adding is not None:
+            each, regions = sums.each(count)
+            self._module_rows[-1].index_add_(0, self._adding.modules[regions], each)
+        else:
+            sums.sums(self._views[len(self._scales)][0])
 
     def _fresh(self, branch: Branch, regions: Sequence[int]) -> int:
         """Bits: whether an earlier step's numbers are to be written over in the total (1), in running sums (2)."""
@@ -368,7 +386,8 @@ class Ledger(ContributionSums, TakingIn):
             self._rows_are_clear = True
         self._module_rows.clear()
         self._scales.clear()
-        self._factors.clear()
+        if self._adding is not None:
+            self._adding.forget()
         self._filled, self._stale = set(), set()
         self._sums.clear()
 

@@ -82,10 +82,9 @@ class Observer:
         self._incoming: dict[tuple[int, int], Tensor] = {}  # of a parameter and a graph task
         accumulated = self._running_hook if running else lambda k: functools.partial(self._on_accumulated, k)
         gradient = None if running else self._on_gradient
-        watched = self.parameters if hooks or not running else []
-        self._arriving = Arriving(watched, self.ledgers, self._places, self._accumulated if running else None)
+        self._arriving = Arriving([] if running else self.parameters, self.ledgers, self._places)
         self._hooks = Hooks(self.parameters, accumulated, gradient, self._on_sentinel, self._arriving)
-        self._guided = Guided(self._hooks, self._accumulated, self._arriving, running=running)
+        self._guided = Guided(self._hooks, self._accumulated, None if running else self._arriving)
         self._may_guide = not self.sharded and (running or self._pending.fits)
         self.measure(True)
 
@@ -175,7 +174,7 @@ class Observer:
             self._look_again()
             self.seen.broken |= not self.running and self._guided.was_overtaken()
         self._passes.guided = True
-        if self._hooks.light and self.second_moments is None:
+        if self._guided.alone and self.second_moments is None:
             self._arriving.begin(self.branch, self._scales)
 
     def _end_guided(self) -> None:

@@ -63,13 +63,14 @@ class Adding:
         self._of = {branch: Accumulating(total, previous, layout) for branch, total in totals.items()}
         self.modules = torch.tensor(modules, dtype=torch.int64)
         """Of each region."""
+        self._scales: dict[int, tuple[Tensor, float]] = {}  # as numbers: reading one costs as much as a small sum
 
     def __call__(
         self,
         branch: Branch,
         gradients: list[Tensor],
         regions: Sequence[int],
-        scale: float,
+        scale: Tensor,
         into: Tensor,
         fresh: int,
         *,
@@ -78,17 +79,28 @@ class Adding:
         """Adds gradients; False, with nothing done, where they are not plain.
 
         Args:
-            scale: multiplies what is added.
+            scale: of the branch; it must not change before :meth:`forget`.
             into: ``[2]``, what moments are added to, or ``[modules, 2]``.
             regions, fresh: as :class:`gac_kernels.cpu.accumulating.Accumulating` says.
         """
         if traced():  # something should see operations
             return False
-        add = self._of[branch]
+        add, factor = self._of[branch], self.number(scale)
         if not by_module:
-            return add(gradients, regions, scale=scale, into=into.data_ptr(), fresh=fresh)
+            return add(gradients, regions, scale=factor, into=into.data_ptr(), fresh=fresh)
         each = torch.zeros(len(regions), 2, dtype=into.dtype)
-        done = add(gradients, regions, scale=scale, into=each.data_ptr(), fresh=fresh, per_tensor=True)
+        done = add(gradients, regions, scale=factor, into=each.data_ptr(), fresh=fresh, per_tensor=True)
         if done:
             into.index_add_(0, self.modules[list(regions)], each)
         return done
+
+    def number(self, scale: Tensor) -> float:
+        """A branch's scale, which must not change before :meth:`forget`."""
+        known = self._scales.get(id(scale))
+        if known is None:
+            known = self._scales[id(scale)] = scale, float(scale)
+        return known[1]
+
+    def forget(self) -> None:
+        """A step is over: scales of the next one are others."""
+        self._scales.clear()

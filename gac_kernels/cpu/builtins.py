@@ -73,8 +73,6 @@ def _objects() -> dict[str, object]:
         "thread_count": torch.get_num_threads,
         "per_tensor": sys.intern("per_tensor"),
         "moments": sys.intern("moments"),
-        "grad": sys.intern("grad"),
-        "version": sys.intern("_version"),
     }
 
 

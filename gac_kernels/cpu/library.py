@@ -37,10 +37,9 @@ INTERFACE = {
     "gac_step_end": "int(const gac_ending*)",
     "gac_python_call": "object*(const char*, object*, const void*, const void*, const void*, int64)",
     "gac_python_names": "const char*()",
-    "gac_arriving_new": "object*(object*, object*, object*)",
-    "gac_arriving_hooks": "object*(object*, object*, int64, int64, const int64*)",
+    "gac_arriving_new": "object*(object*)",
+    "gac_arriving_hooks": "object*(object*, object*, int64, int64, int64)",
     "gac_arriving_begin": "void(object*, const gac_adding*)",
-    "gac_arriving_begin_running": "void(object*, const gac_sketch_map*, const gac_watching*)",
     "gac_arriving_end": "int64(object*, double*)",
     "gac_arriving_sums": "void(object*, double*, double*, int64*)",
     "struct gac_sketch_map": "qqQdPPqqiiiii",
@@ -49,7 +48,6 @@ INTERFACE = {
     "struct gac_step": "PPPPqqqqqii",
     "struct gac_ending": "PPPPPdddqiiiiii",
     "struct gac_adding": "PPdqi",
-    "struct gac_watching": "PPPqi",
     "sums of a step": "0 2 4 6 7 8 11 13",
     "state after a step": "0 20 21 22 23 24 28 32 36 40 43 46 48 50 62 80",
     "raw and skipped in its row": "1 4",
@@ -65,7 +63,7 @@ module ``struct``, codes of dtypes from 0 on, and numbers. The library has made 
 
 _CODES = {1: "null pointer", 2: "out of memory"}
 _TYPES = {"void": None, "int": c_int, "int64": c_int64, "double": c_double, "object*": py_object}
-_STRUCTS = ("gac_sketch_map", "gac_sum", "gac_tokens", "gac_step", "gac_ending", "gac_adding", "gac_watching")
+_STRUCTS = ("gac_sketch_map", "gac_sum", "gac_tokens", "gac_step", "gac_ending", "gac_adding")
 _BYTES = ("const char*", *(f"const {name}*" for name in _STRUCTS))
 
 

@@ -226,8 +226,8 @@ def _pieces(places: Places) -> array:
     return array("q", numbers + [layout.numels[r] for r in regions] + list(places.starts) + cells)
 
 
-MAP = struct.Struct("@qqQdPPqqiiiii")
-SKETCH_ALONE = 3 << 16
+_MAP = struct.Struct("@qqQdPPqqiiiii")
+_SKETCH_ALONE = 3 << 16
 """Elements up to which a sketch runs on the caller's thread. It plans before it reads, alone in any case, and where two
 cores share a cache a second thread gains from 256 K elements on (measured cold: 64 K 58 us alone, 64 with two threads;
 128 K 78 and 97; 256 K 183 and 133)."""
@@ -260,7 +260,7 @@ def _run_sketch(
 ) -> None:
     library, layout, out, numels = require(), call.layout, call.out, call.read.numels
     table, weights = list_table(call.read.listed, numels), second_table(call.read)
-    head = MAP.pack(
+    head = _MAP.pack(
         layout.lanes,
         layout.rows_per_slab,
         layout.seed & 0xFFFFFFFF,
@@ -277,7 +277,7 @@ def _run_sketch(
     )
     count, elements = len(numels), sum(numels)
     handle = library.quick if elements <= QUICK else library.call
-    threads = torch.get_num_threads() if elements > SKETCH_ALONE else 1
+    threads = torch.get_num_threads() if elements > _SKETCH_ALONE else 1
     where = _pieces(call.places).buffer_info()[0]
     if weights is None:
         failed = handle.gac_sketch(table.rows, where, count, table.form, head, sums.data_ptr(), threads)

@@ -1,4 +1,4 @@
-"""Hooks of the C++ library that take gradients in as they arrive, against the calls that take in whole lists."""
+"""Hooks of the C++ library that add gradients as they arrive, against :func:`gac_kernels.accumulate_`."""
 
 import gc
 import sys
@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gac_kernels import SketchLayout, absorb_sketch_, accumulate_, cpu
+from gac_kernels import SketchLayout, accumulate_, cpu
 from gac_kernels.cpu import arriving
-from gac_kernels.cpu.arriving import ArrivingSums, RunningSums
+from gac_kernels.cpu.arriving import ArrivingSums
 
 pytestmark = pytest.mark.skipif(not arriving.serves(), reason="no CPU library, or a torch that it asks nothing")
 
@@ -28,7 +28,7 @@ class Hooked:
         self.totals = [torch.zeros(size) if start is None else start.clone() for _ in range(2)]
         self.accumulated, self.came = [], [[] for _ in numels]
         self.sums = ArrivingSums(self.accumulated, self.totals, self.layout)
-        self.hooks = [self.sums.hooks(k, k, came) for k, came in enumerate(self.came)]
+        self.hooks = [self.sums.hooks(k, came) for k, came in enumerate(self.came)]
 
     def arrive(self, k, gradient, parameter=None):
         for hook, told in zip(self.hooks[k], (gradient, parameter), strict=True):
@@ -186,138 +186,3 @@ def test_large_gradients_are_added_by_several_threads(monkeypatch):
     assert torch.equal(hooked.totals[0], gradient)
     expected = accumulate_([gradient], torch.zeros(numel), layout=hooked.layout)
     assert torch.equal(hooked.moments(), expected)
-
-
-# -- running sums -----------------------------------------------------------------------------------------------------
-
-
-class Running:
-    """Parameters of these sizes, whose ``grad`` is a running sum, with their hooks."""
-
-    def __init__(self, numels, *, start, size=64):
-        self.layout = SketchLayout.per_tensor(numels, size=size)
-        drawn_vector = torch.randn(self.layout.size, generator=torch.Generator().manual_seed(start))
-        self.totals = [drawn_vector.clone(), drawn_vector.flip(0).contiguous()]
-        self.previous = drawn_vector.roll(1)
-        self.rows = torch.zeros(3, 2 + self.layout.cells, dtype=torch.float64)
-        self.accumulated, self.gradients, self.versions = [], [None] * len(numels), [-1] * len(numels)
-        vectors = self.totals, self.previous, self.layout
-        self.sums = RunningSums(self.accumulated, self.gradients, self.versions, *vectors)
-        self.hooks = [self.sums.hooks(k, k, [])[1] for k in range(len(numels))]
-
-    def begin(self, total, row, **options):
-        self.sums.begin(total, scale=0.7, sums=self.rows[row].data_ptr(), **options)
-
-
-def running_sums(numels, dtypes, seed):
-    """Parameters with a gradient."""
-    found = []
-    for k, (numel, dtype) in enumerate(zip(numels, dtypes, strict=True)):
-        found.append(torch.nn.Parameter(torch.zeros(numel, dtype=dtype)))
-        found[-1].grad = drawn(numel, dtype, seed + k)
-    return found
-
-
-@settings(deadline=None)
-@given(
-    st.data(),
-    st.lists(st.integers(1, 20_000), min_size=1, max_size=5),
-    st.tuples(*[st.booleans()] * 2),
-    st.integers(0, 99),
-)
-def test_running_sums_bit_for_bit(data, numels, fresh, seed):
-    """Any order, some parameters, numbers of an earlier step in total and previous or none, two passes."""
-    hooked, called = (Running(numels, start=seed) for _ in range(2))
-    parameters = running_sums(numels, [data.draw(st.sampled_from(DTYPES[:3]))] * len(numels), seed)
-    flags = [array("B", [1] * len(numels)) if old else None for old in fresh]
-    written = set()
-    for number in range(2):
-        regions = data.draw(st.permutations(range(len(numels))))[: data.draw(st.integers(1, len(numels)))]
-        hooked.begin(1, number, fresh=flags[0], previous_fresh=flags[1])
-        for k in regions:
-            parameters[k].grad.add_(1.0)
-            assert hooked.hooks[k](parameters[k]) is None
-            assert hooked.gradients[k] is parameters[k].grad
-            assert hooked.versions[k] == parameters[k].grad._version
-        assert hooked.sums.end()[0] == len(regions)
-        for old, vector in zip(fresh, (called.totals[1], called.previous), strict=True):
-            for k in set(regions) - written if old else ():
-                begin = called.layout.bucket_offsets[k]
-                vector[begin : begin + called.layout.region_size(numels[k])] = 0
-        written |= set(regions)
-        gradients, into = [parameters[k].grad for k in regions], called.rows[number]
-        options = {"layout": called.layout, "regions": regions, "into": into}
-        absorb_sketch_(gradients, called.previous, called.totals[1], 0.7, **options)
-        assert torch.equal(hooked.previous, called.previous)
-        assert torch.equal(hooked.totals[1], called.totals[1])
-        assert torch.equal(hooked.rows[number, 2:], into[2:])
-        torch.testing.assert_close(hooked.rows[number, :2], into[:2], rtol=1e-12, atol=0)
-    assert torch.equal(hooked.totals[0], called.totals[0])
-    assert not hooked.accumulated
-
-
-def test_running_sums_outside_of_a_pass_are_left():
-    running, (parameter,) = Running([3000], start=0), running_sums([3000], [torch.float32], 0)
-    before = running.totals[0].clone()
-    running.hooks[0](parameter)
-    running.begin(0, 0)
-    assert running.sums.end()[0] == 0
-    running.hooks[0](parameter)
-    assert torch.equal(running.totals[0], before)
-    assert running.gradients == [None]
-    assert not running.accumulated
-
-
-def test_a_running_sum_that_comes_again_cannot_be_told_apart():
-    running, (parameter,) = Running([3000], start=0), running_sums([3000], [torch.float32], 0)
-    running.begin(0, 0)
-    running.hooks[0](parameter)
-    running.hooks[0](parameter)
-    assert running.sums.end()[0] == -1
-    running.begin(0, 1)
-    running.hooks[0](parameter)
-    assert running.sums.end()[0] == 1
-
-
-@pytest.mark.parametrize(
-    "gradient",
-    [None, torch.ones(2, 3000)[:, :1500].T, torch.ones(3000).to_sparse(), torch.ones(3000).as_subclass(Special)],
-)
-def test_running_sums_that_are_not_plain_are_named(gradient):
-    running, parameter = Running([3000], start=0), torch.nn.Parameter(torch.ones(3000))
-    before = running.totals[0].clone()
-    if gradient is not None and gradient.shape != parameter.shape:
-        parameter.data = torch.ones(1500, 2)
-    parameter.grad = gradient
-    running.begin(0, 0)
-    running.hooks[0](parameter)
-    assert running.sums.end()[0] == 0
-    assert running.accumulated == [parameter]
-    assert torch.equal(running.totals[0], before)
-    assert running.gradients == [None]
-
-
-def test_a_running_sum_may_go_when_it_is_forgotten():
-    running, (parameter,) = Running([3000], start=0), running_sums([3000], [torch.float32], 0)
-    running.begin(0, 0)
-    running.hooks[0](parameter)
-    running.sums.end()
-    gone = weakref.ref(parameter.grad)
-    parameter.grad = None
-    assert gone() is not None, "noted, so that no other tensor takes its place"
-    running.gradients[0] = None
-    assert gone() is None
-
-
-def test_large_running_sums_are_read_by_several_threads(monkeypatch):
-    numel = 400_000
-    found = []
-    for threads in (1, 3):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        running, (parameter,) = Running([numel], start=0, size=4096), running_sums([numel], [torch.float32], 0)
-        running.begin(1, 0)
-        running.hooks[0](parameter)
-        assert running.sums.end()[0] == 1
-        found.append((running.totals[1], running.previous, running.rows))
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)

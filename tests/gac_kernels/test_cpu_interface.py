@@ -59,7 +59,7 @@ def test_a_library_with_more_or_without_a_table_is_refused(monkeypatch):
 
 
 def test_what_the_operations_pack_is_as_the_table_says():
-    assert operations.MAP.format == "@" + library.INTERFACE["struct gac_sketch_map"]
+    assert operations._MAP.format == "@" + library.INTERFACE["struct gac_sketch_map"]
     assert tokens._TOKENS.format == "@" + library.INTERFACE["struct gac_tokens"]
     dtypes = [f"torch.{name}" for name in library.INTERFACE["dtypes"].split()]
     assert {str(dtype): code for dtype, code in tables.DTYPE_CODES.items()} == {d: k for k, d in enumerate(dtypes)}

@@ -37,12 +37,6 @@ class Model(torch.nn.Module):
 ESTIMATORS = pytest.mark.parametrize("estimator", ["sketch", "exact"])
 
 
-@pytest.fixture
-def shared_buckets(monkeypatch):
-    """A sketch that is none of small models alone: running sums are sketched."""
-    monkeypatch.setattr("gac.observe.ledger.SMALLEST_SKETCH", 32)
-
-
 def hooks_of(mixer):
     return mixer._observer._hooks.count
 
@@ -277,10 +271,9 @@ def test_gradients_that_are_asked_for_inside_a_pass_cost_its_step():
         assert not is_light(mixer)
 
 
-@ESTIMATORS
-def test_a_parameter_that_comes_twice_in_a_pass(monkeypatch, estimator, shared_buckets):
-    """As in re-entrant checkpoints that share a weight. What was taken in as it came cannot be squared as a sum: it
-    costs the step, and the hooks are back; where nothing is taken in before the pass ends, it is a sum."""
+def test_a_parameter_that_comes_twice_in_a_pass(monkeypatch):
+    """As in re-entrant checkpoints that share a weight. What was added as it came cannot be squared as a sum: it costs
+    the step, and the hooks are back; where nothing is added before the pass ends, it is a sum."""
 
     def run(mixer, model, step, k):
         loss = model(100 * step + k)
@@ -291,46 +284,27 @@ def test_a_parameter_that_comes_twice_in_a_pass(monkeypatch, estimator, shared_b
             loss = loss + x.square().mean()
         mixer.backward(loss)
 
-    if estimator == "exact":
-        with monkeypatch.context() as patch:
-            patch.setattr(Ledger, "begin_arriving", lambda self, *_: False)
-            assert both(patch, run=run, estimator=estimator) == [0.0, 0.0]
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "begin_arriving", lambda self, *_: False)
+        assert both(patch, run=run, estimator="exact") == [0.0, 0.0]
     if adds():
         model = Model()
-        with gac.patch(model, estimator=estimator, interval=1) as mixer:
+        with gac.patch(model, estimator="exact", interval=1) as mixer:
             train(mixer, model, 5, run=run)
             assert mixer.metrics()["skipped"] == 1
             assert not is_light(mixer)
 
 
-def test_a_parameter_that_was_frozen_keeps_running_sums_without_further_hooks(monkeypatch, shared_buckets):
-    model = Model(frozen=True)
-    assert both(monkeypatch, model={"frozen": True}) == [0.0, 0.0]
-    model = Model()
-    with gac.patch(model, estimator="sketch", interval=1) as mixer:
-        train(mixer, model, 2)
-        assert mixer._observer._hooks.light is adds()
-        model.aside.requires_grad_(False)
-        train(mixer, model, 3)
-        assert is_light(mixer)
-        model.aside.requires_grad_(True)
-        train(mixer, model, 2)
-        assert mixer.metrics()["skipped"] == 0
-
-
 def adds():
     """Whether gradients are added as they arrive."""
     ledger = Ledger((3,), torch.device("cpu"), lossless=True, running=False)
-    return ledger.hooks_of_arriving([], None) is not None
+    return ledger.sums_of_arriving([]) is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("report_interval", [None, 2])
-@ESTIMATORS
-def test_what_is_taken_in_as_it_arrives_is_what_one_call_takes_in(
-    monkeypatch, shared_buckets, estimator, report_interval, dtype
-):
-    """To the bit; in steps that are taken apart, too, of which running sums are read at the end."""
+@pytest.mark.parametrize("options", [{"report_interval": None}, {"report_interval": 2}])
+def test_what_is_added_as_it_arrives_is_what_one_call_adds(monkeypatch, dtype, options):
+    """To the bit; in steps that are taken apart, too."""
     found = []
     for apart in (False, True):
         with monkeypatch.context() as patch:
@@ -339,66 +313,17 @@ def test_what_is_taken_in_as_it_arrives_is_what_one_call_takes_in(
                 patch.setattr(Ledger, "begin_arriving", lambda self, *_: False)
             patch.setattr(Ledger, "read", noting(calls, Ledger.read))
             model = Model().to(dtype)
-            with gac.patch(model, estimator=estimator, interval=1, report_interval=report_interval) as mixer:
+            with gac.patch(model, estimator="exact", interval=1, **options) as mixer:
                 numbers = train(mixer, model, 6)
-                few = 24 if estimator == "sketch" and report_interval else 6  # those of the first step
-                assert len(calls) == (few if adds() and not apart else 36)
+                assert len(calls) == (6 if adds() and not apart else 36)  # those of the first step
                 assert is_light(mixer)
                 report = [taken.values for taken in mixer._measurement.modules]
             found.append((numbers, report))
     (numbers, report), (others, their_report) = found
     assert repr(numbers) == repr(others)  # NaN among them
-    assert len(report) == len(their_report) == (3 if report_interval else 0)
+    assert len(report) == len(their_report) == (3 if options["report_interval"] else 0)
     for one, other in zip(report, their_report, strict=True):
         assert torch.equal(one.nan_to_num(-1.0), other.nan_to_num(-1.0))
-
-
-class WritesItself(torch.autograd.Function):
-    """A product that adds to its weight's gradient without the engine, as fused layers do."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x)
-        ctx.weight = weight
-        return x @ weight.detach().T
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x,), weight = ctx.saved_tensors, ctx.weight
-        weight.grad.add_(gradient.T @ x)
-        return gradient @ weight.detach(), None
-
-
-def test_gradients_that_an_operation_writes_itself(monkeypatch, shared_buckets):
-    """They are part of the contribution, although no hook tells."""
-
-    def run(mixer, model, step, k):
-        if step == k == 0:
-            for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter)
-        x = torch.randn(3, 6, generator=torch.Generator().manual_seed(k), requires_grad=True)
-        mixer.backward(model(100 * step + k) + WritesItself.apply(x, model.aside.weight).square().mean())
-
-    found = []
-    for apart in (False, True):
-        with monkeypatch.context() as patch:
-            if apart:
-                patch.setattr(Ledger, "begin_arriving", lambda self, *_: False)
-            model = Model()
-            with gac.patch(model, estimator="sketch", interval=1, law="fixed", mu=0.5) as mixer:
-                numbers = []
-                for step in range(5):
-                    for branch, first in ((mixer.sft, 0), (mixer.rl, 10)):
-                        with branch():
-                            for k in range(3):
-                                run(mixer, model, step, first + k)
-                    model.zero_grad(set_to_none=False)
-                    mixer.step()
-                    numbers.append(mixer.statistics.stacked())
-                assert mixer.metrics()["skipped"] == 0
-            found.append(numbers)
-    for one, other in zip(found[0][1:], found[1][1:], strict=True):  # without the first, in which hooks tell
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=0, equal_nan=True)
 
 
 def noting(calls, method):
@@ -409,9 +334,8 @@ def noting(calls, method):
     return noted
 
 
-@ESTIMATORS
-def test_gradients_that_are_not_plain_come_to_one_call(monkeypatch, estimator, shared_buckets):
-    """A sparse one, beside others that are taken in as they arrive."""
+def test_gradients_that_are_not_plain_come_to_one_call(monkeypatch):
+    """A sparse one, beside others that are added as they arrive."""
     found = []
     for apart in (False, True):
         with monkeypatch.context() as patch:
@@ -419,7 +343,7 @@ def test_gradients_that_are_not_plain_come_to_one_call(monkeypatch, estimator, s
                 patch.setattr(Ledger, "begin_arriving", lambda self, *_: False)
             model = Model()
             model.embed = torch.nn.Embedding(7, 6, sparse=True)
-            with gac.patch(model, estimator=estimator, interval=1, law="fixed", mu=0.5) as mixer:
+            with gac.patch(model, estimator="exact", interval=1, law="fixed", mu=0.5) as mixer:
                 for step in range(4):
                     for branch, first in ((mixer.sft, 0), (mixer.rl, 10)):
                         with branch():
