@@ -51,11 +51,11 @@ def one_run(arm: str, seed: int, folder: Path, extra: list[str]) -> dict[str, An
 
 
 def differences(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy under the budget less that with every step measured, paired by seed, with their standard errors."""
+    """Accuracy, and mean ``mu``, under the budget less those with every step measured, paired by seed, with errors."""
     found: dict[str, Any] = {}
     by = {(row["arm"], row["seed"]): row for row in rows}
     seeds = sorted({seed for _, seed in by if all((arm, seed) in by for arm in ARMS)})
-    for name in ("final_accuracy", "last_four_accuracy"):
+    for name in ("final_accuracy", "last_four_accuracy", "mean_mu"):
         pairs = [by["budget", seed][name] - by["every step", seed][name] for seed in seeds]
         if len(pairs) > 1:
             error = statistics.stdev(pairs) / len(pairs) ** 0.5
