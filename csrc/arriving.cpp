@@ -57,7 +57,11 @@ void release(Shared* shared) {
   delete shared;
 }
 
-void free_shared(Object* capsule) { release(static_cast<Shared*>(py.capsule_pointer(capsule, kShared))); }
+void free_shared(Object* capsule) {
+  Shared* const shared = static_cast<Shared*>(py.capsule_pointer(capsule, kShared));
+  shared->adding = false;  // the totals may go
+  release(shared);
+}
 
 void free_slot(Object* capsule) {
   Slot* const slot = static_cast<Slot*>(py.capsule_pointer(capsule, kSlot));

@@ -58,7 +58,7 @@ class Observer:
     ) -> None:
         self.running, self.hooks = running, hooks
         self.second_moments: SecondMoments | None = None
-        self.tells_weights = False
+        self.tells_weights = self.alive = False  # alive: whether any hook ever ran
         named = list(parameters)
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
@@ -74,7 +74,6 @@ class Observer:
         self._passes = Passes(self.parameters, broken=lambda: setattr(self.seen, "broken", True))
         self.seen = Seen()
         self.branch: Branch | None = None
-        self.alive = False  # whether any hook ever ran
         self.tokens: Tokens = None
         self.told: Tokens = None
         self._scales: list[Tensor] = []
@@ -167,18 +166,19 @@ class Observer:
         """A pass begins whose end will be told; ``looked``: running sums are known to be as they were read."""
         self._passes.check_alone()
         self._close()
+        start, before = perf_counter(), self.now.seconds
         if tokens is not None or self.told is None:  # what the branch was entered with was checked there
             self.seen.check_tokens(self.branch, tokens)
-        self.tokens = self.told if tokens is None else tokens
         if not looked:
             self._look_again()
             self.seen.broken |= not self.running and self._guided.was_overtaken()
-        self._passes.guided = True
+        self._passes.guided, self.tokens = True, self.told if tokens is None else tokens
         if self._guided.alone and self.second_moments is None:
             self._arriving.begin(self.branch, self._scales)
+        self.now.seconds = before + perf_counter() - start
 
     def _end_guided(self) -> None:
-        written, start = self._guided.written(), perf_counter()
+        start, written = perf_counter(), self._guided.written()
         self.seen.broken |= written is None
         if written or self._arriving.added > 0:
             self._begin()
