@@ -234,6 +234,7 @@ struct gac_adding {
   double scale;
   int64_t quick;   // elements up to which a gradient is added on the caller's thread, with the lock held
   int32_t threads;  // of larger ones
+  int32_t own_time;  // 1: seconds are those of the processor in this thread, where the system tells them
 };
 // total[offset + i] += scale * x[i] of each gradient x that comes before the end.
 GAC_API void gac_arriving_begin(struct gac_object* handle, const struct gac_adding* told);

@@ -89,8 +89,8 @@ std::string format_of(const gac_ending& ending) {
   return format(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o);
 }
 std::string format_of(const gac_adding& adding) {
-  const auto& [a, b, c, d, e] = adding;
-  return format(a, b, c, d, e);
+  const auto& [a, b, c, d, e, f] = adding;
+  return format(a, b, c, d, e, f);
 }
 
 // Places, as numbers with blanks between them.

@@ -47,7 +47,7 @@ INTERFACE = {
     "struct gac_tokens": "qqPqqPqqPqqPqiiii",
     "struct gac_step": "PPPPqqqqqii",
     "struct gac_ending": "PPPPPdddqiiiiii",
-    "struct gac_adding": "PPdqi",
+    "struct gac_adding": "PPdqii",
     "sums of a step": "0 2 4 6 7 8 11 13",
     "state after a step": "0 20 21 22 23 24 28 32 36 40 43 46 48 50 62 80",
     "raw and skipped in its row": "1 4",

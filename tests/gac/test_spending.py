@@ -15,6 +15,7 @@ import gac.observe.observer
 import gac.quiet
 import gac.sequences.observer
 import gac.spending
+import gac_kernels.cpu.arriving
 from gac.cadence import FLOOR, RESERVE
 from gac.spending import PAUSE, StepClock
 
@@ -94,6 +95,7 @@ def processor(monkeypatch):
     )
     for module in modules:
         monkeypatch.setattr(module, "perf_counter", found)
+    monkeypatch.setattr(gac_kernels.cpu.arriving, "OWN_TIME", True)
     return found
 
 
